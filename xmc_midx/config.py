@@ -1,0 +1,212 @@
+"""Layer 1. The configuration of a run: frozen records that refuse unknown keys.
+
+`"auto"` marks what `xmc_midx.recipe` derives from the data; the resolved values are written to the run's `config.yaml`.
+A configuration comes from a YAML file, from `section.key=value` assignments, or both, the assignments last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from xmc_midx.errors import UsageError
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "LossConfig",
+    "ModelConfig",
+    "SamplerConfig",
+    "SamplerName",
+    "TrainingConfig",
+    "dump_config",
+    "load_config",
+]
+
+Auto = Literal["auto"]
+SamplerName = Literal["midx-pq", "midx-rq", "uniform", "frequency", "in-batch", "full"]
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True)
+
+
+class DataConfig(_Section):
+    """How the feature rows are used."""
+
+    normalize: Literal["l2", "none"] = "l2"
+    """Scale of each feature row; `none` uses the values as given."""
+    validation_fraction: Fraction | Auto = "auto"
+    """Share of the training rows held out to choose the best epoch; 0 trains on all rows and keeps the last epoch."""
+
+
+class ModelConfig(_Section):
+    """The encoder and the label table."""
+
+    dim: PositiveInt | Auto = "auto"
+    """Embedding size D."""
+    num_hidden_layers: Annotated[int, Field(ge=0, le=8)] = 0
+    """Square layers after the embedding bag."""
+    activation: Literal["relu", "none"] = "relu"
+    residual: bool = True
+    """Whether each hidden layer adds to its input."""
+    dropout: Fraction | Auto = "auto"
+    """Share of the query's coordinates dropped in training."""
+    label_bias: bool = True
+    label_init: Literal["mean-instance", "random"] = "mean-instance"
+    """Start of the label table: the mean encoded instance of each label, or small random rows."""
+
+
+class SamplerConfig(_Section):
+    """Where the negatives come from."""
+
+    name: SamplerName = "midx-pq"
+    estimator: Literal["pool", "instance"] = "pool"
+    """`pool`: one set of labels scored by the whole batch; `instance`: own draws for each instance (the paper)."""
+    num_draws: PositiveInt | Auto = "auto"
+    """Labels drawn for a batch (`pool`) or for each instance (`instance`)."""
+    num_codewords: PositiveInt | Auto = "auto"
+    """Codewords C in each of the two codebooks."""
+    prior: Literal["uniform", "frequency", "bias"] = "frequency"
+    """Query-free weight of a label inside its cell."""
+    frequency_power: Annotated[float, Field(ge=0, le=2)] = 0.5
+    """Power of the label frequency, for the prior and for the frequency sampler."""
+    refresh_every: PositiveInt | Literal["epoch"] = "epoch"
+    """Steps between two rebuilds of the codebooks, or once an epoch."""
+
+
+class LossConfig(_Section):
+    """The weights of the positives and the place of the other positives."""
+
+    weighting: Literal["mean", "sum"] = "mean"
+    """Weight of a positive: 1/|Y| of its instance, or 1."""
+    decoupled: bool = True
+    """Whether each positive meets the negatives alone, the instance's other positives masked."""
+
+
+class TrainingConfig(_Section):
+    """The loop: how long, how fast, on what."""
+
+    epochs: PositiveInt | Auto = "auto"
+    batch_size: PositiveInt | Auto = "auto"
+    encoder_learning_rate: PositiveFloat | Auto = "auto"
+    label_learning_rate: PositiveFloat | Auto = "auto"
+    warmup_fraction: Fraction = 0.05
+    patience: PositiveInt | None = None
+    """Epochs without a better validation score before training stops; None runs all epochs and keeps the best."""
+    save_every_steps: PositiveInt | None = None
+    """Steps between two checkpoints inside an epoch; None saves at the end of each epoch."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the matrix products; the tables stay float32."""
+    num_threads: PositiveInt | None = None
+    """CPU threads; None leaves torch's choice."""
+
+
+class Config(_Section):
+    """Everything a run depends on besides its data."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    loss: LossConfig = LossConfig()
+    training: TrainingConfig = TrainingConfig()
+
+
+def load_config(path: str | Path | None = None, *, assignments: Iterable[str] = ()) -> Config:
+    """A configuration from a YAML file and `section.key=value` assignments.
+
+    Parameters
+    ----------
+    path : YAML file with the sections of `Config`; None starts from the defaults.
+    assignments : each `section.key=value`, the value read as YAML; they override the file, later ones earlier ones.
+
+    Raises
+    ------
+    UsageError : the file cannot be read, a key is unknown or a value is out of its range; all faults in one message.
+    """
+    tree: dict[str, Any] = _read_yaml(Path(path)) if path is not None else {}
+    for assignment in assignments:
+        _assign(tree, assignment)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UsageError(_explain(error), hint=_known_keys(error)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: is not YAML: {' '.join(str(error).split())}.") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict) or not all(isinstance(v, Mapping) for v in tree.values()):
+        raise UsageError(f"{path}: holds no sections; expected a mapping such as `training: {{epochs: 5}}`.")
+    return {str(section): dict(keys) for section, keys in tree.items()}
+
+
+def _assign(tree: dict[str, Any], assignment: str) -> None:
+    name, separator, text = assignment.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not separator or not dot or not key:
+        raise UsageError(f"--set {assignment}: expected section.key=value, such as training.epochs=5.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"--set {assignment}: the value is not YAML.") from None
+    if isinstance(value, str):
+        value = _number(value)
+    tree.setdefault(section, {})[key] = value
+
+
+def _number(text: str) -> str | float:
+    """YAML reads `1e-3` as a string; people mean the number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for fault in error.errors():
+        # Unions report one fault a member, with the member's name in the path: the key is the first two parts.
+        key = ".".join(str(part) for part in fault["loc"][:2])
+        text = "unknown key" if fault["type"] == "extra_forbidden" else f"{fault['msg']}, found {fault['input']!r}"
+        lines.append(f"{key}: {text}")
+    return "Configuration: " + "; ".join(dict.fromkeys(lines)) + "."
+
+
+def _known_keys(error: ValidationError) -> str | None:
+    hints = []
+    for fault in error.errors():
+        if fault["type"] != "extra_forbidden":
+            continue
+        section = str(fault["loc"][0])
+        if len(fault["loc"]) == 1:
+            hints.append(f"The sections are {', '.join(Config.model_fields)}.")
+        else:
+            model = Config.model_fields[section].annotation
+            assert isinstance(model, type) and issubclass(model, _Section)
+            hints.append(f"The keys of {section} are {', '.join(model.model_fields)}.")
+    return " ".join(dict.fromkeys(hints)) or None
+
+
+SAMPLER_NAMES: tuple[str, ...] = get_args(SamplerName)

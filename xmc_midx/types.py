@@ -1,0 +1,211 @@
+"""Layer 1. The records and protocols that cross module borders.
+
+Shape legend, used as name suffixes in all mathematical code:
+
+====  ====================================  ====  ====================================
+`B`   instances in a batch                  `M`   draws
+`N`   instances                             `P`   labels in a pool
+`F`   features                              `C`   codewords in a codebook
+`L`   labels                                `K`   results kept, or the k of a metric
+`D`   embedding size                        `Y`   positives of a batch, flattened
+====  ====================================  ====  ====================================
+
+Labels and features are numbered from 0; there is no padding label. Ragged rows use offsets: row i owns
+`offsets[i]:offsets[i + 1]`, and an empty range is an empty row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+__all__ = [
+    "Batch",
+    "EpochStats",
+    "LabelIndex",
+    "LabelSample",
+    "MetricReport",
+    "Reporter",
+    "Sampler",
+    "SilentReporter",
+    "SparseRows",
+    "TopK",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparseRows:
+    """Feature rows of a batch, in CSR order. An absent feature has the value 0."""
+
+    feature_ids: torch.Tensor
+    """(nnz,) int64, in 0..F-1."""
+    values: torch.Tensor
+    """(nnz,) float32, finite."""
+    offsets: torch.Tensor
+    """(B+1,) int64: row i owns `offsets[i]:offsets[i+1]`."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    def to(self, device: torch.device) -> SparseRows:
+        return SparseRows(
+            feature_ids=self.feature_ids.to(device, non_blocking=True),
+            values=self.values.to(device, non_blocking=True),
+            offsets=self.offsets.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Instances of one training step. An instance may have no positives; it then adds nothing to the loss."""
+
+    features: SparseRows
+    positives: torch.Tensor
+    """(Y,) int64 label ids, in 0..L-1, without duplicates inside a row."""
+    positive_offsets: torch.Tensor
+    """(B+1,) int64: instance i owns `positive_offsets[i]:positive_offsets[i+1]`."""
+    instance_ids: torch.Tensor
+    """(B,) int64 row numbers in the training split."""
+
+    @property
+    def num_instances(self) -> int:
+        return self.instance_ids.shape[0]
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            features=self.features.to(device),
+            positives=self.positives.to(device, non_blocking=True),
+            positive_offsets=self.positive_offsets.to(device, non_blocking=True),
+            instance_ids=self.instance_ids,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelSample:
+    """Labels drawn for a batch, and what the estimator subtracts from their logits."""
+
+    label_ids: torch.Tensor
+    """(P,) int64 distinct labels shared by the batch, or (B, M) int64 draws of each instance, repeats kept."""
+    log_weight: torch.Tensor
+    """Same shape as `label_ids`, float32, in nats: log inclusion probability of a shared label, or `log(M Q)`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopK:
+    """The best K labels of each instance: falling scores, ties to the smaller label id."""
+
+    label_ids: NDArray[np.int64]
+    """(N, K) int64; -1 pads a row that has fewer than K results."""
+    scores: NDArray[np.float32]
+    """(N, K) float32 logits; -inf where `label_ids` is -1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricReport:
+    """Metrics of a prediction, with all that is needed to read them."""
+
+    metrics: Mapping[str, float]
+    """`"P@1" -> value in [0, 1]`; the families are P, nDCG, R, PSP and PSnDCG."""
+    num_instances: int
+    """Instances counted; those without labels count as 0 in every mean."""
+    num_without_labels: int
+    propensity_a: float | None = None
+    """A of the propensity model; None where no training split gave label frequencies (then there is no PSP)."""
+    propensity_b: float | None = None
+    definition: str = "xmc-midx/1"
+    """Version of the definitions in `xmc_midx.metrics`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochStats:
+    """What one epoch of training did."""
+
+    epoch: int
+    """Counted from 1."""
+    num_epochs: int
+    num_steps: int
+    """Steps since training began."""
+    loss: float
+    """Mean over the positives, nats per positive."""
+    instances_per_second: float
+    learning_rate: float
+    """Label table's rate at the end of the epoch."""
+    seconds: float
+    """Of training alone, without validation."""
+    validation: Mapping[str, float] = field(default_factory=dict)
+    """Metrics on the validation split; empty where there is none."""
+    sampler: Mapping[str, float] = field(default_factory=dict)
+    """Sampler diagnostics: mean pool size, largest cell, and the like."""
+
+
+class Sampler(Protocol):
+    """A proposal over the labels. `log_proposal` is normalised over all L labels for each query."""
+
+    def refresh(self, label_table_LD: torch.Tensor, bias_L: torch.Tensor) -> None:
+        """Rebuild what depends on the label table."""
+        ...
+
+    def sample_pool(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
+        """Distinct labels for the whole batch; `log_weight` is the log probability that a label was drawn at all."""
+        ...
+
+    def sample(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
+        """`num_draws` i.i.d. labels for each instance; `log_weight` is `log(M Q(i|z))`."""
+        ...
+
+    def log_proposal(self, query_BD: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
+        """log Q(i|z) in nats, (B, P) for `label_ids` (P,) or (B, M) for `label_ids` (B, M)."""
+        ...
+
+
+class LabelIndex(Protocol):
+    """Finds the labels with the largest logits of a query."""
+
+    def search(
+        self, query_BD: torch.Tensor, k: int, *, allow: torch.Tensor | None = None, deny: torch.Tensor | None = None
+    ) -> TopK: ...
+
+
+class Reporter(Protocol):
+    """Receives the progress of a long call. The library never prints."""
+
+    def start(self, stage: str, total: int | None) -> None:
+        """A stage begins; `total` steps are expected, None if unknown. A stage ends where the next begins."""
+        ...
+
+    def step(self, advance: int = 1, **facts: float) -> None:
+        """`advance` steps are done; `facts` are figures worth showing live (loss, instances/s)."""
+        ...
+
+    def epoch(self, stats: EpochStats) -> None: ...
+
+    def message(self, text: str) -> None:
+        """One line for the user: something chosen, found or repaired."""
+        ...
+
+
+class SilentReporter:
+    """A `Reporter` that shows nothing: the default of every library call."""
+
+    def start(self, stage: str, total: int | None) -> None:
+        pass
+
+    def step(self, advance: int = 1, **facts: float) -> None:
+        pass
+
+    def epoch(self, stats: EpochStats) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
+
+
+DEFAULT_KS: Sequence[int] = (1, 3, 5)
+"""The k at which the field reports its metrics."""

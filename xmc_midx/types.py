@@ -164,12 +164,28 @@ class Sampler(Protocol):
         """log Q(i|z) in nats, (B, P) for `label_ids` (P,) or (B, M) for `label_ids` (B, M)."""
         ...
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What `refresh` built from earlier tables and cannot build again from this one."""
+        ...
+
+    def load_state_dict(self, state: dict[str, torch.Tensor], bias_L: torch.Tensor) -> None:
+        """Restore `state_dict()`; `bias_L` is the bias at the time of the refresh."""
+        ...
+
 
 class LabelIndex(Protocol):
     """Finds the labels with the largest logits of a query."""
 
+    @property
+    def num_labels(self) -> int: ...
+
     def search(
-        self, query_BD: torch.Tensor, k: int, *, allow: torch.Tensor | None = None, deny: torch.Tensor | None = None
+        self,
+        query_BD: torch.Tensor,
+        k: int,
+        *,
+        allow: torch.Tensor | None = None,
+        deny: torch.Tensor | None = None,
     ) -> TopK: ...
 
 

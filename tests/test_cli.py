@@ -1,0 +1,778 @@
+"""The command line: exit codes, streams, errors and output, against a pipeline that is made up here.
+
+Child processes use this file as a module: `test_cli.install()` puts the made-up pipeline in place.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import xmc_midx
+from xmc_midx.cli import app, render
+from xmc_midx.config import SAMPLER_NAMES, Config
+from xmc_midx.errors import DataError, DivergedError, DownloadError, ResourceError, UsageError, XmcMidxError
+from xmc_midx.types import EpochStats, MetricReport, TopK
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = ("train", "evaluate", "predict", "check", "datasets", "demo")
+ESCAPE = "\x1b"
+METRICS = {f"{family}@{k}": 0.1 * k for family in ("P", "nDCG", "R", "PSP", "PSnDCG") for k in (1, 3, 5)}
+REPORT = MetricReport(metrics=METRICS, num_instances=2515, num_without_labels=14, propensity_a=0.55, propensity_b=1.5)
+
+
+# ------------------------------------------------------------------ a pipeline that is made up
+
+
+@dataclass(frozen=True)
+class FakeTraining:
+    run: str
+    epochs: int = 3
+    seconds: float = 16.2
+    best_epoch: int = 2
+    best: str = "checkpoints/20"
+    validation: dict[str, float] = field(default_factory=lambda: {"P@1": 0.5, "P@3": 0.4})
+    test: MetricReport | None = None
+    model_bytes: int = 1_234_567
+    peak_memory_bytes: int = 512_000_000
+    loss: float = float("nan")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"run": self.run, "seconds": self.seconds, "best": self.best, "loss": self.loss}
+
+
+@dataclass(frozen=True)
+class FakeGroup:
+    name: str = "head"
+    num_labels: int = 1234
+    recall: float = 0.5
+
+
+@dataclass(frozen=True)
+class FakeEvaluation:
+    report: MetricReport = REPORT
+    propensity_source: str = "registry: Bibtex"
+    seconds: float = 0.5
+    breakdown: tuple[FakeGroup, ...] = (FakeGroup(),)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"metrics": dict(self.report.metrics), "num_instances": self.report.num_instances}
+
+
+@dataclass(frozen=True)
+class FakePrediction:
+    top: TopK
+    label_names: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class FakeDemo:
+    training: FakeTraining
+    evaluation: FakeEvaluation
+    examples: list[tuple[str, list[tuple[str, float]]]]
+
+
+def fake_pipeline(calls: list[dict[str, Any]]) -> types.ModuleType:
+    """A pipeline that notes its calls and does what an environment variable or an attribute asks for."""
+    module = types.ModuleType("xmc_midx.pipeline")
+    module.failure = None  # type: ignore[attr-defined]
+    module.top = TopK(  # type: ignore[attr-defined]
+        label_ids=np.array([[2, 0], [1, -1]]), scores=np.array([[3.25, 0.1], [-1.5, -np.inf]], np.float32)
+    )
+    module.names = ("zero", "öne", "t\two\x1b")  # type: ignore[attr-defined]
+
+    def work(reporter: Any) -> None:
+        pause = float(os.environ.get("FAKE_PAUSE", "0"))
+        reporter.message("Using the CPU.")
+        for epoch in (1, 2, 3):
+            reporter.start(f"epoch {epoch}/3", 10)
+            for _ in range(10):
+                reporter.step(1, loss=2.5 / epoch, instances_per_second=12345.6)
+                time.sleep(pause / 30)
+            reporter.epoch(
+                EpochStats(
+                    epoch=epoch,
+                    num_epochs=3,
+                    num_steps=10 * epoch,
+                    loss=2.5 / epoch,
+                    instances_per_second=12345.6,
+                    learning_rate=0.1,
+                    seconds=1.5,
+                    validation={"P@1": 0.5123},
+                )
+            )
+        if module.failure is not None:
+            raise module.failure
+
+    def train(data: str, *, output: Path, config: Config, test: str | None, reporter: Any) -> FakeTraining:
+        calls.append({"name": "train", "data": data, "output": output, "config": config, "test": test})
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "config.yaml").write_text("new")
+        work(reporter)
+        (output / "latest").write_text("30\n")
+        return FakeTraining(run=str(output), test=REPORT if test else None)
+
+    def resume(run: Path, *, reporter: Any) -> FakeTraining:
+        calls.append({"name": "resume", "run": run})
+        work(reporter)
+        return FakeTraining(run=str(run))
+
+    def evaluate(run: str | None, *, reporter: Any, **options: Any) -> FakeEvaluation:
+        calls.append({"name": "evaluate", "run": run, **options})
+        if module.failure is not None:
+            raise module.failure
+        return FakeEvaluation()
+
+    def predict(run: str, *, input: Any, reporter: Any, **options: Any) -> FakePrediction:
+        content = input.read_text() if isinstance(input, Path) else input
+        calls.append({"name": "predict", "run": run, "input": input, "content": content, **options})
+        if module.failure is not None:
+            if isinstance(module.failure, XmcMidxError):
+                module.failure.message = f"{input}:3: is wrong."
+            raise module.failure
+        repeat = int(os.environ.get("FAKE_ROWS", "1"))
+        top = TopK(
+            label_ids=np.tile(module.top.label_ids, (repeat, 1)),
+            scores=np.tile(module.top.scores, (repeat, 1)),
+        )
+        return FakePrediction(top=top, label_names=module.names)
+
+    def demo(*, output: Path, reporter: Any) -> FakeDemo:
+        calls.append({"name": "demo", "output": output})
+        work(reporter)
+        examples = [("A sentence about trees.", [("botany", 3.5), ("décor", -0.25)])]
+        return FakeDemo(FakeTraining(run="demo"), FakeEvaluation(), examples)
+
+    for function in (train, resume, evaluate, predict, demo):
+        setattr(module, function.__name__, function)
+    return module
+
+
+def install() -> types.ModuleType:
+    """Put the made-up pipeline in place of the true one, for a child process."""
+    module = fake_pipeline([])
+    sys.modules["xmc_midx.pipeline"] = module
+    xmc_midx.pipeline = module  # type: ignore[attr-defined]
+    return module
+
+
+@pytest.fixture
+def calls() -> list[dict[str, Any]]:
+    return []
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch, calls: list[dict[str, Any]]) -> Any:
+    module = fake_pipeline(calls)
+    monkeypatch.setitem(sys.modules, "xmc_midx.pipeline", module)
+    monkeypatch.setattr(xmc_midx, "pipeline", module, raising=False)
+    return module
+
+
+@dataclass
+class Ran:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        return json.loads(self.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Any:
+    def call(*words: str | Path) -> Ran:
+        code = app.run([str(word) for word in words])
+        out, err = capsys.readouterr()
+        assert ESCAPE not in out + err, "no colour where there is no terminal"
+        return Ran(code, out, err)
+
+    return call
+
+
+CHILD = "import test_cli; m = test_cli.install(); {setup}; from xmc_midx.cli.app import main; main()"
+
+
+def child(*words: str, setup: str = "pass", **environment: str) -> dict[str, Any]:
+    """Arguments of a child process that runs a command line with the made-up pipeline."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    base = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "COLUMNS", "FORCE_COLOR")}
+    return {
+        "args": [sys.executable, "-c", CHILD.format(setup=setup), *words],
+        "env": {**base, "PYTHONPATH": paths, "TERM": "xterm-256color", **environment},
+    }
+
+
+def in_child(*words: str, setup: str = "pass", **environment: str) -> Ran:
+    done = subprocess.run(**child(*words, setup=setup, **environment), capture_output=True, timeout=60, check=False)
+    return Ran(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def in_terminal(*words: str, columns: int, **environment: str) -> str:
+    """What a terminal of a width receives from a command: stdout and stderr."""
+    import fcntl
+    import struct
+    import termios
+
+    main, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen(**child(*words, **environment), stdin=side, stdout=side, stderr=side)
+    os.close(side)
+    received = b""
+    try:
+        while piece := os.read(main, 65536):
+            received += piece
+    except OSError:  # the other side is closed
+        pass
+    os.close(main)
+    assert process.wait(timeout=60) == 0, received.decode()
+    return received.decode().replace("\r\n", "\n")
+
+
+# ------------------------------------------------------------------ start-up and help
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["evaluate", "--k"]])
+def test_help_and_usage_errors_load_nothing_heavy(words: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "xmc_midx", *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+        check=False,
+    )
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert {"typer", "xmc_midx"} <= loaded
+    assert not loaded & {"torch", "scipy", "sklearn", "pandas", "numpy", "yaml", "rich", "faiss"}
+
+
+def test_help_answers_at_once() -> None:
+    def measure() -> float:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "xmc_midx", "--help"], capture_output=True, cwd=ROOT, check=True)
+        return time.perf_counter() - started
+
+    assert min(measure() for _ in range(3)) < 0.7
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_a_help_page_of_80_columns_with_an_example(command: str, cli: Any) -> None:
+    for flag in ("--help", "-h"):
+        page = cli(command, flag)
+        assert page.code == 0
+        assert f"Usage: xmc-midx {command}" in page.out
+        assert f"    xmc-midx {command}" in page.out.partition("Example")[2]
+        assert max(len(line) for line in page.out.splitlines()) <= 80
+        assert not re.search(r"<str>|^Usage:.*[{}]", page.out)
+
+
+def test_a_bare_call_shows_the_help(cli: Any) -> None:
+    page = cli()
+    assert page.code == 0
+    assert all(re.search(rf"^  {command} ", page.out, re.M) for command in COMMANDS)
+
+
+def test_version(cli: Any) -> None:
+    assert cli("--version").out == f"xmc-midx {xmc_midx.__version__}\n"
+
+
+def test_the_help_of_train_names_every_sampler(cli: Any) -> None:
+    text = " ".join(cli("train", "--help").out.split())
+    assert f": {', '.join(SAMPLER_NAMES).replace('midx-pq', 'midx-pq (default)')}." in text
+
+
+# ------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["trian"], "No such command 'trian'. Did you mean 'train'?"),
+        (["--jsn"], "No such option: --jsn."),
+        (["train", "x", "--output", "y", "--epoch", "3"], "No such option: --epoch. Did you mean --epochs?"),
+        (["train"], "Missing argument 'DATA'. See xmc-midx train --help."),
+        (["train", "x"], "Missing option '--output'"),
+        (["train", "x", "--output"], "Option '--output' requires an argument."),
+        (["train", "x", "y", "--output", "z"], "unexpected extra argument"),
+        (["train", "x", "--output", "y", "--epochs", "many"], "training.epochs"),
+        (["train", "x", "--output", "y", "--sampler", "midx"], "sampler.name"),
+        (
+            ["train", "x", "--output", "y", "--set", "training.epoch=3"],
+            "training.epoch: unknown key. The keys of",
+        ),
+        (["train", "x", "--output", "y", "--set", "epochs"], "expected section.key=value"),
+        (["train", "x", "--output", "y", "--config", "/nowhere.yaml"], "/nowhere.yaml: cannot be read"),
+        (
+            ["train", "x", "--output", "y", "--resume", "--epochs", "3"],
+            "training.epochs=3 cannot change it",
+        ),
+        (["train", "x", "--output", "y", "--resume", "--force"], "expected one of them"),
+        (["evaluate", "r"], "Missing argument 'DATA'"),
+        (["evaluate", "r", "d", "--k", "1,x"], "--k 1,x: expected whole numbers"),
+        (["evaluate", "r", "d", "--k", "0"], "--k 0: expected"),
+        (["evaluate", "r", "d", "--k", ""], "expected whole numbers"),
+        (["evaluate", "r", "d", "--A", "x"], "'--A'"),
+        (["evaluate", "-", "d"], "nothing to evaluate. Give a run directory or --predictions"),
+        (["evaluate", "-", "d", "--predictions", "/nowhere"], "--predictions /nowhere: is no file"),
+        (["predict", "r", "-", "--k", "0"], "'--k'"),
+        (["predict", "r", "-", "--format", "csv"], "Invalid value for '--format': 'csv' is not one of 'tsv'"),
+        (["predict", "r", "-", "--format", "npz"], "expected --output FILE"),
+        (["predict", "r", "-", "--allow", "/nowhere"], "--allow /nowhere: is no file"),
+        (["predict", "r", "-", "--output", "/"], "is a directory"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_2(
+    words: list[str], expected: str, cli: Any, pipeline: Any, calls: Any
+) -> None:
+    shown = cli(*words)
+    assert shown.code == 2
+    assert shown.out == ""
+    assert re.fullmatch(r"Error: \S.*[.?]\n", shown.err)
+    assert expected in shown.err
+    assert not calls
+
+    document = cli(words[0], "--json", *words[1:])
+    assert (document.code, document.err) == (2, "")
+    assert set(document.document["error"]) == {"code", "message", "hint"}
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [(UsageError, 2), (DataError, 3), (ResourceError, 4), (DownloadError, 5), (DivergedError, 6)],
+)
+def test_each_error_has_its_exit_code_and_its_document(
+    failure: type[XmcMidxError], code: int, cli: Any, pipeline: Any
+) -> None:
+    pipeline.failure = failure("train.txt:7: 5 is\n6.", hint="Look again.")
+    shown = cli("evaluate", "r", "d")
+    assert (shown.code, shown.out) == (code, "")
+    assert shown.err == "Error: train.txt:7: 5 is 6. Look again.\n"
+    shown = cli("evaluate", "r", "d", "--json")
+    assert shown.code == code
+    assert shown.document == {
+        "error": {"code": failure.code, "message": "train.txt:7: 5 is\n6.", "hint": "Look again."}
+    }
+    assert shown.err == ""
+
+
+@pytest.mark.parametrize("words", [["--debug", "evaluate", "r", "d"], ["evaluate", "r", "--debug", "d"]])
+def test_a_bug_is_one_line_and_a_traceback_with_debug(words: list[str], cli: Any, pipeline: Any) -> None:
+    pipeline.failure = KeyError("x")
+    shown = cli("evaluate", "r", "d")
+    assert (shown.code, shown.out) == (1, "")
+    assert re.fullmatch(r"Error: This is a bug in xmc-midx: KeyError: 'x'\. .*--debug.*\n", shown.err)
+    shown = cli(*words)
+    assert shown.code == 1
+    assert "Traceback" in shown.err and "in evaluate" in shown.err
+
+
+def test_debug_after_two_dashes_is_a_file_name(cli: Any, pipeline: Any, calls: Any) -> None:
+    assert cli("evaluate", "r", "--", "--debug").code == 0
+    assert calls[0]["data"] == "--debug"
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "expected"),
+    [
+        (MemoryError(), 4, "memory"),
+        (PermissionError(13, "Permission denied", "/run"), 4, "/run: Permission denied"),
+        (OSError(28, "No space left on device", "/run/x"), 4, "/run/x: No space left"),
+        (KeyboardInterrupt(), 130, "Interrupted."),
+        (app.Terminated(), 143, "Terminated."),
+    ],
+)
+def test_what_the_machine_or_the_user_does_is_no_bug(
+    failure: BaseException, code: int, expected: str, cli: Any, pipeline: Any
+) -> None:
+    pipeline.failure = failure
+    shown = cli("evaluate", "r", "d")
+    assert shown.code == code
+    assert expected in shown.err and "bug" not in shown.err and shown.err.count("\n") == 1
+    assert cli("evaluate", "r", "d", "--json").document["error"]["message"]
+
+
+def test_control_characters_of_a_name_do_not_reach_the_terminal(cli: Any, pipeline: Any) -> None:
+    pipeline.failure = DataError("a\x1b[31m\tb: is wrong.")
+    assert cli("evaluate", "r", "d").err == "Error: a\\x1b[31m b: is wrong.\n"
+
+
+# ------------------------------------------------------------------ signals and streams
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_training_with_a_way_to_go_on(number: int, code: int, tmp_path: Path) -> None:
+    run = tmp_path / "my run"
+    run.mkdir()
+    (run / "latest").write_text("1\n")
+    process = subprocess.Popen(
+        **child("train", "d", "--output", str(run), FAKE_PAUSE="60"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    assert b"CPU" in process.stderr.readline()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert out == b"" and b"Traceback" not in err
+    assert f"Go on with: xmc-midx train d --output '{run}' --resume" in err.decode()
+
+
+@pytest.mark.parametrize("words", [["predict", "r", "-"], ["evaluate", "r", "d"], ["--help"]])
+def test_a_reader_that_closes_the_pipe_is_no_error(words: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        **child(*words, FAKE_ROWS="20000"),
+        stdin=subprocess.DEVNULL,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        timeout=60,
+        check=False,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_closed_streams_and_a_full_device() -> None:
+    arguments = child("predict", "r", "-", FAKE_ROWS="20000")
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *arguments["args"]]
+    assert subprocess.run(command, env=arguments["env"], timeout=60, check=False).returncode == 0
+    if Path("/dev/full").exists():
+        command = ["sh", "-c", 'exec "$@" </dev/null >/dev/full', "sh", *arguments["args"]]
+        done = subprocess.run(command, env=arguments["env"], stderr=subprocess.PIPE, timeout=60, check=False)
+        assert (done.returncode, done.stderr) == (4, b"Error: standard output: No space left on device.\n")
+
+
+@pytest.mark.parametrize("locale", [{"LANG": "C", "LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}])
+def test_names_beyond_the_locale(locale: dict[str, str]) -> None:
+    for words in (["predict", "r", "x"], ["predict", "r", "x", "--json"], ["demo"]):
+        done = in_child(*words, **locale)
+        assert done.code == 0, done.err
+    assert (
+        json.loads(in_child("predict", "r", "x", "--json", **locale).out)["predictions"][1]["labels"][0]["name"]
+        == "öne"
+    )
+
+
+def test_progress_in_a_pipe_is_a_line_an_epoch(cli: Any, pipeline: Any, tmp_path: Path) -> None:
+    err = cli("train", "d", "--output", tmp_path / "r").err
+    assert err.splitlines() == [
+        "Using the CPU.",
+        "epoch 1/3  loss 2.5000  12,346 instances/s  validation P@1 51.23%  1.5 s",
+        "epoch 2/3  loss 1.2500  12,346 instances/s  validation P@1 51.23%  1.5 s",
+        "epoch 3/3  loss 0.8333  12,346 instances/s  validation P@1 51.23%  1.5 s",
+    ]
+    assert cli("train", "d", "--output", tmp_path / "r", "--json").err == ""
+
+
+def test_a_terminal_gets_a_live_line_that_is_gone_at_the_end(tmp_path: Path) -> None:
+    text = in_terminal("train", "d", "--output", str(tmp_path / "r"), columns=80, FAKE_PAUSE="1.5")
+    assert ESCAPE in text and "━" in text
+    assert re.search(r"loss 2\.500.*12,346/s.*left", text)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    progress = plain.partition("run  ")[0]
+    assert max(len(line) for line in re.split(r"[\r\n]", progress)) <= 80
+    for epoch in (1, 2, 3):
+        assert f"epoch {epoch}/3  loss" in plain
+
+
+@pytest.mark.parametrize(
+    "environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"NO_COLOR": "1", "FORCE_COLOR": "1"}], ids=str
+)
+def test_no_bars_and_no_colour_on_request(environment: dict[str, str], tmp_path: Path) -> None:
+    text = in_terminal("train", "d", "--output", str(tmp_path / "r"), columns=80, **environment)
+    assert ESCAPE not in text and "━" not in text
+    assert "epoch 3/3" in text
+
+
+@pytest.mark.parametrize("columns", [20, 1])
+def test_a_narrow_terminal_is_survived(columns: int, tmp_path: Path) -> None:
+    for words in (
+        ["train", "d", "--output", str(tmp_path / "r")],
+        ["evaluate", "r", "d"],
+        ["demo"],
+        ["--help"],
+    ):
+        text = in_terminal(*words, columns=columns, FAKE_PAUSE="0.3")
+        assert "Traceback" not in text and len(text) > 100
+
+
+# ------------------------------------------------------------------ train
+
+
+def test_a_flag_overrides_set_and_set_overrides_the_file(cli: Any, pipeline: Any, calls: Any, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("training: {epochs: 1, seed: 1}\nmodel: {dim: 8}\n")
+    words = ["--config", file, "--set", "training.epochs=2", "--set", "training.seed=2", "--epochs", "3"]
+    flags = ["--sampler", "uniform", "--estimator", "instance", "--num-draws", "7", "--batch-size", "auto"]
+    assert cli("train", "d", "-o", tmp_path / "r", "--test", "t", "--device", "cuda:1", *words, *flags).code == 0
+    call = calls[0]
+    config = call["config"]
+    assert (call["data"], call["output"], call["test"]) == ("d", tmp_path / "r", "t")
+    assert (config.training.epochs, config.training.seed, config.model.dim) == (3, 2, 8)
+    assert (config.sampler.name, config.sampler.estimator, config.sampler.num_draws) == (
+        "uniform",
+        "instance",
+        7,
+    )
+    assert (config.training.batch_size, config.training.device) == ("auto", "cuda:1")
+
+
+def test_the_summary_of_train(cli: Any, pipeline: Any, tmp_path: Path) -> None:
+    run = tmp_path / "a run"
+    text = cli("train", "d", "--output", run, "--test", "t").out
+    for expected in (
+        "3 epochs in 16.2 s",
+        "best epoch",
+        "1.2 MB",
+        "512 MB",
+        "Validation, in %",
+        "Test, in %",
+    ):
+        assert expected in text
+    assert f"  xmc-midx evaluate '{run}' d\n" in text
+    assert "A = 0.55, B = 1.5" in text and "2,515 instances" in text
+    assert not re.search(r" $", text, re.M), "no blanks at the end of a line"
+    assert str(run) in text.splitlines()[0], "a path is never cut"
+
+
+def test_train_prints_exactly_one_document(cli: Any, pipeline: Any, tmp_path: Path) -> None:
+    document = cli("train", "d", "--output", tmp_path / "r", "--json").document
+    assert document == {"run": str(tmp_path / "r"), "seconds": 16.2, "best": "checkpoints/20", "loss": None}
+
+
+def test_resume_takes_the_run_alone(cli: Any, pipeline: Any, calls: Any) -> None:
+    assert cli("train", "d", "--output", "r", "--resume").code == 0
+    assert calls == [{"name": "resume", "run": Path("r")}]
+
+
+def test_force_replaces_a_run_only_when_the_new_one_has_a_checkpoint(cli: Any, pipeline: Any, tmp_path: Path) -> None:
+    run = tmp_path / "r"
+    run.mkdir()
+    (run / "config.yaml").write_text("old")
+    (run / "old").write_text("old")
+    pipeline.failure = DataError("No such dataset.")
+    assert cli("train", "d", "--output", run, "--force").code == 3
+    assert (run / "config.yaml").read_text() == "old" and (run / "old").exists()
+    pipeline.failure = None
+    assert cli("train", "d", "--output", run, "--force").code == 0
+    assert (run / "config.yaml").read_text() == "new" and not (run / "old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["r"], "nothing is left beside the run"
+
+
+def test_force_deletes_nothing_that_is_no_run(cli: Any, pipeline: Any, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert cli("train", "d", "--output", tmp_path, "--force").code == 0
+    assert (tmp_path / "thesis.tex").exists()
+
+
+# ------------------------------------------------------------------ evaluate
+
+
+def test_no_metric_is_printed_without_its_definition(cli: Any, pipeline: Any) -> None:
+    text = cli("evaluate", "r", "d").out
+    lines = text.splitlines()
+    assert lines[:3] == ["r on d, in %", "           @1     @3     @5", "P       10.00  30.00  50.00"]
+    for family in ("P", "nDCG", "R", "PSP", "PSnDCG"):
+        assert any(line.startswith(f"{family} ") for line in lines)
+        assert any(line.startswith(f"{family}@k ") for line in lines)
+    assert "A = 0.55, B = 1.5 (registry: Bibtex)" in text
+    assert "Over 2,515 instances; the 14 without labels count as 0" in text
+    assert re.search(r"^head +1,234 +50\.00$", text, re.M)
+
+
+def test_absent_propensities_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    report = MetricReport(metrics={"P@1": 1.0}, num_instances=1, num_without_labels=0)
+    render.print_definitions(report.metrics, report=report)
+    text = capsys.readouterr().out
+    assert "no training split gave them" in text and "PSP@k" not in text and "without labels" not in text
+
+
+def test_evaluate_passes_its_options_on(cli: Any, pipeline: Any, calls: Any, tmp_path: Path) -> None:
+    file = tmp_path / "p.txt"
+    file.write_text("1:2\n")
+    cli(
+        "evaluate",
+        "-",
+        "d",
+        "--predictions",
+        file,
+        "--k",
+        "5, 1,1",
+        "--A",
+        "0.5",
+        "--B",
+        "2",
+        "--device",
+        "cpu",
+    )
+    assert calls == [
+        {
+            "name": "evaluate",
+            "run": None,
+            "data": "d",
+            "predictions": str(file),
+            "ks": (1, 5),
+            "A": 0.5,
+            "B": 2.0,
+        }
+        | {"device": "cpu"}
+    ]
+    assert cli("evaluate", "r", "d", "--json").document == {"metrics": METRICS, "num_instances": 2515}
+
+
+# ------------------------------------------------------------------ predict
+
+
+def test_tsv_is_one_label_a_line(cli: Any, pipeline: Any, calls: Any) -> None:
+    out = cli("predict", "r", "rows.txt", "--k", "2", "--exact").out
+    assert out == "0\t1\t2\t3.25\tt wo\\x1b\n0\t2\t0\t0.1\tzero\n1\t1\t1\t-1.5\töne\n"
+    assert (calls[0]["run"], calls[0]["input"], calls[0]["k"]) == ("r", "rows.txt", 2)
+    pipeline.names = None
+    assert cli("predict", "r", "rows.txt").out == "0\t1\t2\t3.25\n0\t2\t0\t0.1\n1\t1\t1\t-1.5\n"
+
+
+def test_the_other_formats(cli: Any, pipeline: Any, tmp_path: Path) -> None:
+    assert cli("predict", "r", "x", "--format", "xmc").out == "2:3.25 0:0.1\n1:-1.5\n"
+    lines = cli("predict", "r", "x", "--format", "jsonl").out.splitlines()
+    second = {"instance": 1, "labels": [{"label": 1, "score": -1.5, "name": "öne"}]}
+    assert [json.loads(line)["instance"] for line in lines] == [0, 1] and json.loads(lines[1]) == second
+    assert cli("predict", "r", "x", "--json").document["predictions"][1] == second
+    done = cli("predict", "r", "x", "--format", "npz", "--output", tmp_path / "p.npz", "--json")
+    assert done.document == {"output": str(tmp_path / "p.npz"), "format": "npz", "num_instances": 2, "k": 5}
+    with np.load(tmp_path / "p.npz") as arrays:
+        assert np.array_equal(arrays["label_ids"], pipeline.top.label_ids)
+        assert np.array_equal(arrays["scores"], pipeline.top.scores)
+
+
+def test_json_and_a_format_exclude_each_other(cli: Any, pipeline: Any) -> None:
+    shown = cli("predict", "r", "x", "--json", "--format", "xmc")
+    assert shown.code == 2 and "--json and --format" in shown.document["error"]["message"]
+
+
+def test_scores_read_back_to_the_same_float32(cli: Any, pipeline: Any) -> None:
+    scores = np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32) * 1e-3
+    pipeline.top = TopK(label_ids=np.tile([0, 1], (50, 1)), scores=scores)
+    words = cli("predict", "r", "x", "--format", "xmc").out.split()
+    assert np.array_equal(np.array([word.partition(":")[2] for word in words], np.float32), scores.ravel())
+
+
+def test_an_output_file_is_complete_or_absent(cli: Any, pipeline: Any, calls: Any, tmp_path: Path) -> None:
+    file = tmp_path / "ü p.tsv"
+    pipeline.failure = DataError("")
+    assert cli("predict", "r", "x", "--output", file).code == 3
+    assert list(tmp_path.iterdir()) == []
+    pipeline.failure = None
+    done = cli("predict", "r", "x", "--output", file)
+    assert (done.code, done.out) == (0, "")
+    assert file.read_text(encoding="utf-8").startswith("0\t1\t2\t3.25\t")
+    assert list(tmp_path.iterdir()) == [file]
+    calls.clear()
+    shown = cli("predict", "r", "x", "--output", tmp_path / "absent" / "p.tsv")
+    assert shown.code == 4 and "cannot be written" in shown.err
+    assert not calls, "found out before the work"
+
+
+def test_a_pipe_as_output_is_written_to(cli: Any, pipeline: Any, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
+    assert cli("predict", "r", "x", "--output", tmp_path / "pipe").code == 0
+    assert reader.communicate(timeout=30)[0].startswith(b"0\t1\t2\t")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.fixture
+def stdin(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def give(content: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+    return give
+
+
+def test_texts_and_rows_come_from_stdin(cli: Any, pipeline: Any, calls: Any, stdin: Any) -> None:
+    stdin("first\r\n\nthïrd".encode())
+    assert cli("predict", "r", "-", "--text").code == 0
+    assert calls[-1]["content"] == ["first", "", "thïrd"]
+    stdin(b"1 2 3\n0 1:2\n")
+    assert cli("predict", "r", "-").code == 0
+    assert calls[-1]["content"] == "1 2 3\n0 1:2\n"
+    assert not calls[-1]["input"].exists(), "the copy is gone"
+    pipeline.failure = DataError("")
+    stdin(b"")
+    assert cli("predict", "r", "-").err == "Error: standard input:3: is wrong.\n"
+    stdin(b"good\n\xff\n")
+    shown = cli("predict", "r", "-", "--text")
+    assert (shown.code, shown.err) == (3, "Error: standard input:2: is not UTF-8, expected text.\n")
+
+
+def test_a_file_of_texts_and_label_lists(cli: Any, pipeline: Any, calls: Any, tmp_path: Path) -> None:
+    file = tmp_path / "t.txt"
+    file.write_text("one\ntwo\n")
+    cli("predict", "r", file, "--text", "--allow", file, "--deny", file)
+    assert calls[-1]["content"] == ["one", "two"]
+    assert calls[-1]["allow"] == calls[-1]["deny"] == file
+
+
+# ------------------------------------------------------------------ demo
+
+
+def test_demo_ends_with_readable_predictions_and_what_to_try(cli: Any, pipeline: Any, calls: Any) -> None:
+    text = cli("demo", "--output", "runs/my demo").out
+    assert "A sentence about trees." in text
+    assert re.search(r"3\.50 +botany\n +-0\.25 +décor\n", text)
+    assert "| xmc-midx predict 'runs/my demo' - --text" in text
+    document = cli("demo", "--json").document
+    assert set(document) == {"training", "evaluation", "examples"}
+    assert document["examples"][0]["labels"][1] == {"name": "décor", "score": -0.25}
+    assert calls[0]["output"] == Path("runs/my demo")
+    assert not calls[1]["output"].exists(), "not kept"
+
+
+# ------------------------------------------------------------------ figures
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (999_949, "1.0 MB"),
+        (123_456_789, "123 MB"),
+        (5e15, "5000 TB"),
+    ],
+)
+def test_sizes(value: float, text: str) -> None:
+    assert render.size(int(value)) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.04, "0.0 s"), (59.94, "59.9 s"), (59.96, "1:00"), (3599.6, "1:00:00"), (3723, "1:02:03")],
+)
+def test_durations(value: float, text: str) -> None:
+    assert render.duration(value) == text
+
+
+def test_numpy_values_and_records_become_json(capsys: pytest.CaptureFixture[str]) -> None:
+    stats = {"a": np.float32(0.5), "b": np.arange(2), "c": float("inf"), "d": Path("x"), "e": REPORT}
+    render.print_json(stats)
+    read = json.loads(capsys.readouterr().out)
+    assert read == {"a": 0.5, "b": [0, 1], "c": None, "d": "x", "e": asdict(REPORT)}

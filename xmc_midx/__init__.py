@@ -1,0 +1,63 @@
+"""Extreme multi-label classification with a label softmax sampled by an inverted multi-index (MIDX).
+
+The names below are the public API. They are resolved when they are first used: importing the package imports neither
+torch nor scipy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from xmc_midx.config import Config, load_config
+    from xmc_midx.data.dataset import XmcDataset, load_dataset
+    from xmc_midx.errors import XmcMidxError
+    from xmc_midx.pipeline import evaluate, predict, resume, train
+    from xmc_midx.predictor import Predictor
+    from xmc_midx.softmax import MIDXSoftmax
+    from xmc_midx.types import MetricReport, TopK
+
+__all__ = [
+    "Config",
+    "MIDXSoftmax",
+    "MetricReport",
+    "Predictor",
+    "TopK",
+    "XmcDataset",
+    "XmcMidxError",
+    "evaluate",
+    "load_config",
+    "load_dataset",
+    "predict",
+    "resume",
+    "train",
+]
+
+_HOMES = {
+    "Config": "config",
+    "MIDXSoftmax": "softmax",
+    "MetricReport": "types",
+    "Predictor": "predictor",
+    "TopK": "types",
+    "XmcDataset": "data.dataset",
+    "XmcMidxError": "errors",
+    "evaluate": "pipeline",
+    "load_config": "config",
+    "load_dataset": "data.dataset",
+    "predict": "pipeline",
+    "resume": "pipeline",
+    "train": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,108 @@
+"""Layer 7. `xmc-midx evaluate`: a run, or any tool's predictions -> `pipeline.evaluate` -> metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from xmc_midx.cli import render
+from xmc_midx.errors import UsageError
+
+if TYPE_CHECKING:
+    from xmc_midx.metrics import FrequencyGroup
+    from xmc_midx.pipeline import Evaluation
+
+EPILOG = """\b
+Examples:
+  xmc-midx evaluate runs/debtags debtags
+  xmc-midx evaluate runs/a data/test.txt --k 1,3,5,10 --json
+  xmc-midx evaluate - debtags --predictions scores.txt"""
+
+
+def evaluate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or - with --predictions.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Name in `datasets`, directory, or sparse file.")],
+    k: Annotated[str, typer.Option("--k", "-k", metavar="K,K,...", help="Cut-offs of the metrics.")] = "1,3,5",
+    predictions: Annotated[
+        str | None,
+        typer.Option("--predictions", metavar="FILE", help="Evaluate these: label:score label:score ... on each line."),
+    ] = None,
+    a: Annotated[float | None, typer.Option("--A", metavar="A", help="Propensity A; else the registry's.")] = None,
+    b: Annotated[float | None, typer.Option("--B", metavar="B", help="Propensity B; else the registry's.")] = None,
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
+) -> None:
+    """Measure P, nDCG, recall, PSP and PSnDCG at k on the test split.
+
+    The instances are DATA's test split, or the file itself; PSP also needs the label frequencies of a
+    training split.
+    """
+    ks = parse_ks(k)
+    source = None if run == "-" else run
+    if source is None and predictions is None:
+        raise UsageError(
+            "RUN is -, so there is nothing to evaluate.", hint="Give a run directory or --predictions FILE."
+        )
+    if predictions is not None and not Path(predictions).is_file():
+        raise UsageError(f"--predictions {predictions}: is no file.")
+
+    from xmc_midx import pipeline
+
+    with render.progress(as_json=as_json) as reporter:
+        evaluation = pipeline.evaluate(
+            source, data=data, ks=ks, predictions=predictions, A=a, B=b, device=device, reporter=reporter
+        )
+    if as_json:
+        render.print_json(evaluation.as_dict())
+    else:
+        print_evaluation(evaluation, title=f"{predictions or run} on {data}")
+
+
+def parse_ks(text: str) -> tuple[int, ...]:
+    """`"1,3,5"` -> `(1, 3, 5)`, sorted and without repeats.
+
+    Raises
+    ------
+    UsageError : a part is no whole number of 1 or more.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and 1 <= int(part) <= 10_000 for part in parts):
+        raise UsageError(f"--k {text}: expected whole numbers from 1 to 10,000, such as 1,3,5.")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def print_evaluation(evaluation: Evaluation, *, title: str) -> None:
+    """The metrics, recall by label frequency where it is known, and the definitions."""
+    metrics = evaluation.report.metrics
+    render.print_metrics(metrics, title=title)
+    render.print_line()
+    if evaluation.breakdown:
+        _print_breakdown(evaluation.breakdown)
+        render.print_line()
+    render.print_definitions(metrics, report=evaluation.report, source=evaluation.propensity_source)
+    render.print_line(f"Evaluated in {render.duration(evaluation.seconds)}.")
+
+
+def _print_breakdown(groups: Sequence[FrequencyGroup]) -> None:
+    rows = [asdict(group) for group in groups]
+    columns = list(rows[0])
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    heads = [column.replace("_", " ").removeprefix("num ") for column in columns]
+    numeric = [n for n, column in enumerate(columns) if not isinstance(rows[0][column], str)]
+    render.print_table(heads, cells, title="By frequency of the label in training; shares in %", right=numeric)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return (
+        render.percent(value)
+        if isinstance(value, float)
+        else render.number(value)
+        if isinstance(value, int)
+        else str(value)
+    )

@@ -1,0 +1,183 @@
+"""Layer 7. `xmc-midx train`: options -> Config -> `pipeline.train` or `pipeline.resume` -> summary."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from xmc_midx.cli import render
+from xmc_midx.errors import UsageError
+
+if TYPE_CHECKING:
+    from xmc_midx.pipeline import TrainResult
+
+EPILOG = """\b
+Examples:
+  xmc-midx train debtags --output runs/debtags
+  xmc-midx train data/ --output runs/a --epochs 10 --set model.dim=256
+  xmc-midx train data/ --output runs/a --resume"""
+
+
+def train(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Name in `datasets`, directory, or sparse file.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="RUN", help="Run directory to write.")],
+    test: Annotated[
+        str | None, typer.Option("--test", metavar="FILE", help="Sparse file to evaluate on at the end.")
+    ] = None,
+    config: Annotated[str | None, typer.Option("--config", metavar="FILE", help="Configuration in YAML.")] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Set a key, as in training.seed=1; repeatable."),
+    ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            "--sampler",
+            metavar="NAME",
+            help="Proposal of the negatives: midx-pq (default), midx-rq, uniform, frequency, in-batch, full.",
+        ),
+    ] = None,
+    estimator: Annotated[
+        str | None,
+        typer.Option(
+            "--estimator",
+            metavar="NAME",
+            help="pool (default): negatives of the batch; instance: of each instance.",
+        ),
+    ] = None,
+    num_draws: Annotated[
+        str | None,
+        typer.Option("--num-draws", metavar="N", help="Negatives drawn for a batch or an instance."),
+    ] = None,
+    epochs: Annotated[str | None, typer.Option("--epochs", metavar="N", help="Passes over the training split.")] = None,
+    batch_size: Annotated[str | None, typer.Option("--batch-size", metavar="N", help="Instances in a step.")] = None,
+    dim: Annotated[str | None, typer.Option("--dim", metavar="N", help="Embedding size.")] = None,
+    seed: Annotated[str | None, typer.Option("--seed", metavar="N", help="Seed of everything drawn.")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="NAME", help="auto (default), cpu, cuda or cuda:N.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with RUN from its latest checkpoint.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the run that is in RUN.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
+) -> None:
+    """Train on DATA, keep the best epoch in RUN.
+
+    What is not given is chosen from the data. An option such as --epochs overrides --set, and --set overrides
+    --config; the resolved configuration is in RUN/config.yaml. After Ctrl-C or SIGTERM, --resume goes on.
+    """
+    flags = {
+        "sampler.name": sampler,
+        "sampler.estimator": estimator,
+        "sampler.num_draws": num_draws,
+        "training.epochs": epochs,
+        "training.batch_size": batch_size,
+        "model.dim": dim,
+        "training.seed": seed,
+        "training.device": device,
+    }
+    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    if resume:
+        _refuse_changes(test, config, sets, given, force)
+    from xmc_midx.config import load_config
+
+    settings = load_config(config, assignments=[*(sets or []), *given])
+    run = Path(output)
+    place = _place_for(run, force=force)
+
+    from xmc_midx import pipeline
+
+    try:
+        with place, render.progress(as_json=as_json) as reporter:
+            if resume:
+                result = pipeline.resume(run, reporter=reporter)
+            else:
+                result = pipeline.train(data, output=run, config=settings, test=test, reporter=reporter)
+    except KeyboardInterrupt as stop:
+        if (run / "latest").exists():
+            stop.add_note(f"Go on with: {_command('train', data, '--output', output, '--resume')}")
+        raise
+    if as_json:
+        render.print_json(result.as_dict())
+    else:
+        _print_summary(result)
+        render.print_line()
+        render.print_line("Next:")
+        render.print_line(f"  {_command('evaluate', output, data)}")
+        render.print_line(f"  {_command('predict', output, test or 'INPUT')}")
+
+
+def _refuse_changes(
+    test: str | None, config: str | None, sets: list[str] | None, given: list[str], force: bool
+) -> None:
+    """A resumed run has its configuration already; a change that were ignored in silence would mislead."""
+    if force:
+        raise UsageError("--resume and --force: expected one of them.", hint="--force starts anew, --resume goes on.")
+    changed = [
+        *(["--test"] if test is not None else []),
+        *(["--config"] if config is not None else []),
+        *(f"--set {key}" for key in sets or []),
+        *given,
+    ]
+    if changed:
+        raise UsageError(
+            f"--resume goes on with the run's own configuration; {', '.join(changed)} cannot change it.",
+            hint="Leave it out, or train into another directory.",
+        )
+
+
+def _place_for(run: Path, *, force: bool) -> AbstractContextManager[None]:
+    """With --force the run that is there is replaced; anything else in the way the pipeline refuses."""
+    if not force or not (run / "config.yaml").exists():
+        return nullcontext()
+    from xmc_midx.rundir import RunDirectory
+
+    with RunDirectory.lock(run):
+        return _replacing(run)
+
+
+@contextmanager
+def _replacing(run: Path) -> Iterator[None]:
+    """The old run stands aside until the new one has a checkpoint; without one, the old one comes back."""
+    aside = run.with_name(f".{run.name}.replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    run.rename(aside)
+    try:
+        yield
+    finally:
+        if (run / "latest").exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            shutil.rmtree(run, ignore_errors=True)
+            aside.rename(run)
+
+
+def _print_summary(result: TrainResult) -> None:
+    render.print_facts(
+        [
+            ("run", str(result.run)),
+            ("training", f"{result.epochs} epochs in {render.duration(result.seconds)}"),
+            ("best epoch", str(result.best_epoch)),
+            ("model", render.size(result.model_bytes)),
+            ("peak memory", render.size(result.peak_memory_bytes)),
+        ]
+    )
+    if result.validation:
+        render.print_line()
+        render.print_metrics(result.validation, title="Validation")
+    if result.test is not None:
+        render.print_line()
+        render.print_metrics(result.test.metrics, title="Test")
+    shown = {**result.validation, **(result.test.metrics if result.test is not None else {})}
+    if shown:
+        render.print_line()
+        render.print_definitions(shown, report=result.test)
+
+
+def _command(*words: str) -> str:
+    return shlex.join(["xmc-midx", *words])

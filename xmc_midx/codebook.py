@@ -1,0 +1,161 @@
+"""Layer 2. Two codebooks over the label table (product or residual), and the cells that they form.
+
+Before it: the label table; after it: the MIDX sampler and the label index. A label has two codes; labels that share
+both form a cell, numbered `code1 * C + code2`, and are stored together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Codebook", "fit_codebook", "kmeans"]
+
+_ASSIGN_CHUNK = 65_536
+"""Rows assigned at once: bounds the (rows, C) distance matrix, whatever L is."""
+_POINTS_PER_CODEWORD = 256
+"""Rows that train a codeword (faiss uses the same bound): k-means costs the same for 10^5 labels and 10^8."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Codebook:
+    """Two codebooks and the codes of all labels."""
+
+    quantizer: str
+    """`"pq"`: codebooks over the two halves of a row; `"rq"`: over the row and over what the first leaves."""
+    codewords1: torch.Tensor
+    """(C, D/2) for pq (the first half may be one shorter than the second), (C, D) for rq; float32."""
+    codewords2: torch.Tensor
+    """(C, D - D/2) for pq, (C, D) for rq; float32."""
+    codes1: torch.Tensor
+    """(L,) int32 in 0..C-1."""
+    codes2: torch.Tensor
+    """(L,) int32 in 0..C-1."""
+
+    @property
+    def num_codewords(self) -> int:
+        return self.codewords1.shape[0]
+
+    @property
+    def num_labels(self) -> int:
+        return self.codes1.shape[0]
+
+    def cells(self) -> torch.Tensor:
+        """(L,) int64 cell of each label."""
+        return self.codes1.long() * self.num_codewords + self.codes2.long()
+
+    def scores(self, query_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inner products of the queries with both codebooks: two (B, C) matrices, whose sum over a label's codes
+        approximates the label's logit without its bias."""
+        if self.quantizer == "rq":
+            return query_BD @ self.codewords1.T, query_BD @ self.codewords2.T
+        half = self.codewords1.shape[1]
+        return query_BD[:, :half] @ self.codewords1.T, query_BD[:, half:] @ self.codewords2.T
+
+    def reconstruct(self, label_ids: torch.Tensor) -> torch.Tensor:
+        """(P, D) quantised rows of the labels `label_ids` (P,)."""
+        first = self.codewords1[self.codes1[label_ids].long()]
+        second = self.codewords2[self.codes2[label_ids].long()]
+        return first + second if self.quantizer == "rq" else torch.cat([first, second], dim=1)
+
+
+def fit_codebook(
+    label_table_LD: torch.Tensor,
+    *,
+    quantizer: str,
+    num_codewords: int,
+    generator: torch.Generator,
+    start: Codebook | None = None,
+    num_iterations: int = 10,
+) -> Codebook:
+    """Quantise a label table.
+
+    Parameters
+    ----------
+    label_table_LD : (L, D) float32, D >= 2.
+    quantizer : `"pq"` or `"rq"`.
+    num_codewords : C in each codebook; more than L is allowed, the surplus cells stay empty.
+    generator : on the table's device.
+    start : a codebook of an earlier table, whose codewords start the iterations (a refresh).
+    num_iterations : of Lloyd's algorithm, for each codebook.
+    """
+    if start is not None and (start.num_codewords != num_codewords or start.quantizer != quantizer):
+        start = None
+
+    def fit(rows: torch.Tensor, words: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        return kmeans(rows, num_codewords, generator=generator, start=words, num_iterations=num_iterations)
+
+    if quantizer == "pq":
+        half = label_table_LD.shape[1] // 2
+        words1, codes1 = fit(label_table_LD[:, :half], None if start is None else start.codewords1)
+        words2, codes2 = fit(label_table_LD[:, half:], None if start is None else start.codewords2)
+    elif quantizer == "rq":
+        words1, codes1 = fit(label_table_LD, None if start is None else start.codewords1)
+        residual_LD = label_table_LD - words1[codes1.long()]
+        words2, codes2 = fit(residual_LD, None if start is None else start.codewords2)
+    else:
+        raise ValueError(f"quantizer {quantizer!r}: expected 'pq' or 'rq'")
+    return Codebook(quantizer=quantizer, codewords1=words1, codewords2=words2, codes1=codes1, codes2=codes2)
+
+
+@torch.no_grad()
+def kmeans(
+    rows_ND: torch.Tensor,
+    num_codewords: int,
+    *,
+    generator: torch.Generator,
+    start: torch.Tensor | None = None,
+    num_iterations: int = 10,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lloyd's algorithm in squared Euclidean distance, on at most 256 rows a codeword, then one assignment of all rows.
+
+    Returns
+    -------
+    (C, D) codewords and (N,) int32 codes. A codeword that loses all its rows restarts beside a populous one.
+    """
+    num_rows = rows_ND.shape[0]
+    limit = _POINTS_PER_CODEWORD * num_codewords
+    sample_ND = rows_ND
+    if num_rows > limit:
+        # With replacement: a permutation of 10^8 rows would cost more than the clustering.
+        sample_ND = rows_ND[torch.randint(num_rows, (limit,), generator=generator, device=rows_ND.device)]
+    words_CD = _random_rows(sample_ND, num_codewords, generator) if start is None else start.clone()
+    for _ in range(num_iterations):
+        codes = _assign(sample_ND, words_CD)
+        counts = torch.bincount(codes.long(), minlength=num_codewords)
+        sums_CD = torch.zeros_like(words_CD).index_add_(0, codes.long(), sample_ND)
+        words_CD = torch.where((counts > 0)[:, None], sums_CD / counts.clamp(min=1)[:, None], words_CD)
+        _split_populous(words_CD, counts, generator)
+    return words_CD, _assign(rows_ND, words_CD)
+
+
+def _random_rows(rows_ND: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    order = torch.randperm(rows_ND.shape[0], generator=generator, device=rows_ND.device)
+    # More codewords than rows: the rows repeat, slightly apart; the copies stay empty and harm nothing.
+    picked_CD = rows_ND[order.repeat(-(-count // rows_ND.shape[0]))[:count]].clone()
+    if count > rows_ND.shape[0]:
+        noise = torch.randn(picked_CD.shape, generator=generator, device=rows_ND.device)
+        picked_CD += 1e-6 * noise * picked_CD.abs().mean().clamp(min=1e-6)
+    return picked_CD
+
+
+def _assign(rows_ND: torch.Tensor, words_CD: torch.Tensor) -> torch.Tensor:
+    half_norms_C = words_CD.square().sum(1) / 2
+    codes = torch.empty(rows_ND.shape[0], dtype=torch.int32, device=rows_ND.device)
+    for begin in range(0, rows_ND.shape[0], _ASSIGN_CHUNK):
+        chunk_ND = rows_ND[begin : begin + _ASSIGN_CHUNK]
+        codes[begin : begin + _ASSIGN_CHUNK] = torch.addmm(-half_norms_C, chunk_ND, words_CD.T).argmax(1).int()
+    return codes
+
+
+def _split_populous(words_CD: torch.Tensor, counts_C: torch.Tensor, generator: torch.Generator) -> None:
+    """Move each empty codeword beside one of the most populous ones, in place; the next iteration shares its rows."""
+    empty = torch.nonzero(counts_C == 0).flatten()
+    num_split = min(empty.shape[0], int((counts_C > 1).sum()))
+    if num_split == 0:
+        return
+    donors = torch.topk(counts_C, num_split).indices
+    noise = torch.randn(num_split, words_CD.shape[1], generator=generator, device=words_CD.device)
+    scale = words_CD.abs().mean().clamp(min=1e-6)
+    words_CD[empty[:num_split]] = words_CD[donors] + 1e-3 * scale * noise

@@ -1,0 +1,58 @@
+"""Layer 3. A training split -> batches, in a seeded order that can be taken up again at any step.
+
+Before it: the dataset; after it: the encoder. The order of an epoch depends on the seed and the epoch alone, so a
+position is two numbers, and a resumed run sees the batches that the interrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+
+from xmc_midx.rows import sparse_rows
+from xmc_midx.types import Batch
+
+__all__ = ["BatchStream"]
+
+
+class BatchStream:
+    """Shuffled batches of a training split.
+
+    Parameters
+    ----------
+    features : (N, F) float32.
+    labels : (N, L); a stored value is a positive, whatever its size.
+    batch_size : B; the last batch of an epoch holds what is left.
+    seed : of the orders.
+    """
+
+    def __init__(self, features: csr_matrix, labels: csr_matrix, *, batch_size: int, seed: int) -> None:
+        assert features.shape[0] == labels.shape[0], "features and labels are rows of the same instances"
+        self.features, self.labels = features, labels
+        self.batch_size, self.seed = batch_size, seed
+
+    @property
+    def num_instances(self) -> int:
+        return int(self.features.shape[0])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_instances // self.batch_size)
+
+    def epoch(self, epoch: int, *, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch (counted from 1), from step `first_step` (counted from 0) on."""
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.num_instances)
+        for step in range(first_step, self.steps_per_epoch):
+            yield self._batch(order[step * self.batch_size : (step + 1) * self.batch_size])
+
+    def _batch(self, instances: np.ndarray) -> Batch:
+        labels = self.labels[instances]
+        return Batch(
+            features=sparse_rows(self.features[instances]),
+            positives=torch.from_numpy(labels.indices.astype(np.int64)),
+            positive_offsets=torch.from_numpy(labels.indptr.astype(np.int64)),
+            instance_ids=torch.from_numpy(instances),
+        )

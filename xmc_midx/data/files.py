@@ -1,0 +1,218 @@
+"""Layer 2. Bytes on disk: text streams in chunks of whole lines, and files that appear whole or not at all.
+
+Before it: `problems`. After it: `formats` makes matrices of the lines. Nothing here knows what a line means.
+"""
+
+from __future__ import annotations
+
+import bz2
+import errno
+import gzip
+import lzma
+import os
+import uuid
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedIOBase
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from xmc_midx.data.problems import Problem, Report
+from xmc_midx.errors import DataError, ResourceError
+
+__all__ = ["MAX_LINE_BYTES", "SUFFIXES", "LineChunks", "atomic_write", "find_variant"]
+
+SUFFIXES = ("", ".gz", ".bz2", ".xz")
+"""What may follow the name of a text file: plain, gzip, bzip2, xz."""
+
+MAX_LINE_BYTES = 64 * 2**20
+"""A longer line is an error: it bounds the memory that a damaged file can take."""
+
+CHUNK_BYTES = 4 * 2**20
+"""Read at a time; measured on gnd-tib: 1 MiB and 16 MiB are no faster."""
+
+_MAGIC = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00"}
+_BOM = b"\xef\xbb\xbf"
+# What the three decompressors raise on a damaged stream; OSError without errno is theirs as well.
+_STREAM_ERRORS = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+
+
+class LineChunks:
+    r"""Iterates over a text file in chunks of whole lines, `(number of the first line, bytes)`.
+
+    Lines are counted from 1. Each chunk ends with a newline, which is added to a last line that has none. A
+    UTF-8 byte order mark is dropped. At most one chunk and one line are in memory. Faults of the stream go
+    to `report`; if that returns, iteration ends.
+
+    Parameters
+    ----------
+    path : the file; its name says how it is compressed.
+    report : receives the faults: kinds `file` (missing, unreadable), `compression` and `line-length`.
+    """
+
+    def __init__(self, path: Path, report: Report) -> None:
+        self.path = path
+        self.num_lines = 0
+        """Lines given so far."""
+        self.complete = False
+        """Whether the end of the file was reached without a fault."""
+        self.final_newline = True
+        """False if the last line has no newline: such a file may be cut."""
+        self._report = report
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        pieces: list[bytes] = []
+        pending = 0
+        for block in self._blocks():
+            first_end, end = block.find(b"\n"), block.rfind(b"\n") + 1
+            if pending + (first_end if end else len(block)) > MAX_LINE_BYTES:
+                self._fault("line-length", f"the line is longer than {MAX_LINE_BYTES:,} bytes.")
+                return
+            if not end:
+                pieces.append(block)
+                pending += len(block)
+                continue
+            chunk = b"".join([*pieces, block[:end]])
+            pieces, pending = [block[end:]], len(block) - end
+            yield self._numbered(chunk)
+        rest = b"".join(pieces)
+        if self.complete and rest:
+            self.final_newline = False
+            yield self._numbered(rest + b"\n")
+
+    def _numbered(self, chunk: bytes) -> tuple[int, bytes]:
+        first = self.num_lines + 1
+        self.num_lines += chunk.count(b"\n")
+        return first, chunk
+
+    def _blocks(self) -> Iterator[bytes]:
+        try:
+            with _open_read(self.path) as stream:
+                block, error = _read_block(stream)
+                block = block.removeprefix(_BOM)
+                while block:
+                    yield block
+                    if error:
+                        break
+                    block, error = _read_block(stream)
+            if error:
+                raise error
+            self.complete = True
+        except _STREAM_ERRORS as error:
+            self._damaged(error)
+        except DataError as error:
+            self._unreadable(error.message, error.hint)
+        except OSError as error:
+            if error.errno is None:
+                self._damaged(error)
+            else:
+                self._unreadable(f"cannot be read: {error.strerror}.", None)
+
+    def _unreadable(self, text: str, hint: str | None) -> None:
+        self._report(Problem(kind="file", file=str(self.path), line=None, text=text, hint=hint))
+
+    def _damaged(self, error: Exception) -> None:
+        reason = str(error).rstrip(".")
+        text = f"the {self.path.suffix} stream is cut or damaged here ({reason})."
+        self._fault("compression", text, hint="Fetch or copy the file again.")
+
+    def _fault(self, kind: str, text: str, hint: str | None = None) -> None:
+        line = self.num_lines + 1
+        self._report(Problem(kind=kind, file=str(self.path), line=line, text=text, hint=hint))
+
+
+def _read_block(stream: BufferedIOBase) -> tuple[bytes, Exception | None]:
+    """The next bytes, empty at the end, and the fault that cut them short."""
+    pieces: list[bytes] = []
+    size = 0
+    try:
+        while size < CHUNK_BYTES and (piece := stream.read1(CHUNK_BYTES - size)):
+            pieces.append(piece)
+            size += len(piece)
+    except (OSError, *_STREAM_ERRORS) as error:
+        return b"".join(pieces), error
+    return b"".join(pieces), None
+
+
+def _open_read(path: Path) -> BufferedIOBase:
+    """The decompressed bytes; a name that does not fit the content is a `DataError` without the path."""
+    if path.is_dir():
+        raise DataError("is a directory, expected a file.")
+    if path.exists() and not path.is_file():
+        return path.open("rb")  # a pipe: its first bytes can be read only once
+    with path.open("rb") as file:
+        head = file.read(6)
+    suffix = path.suffix if path.suffix in _MAGIC else ""
+    actual = next((name for name, magic in _MAGIC.items() if head.startswith(magic)), "")
+    if suffix and not head:
+        raise DataError(f"is empty, expected a {suffix} stream.", hint="Was the file cut?")
+    if suffix != actual:
+        name = path.name.removesuffix(suffix) + actual
+        expected = f"a {suffix} stream" if suffix else "text"
+        found = f"a {actual} stream" if actual else "something else"
+        raise DataError(f"is {found}, expected {expected}.", hint=f"Is its right name {name}?")
+    if suffix == ".gz":
+        return gzip.open(path, "rb")
+    if suffix == ".bz2":
+        return bz2.open(path, "rb")
+    if suffix == ".xz":
+        return lzma.open(path, "rb")
+    return path.open("rb")
+
+
+def find_variant(directory: Path, name: str) -> Path | None:
+    """`directory/name`, plain or compressed; None if there is none.
+
+    Raises
+    ------
+    DataError : there are two or more, such as train.txt and train.txt.gz.
+    """
+    found = [path for suffix in SUFFIXES if (path := directory / f"{name}{suffix}").exists()]
+    if len(found) > 1:
+        names = " and ".join(path.name for path in found)
+        raise DataError(f"{directory}: holds {names}, expected one of them.", hint="Move all but one away.")
+    return found[0] if found else None
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A binary stream whose bytes appear under `path`, all of them, when the block ends without an exception.
+
+    The bytes go to a hidden file beside `path`, compressed as its name says, are synchronised to the disk,
+    and the file is renamed. After an exception nothing is left and an older `path` is untouched. The same
+    bytes give the same file.
+
+    Raises
+    ------
+    ResourceError : the disk is full or the directory cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            with _open_write(file, path.suffix) as stream:
+                yield stream
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        hint = "Free some space." if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+        raise ResourceError(f"{path}: cannot be written: {error.strerror or error}.", hint=hint) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _open_write(file: BinaryIO, suffix: str) -> Iterator[BinaryIO]:
+    if suffix == ".gz":
+        # Neither name nor time in the stream: equal content, equal file.
+        with gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=6, mtime=0) as stream:
+            yield cast("BinaryIO", stream)
+    elif suffix == ".bz2":
+        with bz2.open(file, "wb") as stream:
+            yield cast("BinaryIO", stream)
+    elif suffix == ".xz":
+        with lzma.open(file, "wb") as stream:
+            yield cast("BinaryIO", stream)
+    else:
+        yield file

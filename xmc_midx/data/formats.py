@@ -1,0 +1,251 @@
+"""Layer 2. Files <-> matrices: XMC text, label names and predictions; every error carries file and line.
+
+Before it: `files` (streams of lines) and `parser` (lines -> rows). After it: `dataset`. A file is read in one
+pass with bounded memory beyond the result, whatever its header says, and every row keeps its place.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csr_matrix
+
+from xmc_midx.data.files import LineChunks, atomic_write
+from xmc_midx.data.parser import Rules, parse_lines, parse_rows
+from xmc_midx.data.predictions import read_predictions, write_predictions
+from xmc_midx.data.problems import Problem, Report, excerpt, raise_error
+from xmc_midx.data.table import RowTable, pair_texts, row_texts
+from xmc_midx.errors import DataError
+
+__all__ = [
+    "Header",
+    "read_labels",
+    "read_predictions",
+    "read_xmc",
+    "scan_xmc",
+    "write_predictions",
+    "write_xmc",
+]
+
+MAX_SIZE = 2**31 - 1
+"""Largest number of instances, features or labels of a file: ids are int32."""
+
+_WRITE_ROWS = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """The first line of XMC text."""
+
+    num_instances: int
+    num_features: int
+    num_labels: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class XmcScan:
+    """What could be read of a file; without errors, all of it."""
+
+    header: Header
+    features: csr_matrix[Any]
+    """(rows, F) float32, ids ascending in each row. Without errors, rows = the header's instances."""
+    labels: csr_matrix[Any]
+    """(rows, L) float32, all ones."""
+    final_newline: bool
+    """Whether the last line ends with a newline; a file that was cut mostly has none."""
+
+
+def read_xmc(path: str | Path) -> tuple[csr_matrix[Any], csr_matrix[Any]]:
+    """Features and labels of an XMC text file (plain, .gz, .bz2, .xz).
+
+    The first line is `num_instances num_features num_labels`; then one line an instance, `l1,l2,... f:v f:v
+    ...`, ids from 0. A line that starts with a blank (or with `id:value`) has no labels, a blank line
+    neither. Accepted as well: CRLF, a byte order mark, unsorted ids, tabs or several spaces, a missing last
+    newline, and blank lines after the last instance. Zero values are kept as stored zeros.
+
+    Returns
+    -------
+    features : (N, F) float32 CSR, ids ascending in each row; an absent feature is 0.
+    labels : (N, L) float32 CSR of ones, ids ascending in each row.
+
+    Raises
+    ------
+    DataError : with `file:line` of the first fault. Nothing is repaired, dropped or shifted.
+    """
+    scan = scan_xmc(Path(path), raise_error)
+    assert scan is not None  # raise_error raises
+    return scan.features, scan.labels
+
+
+def scan_xmc(path: Path, report: Report, *, line_by_line: bool = False) -> XmcScan | None:
+    """Read XMC text, giving each fault to `report`; faulty parts are left out where `report` returns.
+
+    Parameters
+    ----------
+    path, report : the file and who hears of its faults: those of `LineChunks` and `parse_lines`, `header` and
+        `rows`.
+    line_by_line : use the strict reader for all lines: the reference of the tests.
+
+    Returns
+    -------
+    What was read, None if there is no usable header.
+    """
+    lines = LineChunks(path, report)
+    chunks = iter(lines)
+    _, chunk = next(chunks, (1, b""))
+    if not chunk:
+        if lines.complete:
+            report(_header_problem(path, "the file is empty", None))
+        return None
+    head, newline, rest = chunk.partition(b"\n")
+    header = _read_header(path, head + newline, report)
+    if header is None:
+        return None
+    rules = Rules(
+        file=str(path),
+        num_features=header.num_features,
+        num_labels=header.num_labels,
+        num_features_source=f"the header says {header.num_features} features",
+        num_labels_source=f"the header says {header.num_labels} labels",
+    )
+    table = RowTable(
+        rules,
+        report,
+        num_rows=header.num_instances,
+        source=f"the header says {header.num_instances}",
+        parse=parse_lines if line_by_line else parse_rows,
+    )
+    table.read(lines, itertools.chain([(2, rest)] if rest else [], chunks))
+    return XmcScan(header=header, features=table.features(), labels=table.labels(), final_newline=lines.final_newline)
+
+
+_HEADER_EXPECTED = "expected the header `num_instances num_features num_labels`"
+
+
+def _header_problem(path: Path, fact: str, hint: str | None) -> Problem:
+    return Problem(kind="header", file=str(path), line=1, text=f"{fact}, {_HEADER_EXPECTED}.", hint=hint)
+
+
+def _read_header(path: Path, line: bytes, report: Report) -> Header | None:
+    hint = None
+    words = line.split()
+    if b":" in line:
+        fact = "the file starts with an instance"
+        hint = "Put the three numbers into a line of their own before it."
+    elif len(words) == 2 and all(word.isdigit() for word in words):
+        fact = f"the first line is {excerpt(line.strip())}"
+        hint = "A file of features or labels alone (trn_X_Xf.txt, trn_X_Y.txt) has two numbers."
+    elif len(words) != 3 or not all(re.fullmatch(rb"-?\d+", word) for word in words):
+        fact = f"the first line is {excerpt(line.strip())}"
+    else:
+        # int() refuses thousands of digits.
+        sizes = [int(word) if len(word) < 19 else 2**63 for word in words]
+        names = ("instances", "features", "labels")
+        for name, word, size, least in zip(names, words, sizes, (0, 1, 1), strict=True):
+            if not least <= size <= MAX_SIZE:
+                fact = f"the header says {excerpt(word)[1:-1]} {name}, expected {least} to {MAX_SIZE}."
+                report(Problem(kind="header", file=str(path), line=1, text=fact))
+                return None
+        return Header(num_instances=sizes[0], num_features=sizes[1], num_labels=sizes[2])
+    report(_header_problem(path, fact, hint))
+    return None
+
+
+def write_xmc(path: str | Path, features: csr_matrix[Any], labels: csr_matrix[Any]) -> None:
+    """Write XMC text that `read_xmc` reads back to equal matrices; the name says how it is compressed.
+
+    Parameters
+    ----------
+    path : appears complete or not at all.
+    features : (N, F), finite in float32. Values are written with the fewest digits that give the same
+    float32. labels : (N, L); every stored value other than 0 is a label.
+
+    Raises
+    ------
+    DataError : the matrices do not fit together, or a value is not finite.
+    ResourceError : the file cannot be written.
+    """
+    path = Path(path)
+    features, labels = _canonical(path, features), _canonical(path, labels)
+    labels.eliminate_zeros()
+    if features.shape[0] != labels.shape[0]:
+        raise DataError(f"{path}: {features.shape[0]} rows of features, {labels.shape[0]} of labels.")
+    with atomic_write(path) as file:
+        file.write(f"{features.shape[0]} {features.shape[1]} {labels.shape[1]}\n".encode())
+        for start in range(0, features.shape[0], _WRITE_ROWS):
+            stop = start + _WRITE_ROWS
+            lines = zip(_label_texts(labels[start:stop]), _feature_texts(features[start:stop]), strict=True)
+            # A row without labels starts with a blank, also where it is all there is in the line.
+            file.writelines(
+                f"{ids} {pairs}".rstrip().encode() + b"\n" if ids else f" {pairs}\n".encode() for ids, pairs in lines
+            )
+
+
+def _canonical(path: Path, matrix: csr_matrix[Any]) -> csr_matrix[Any]:
+    with np.errstate(over="ignore"):
+        matrix = csr_matrix(matrix, dtype=np.float32, copy=True)
+    matrix.sum_duplicates()
+    if not np.isfinite(matrix.data).all():
+        raise DataError(f"{path}: a value to write is not finite in float32.")
+    return matrix
+
+
+def _feature_texts(features: csr_matrix[Any]) -> list[str]:
+    return row_texts(pair_texts(features.indices, features.data), features.indptr, " ")
+
+
+def _label_texts(labels: csr_matrix[Any]) -> list[str]:
+    return row_texts([str(label) for label in labels.indices.tolist()], labels.indptr, ",")
+
+
+def read_labels(path: str | Path, num_labels: int | None = None, *, report: Report = raise_error) -> tuple[str, ...]:
+    """Names of the labels: line i names label i.
+
+    Where a line has columns (`id TAB name`), the second is the name, or the first if the second is empty. A
+    line without either is shown as the label's number.
+
+    Parameters
+    ----------
+    path : UTF-8 text, plain, .gz, .bz2 or .xz.
+    num_labels : number of names to expect, None takes what there is.
+    report : receives the faults; kinds `encoding` and `rows`, and those of `LineChunks`.
+
+    Raises
+    ------
+    DataError : a line is not UTF-8, or there are more or fewer names than labels.
+    """
+    path = Path(path)
+    names: list[str] = []
+    lines = LineChunks(path, report)
+    num_used = 0
+    for _, text in lines:
+        for line in text.removesuffix(b"\n").split(b"\n"):
+            names.append(_label_name(path, line, len(names), report))
+            if line.strip():
+                num_used = len(names)
+    if num_labels is not None and lines.complete:
+        # Blank lines after the last label are no labels.
+        del names[max(num_labels, num_used) :]
+        if len(names) != num_labels:
+            fact = f"the file holds {len(names)} names, expected one for each of {num_labels} labels."
+            line_number = min(len(names), num_labels + 1)
+            hint = "Are these the labels of another data set?"
+            report(Problem(kind="rows", file=str(path), line=line_number, text=fact, hint=hint))
+    return tuple(names)
+
+
+def _label_name(path: Path, line: bytes, label: int, report: Report) -> str:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError:
+        text = line.decode("utf-8", errors="replace")
+        fact = f"{excerpt(line)} is not UTF-8."
+        report(Problem(kind="encoding", file=str(path), line=label + 1, text=fact, hint="Convert the file."))
+    columns = text.split("\t")
+    second = columns[1].strip() if len(columns) > 1 else ""
+    return second or columns[0].strip() or str(label)

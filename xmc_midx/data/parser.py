@@ -1,0 +1,278 @@
+"""Layer 2. Lines of XMC text -> rows, in two ways with one result: strict line by line, or a chunk at once.
+
+Before it: `problems`. After it: `formats` joins the rows of all chunks. The grammar of a line, ids from 0::
+
+    line   = [ label { "," label } ] { blank feature ":" value } [ CR ] LF
+    blank  = one or more spaces or tabs; the first one may be missing where the line has no label
+
+`parse_lines` defines what is right, and names every fault. `parse_chunk` accepts a subset of it with the same
+result, some 20 times faster, and returns None for anything else; `parse_rows` tries it first.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from xmc_midx.data.problems import Problem, Report, excerpt
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["Rows", "Rules", "parse_chunk", "parse_lines", "parse_rows"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What the rows of a file may hold, and the words for it in messages."""
+
+    file: str
+    num_features: int
+    """Ids before a colon are 0..num_features-1."""
+    num_labels: int
+    """Ids of the label list are 0..num_labels-1; 0 means that a line has no label list."""
+    feature: str = "feature id"
+    """What the number before a colon is called."""
+    num_features_source: str = ""
+    """Where `num_features` comes from, such as `the header says 5000 features`."""
+    num_labels_source: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Parsed lines. Row i owns the next `num_features[i]` features and the next `num_labels[i]` labels."""
+
+    label_ids: NDArray[np.int32]
+    """(nnz_y,) ascending in each row, without duplicates."""
+    num_labels: NDArray[np.int64]
+    """(rows,)"""
+    feature_ids: NDArray[np.int32]
+    """(nnz,) ascending in each row, without duplicates."""
+    values: NDArray[np.float32]
+    """(nnz,) finite; zeros are kept."""
+    num_features: NDArray[np.int64]
+    """(rows,)"""
+
+
+def parse_rows(text: bytes, first_line: int, rules: Rules, report: Report) -> Rows:
+    """The rows of `text`; equal to `parse_lines`, and quick where there is nothing to report."""
+    rows = parse_chunk(text, rules)
+    return parse_lines(text, first_line, rules, report) if rows is None else rows
+
+
+# --- A chunk at once
+
+# Up to 15 digits are exact in float64; longer ids are out of range or odd, and left to the strict reader.
+_ID = rb"\d{1,15}+"
+_NUMBER = rb"[+-]?+(?:\d++(?:\.\d*+)?+|\.\d++)(?:[eE][+-]?+\d++)?+"
+_LABELS = _ID + rb"(?:," + _ID + rb")*+(?=[ \t\r\n])"
+_PAIR = rb"[ \t]*+" + _ID + rb":" + _NUMBER + rb"(?=[ \t\r\n])"
+_CHUNK = re.compile(rb"(?:(?:" + _LABELS + rb")?+(?:" + _PAIR + rb")*+[ \t]*+\r?+\n)*+")
+_SEPARATORS_TO_SPACES = bytes.maketrans(b",:\t\r\n", b"     ")
+
+
+def parse_chunk(text: bytes, rules: Rules) -> Rows | None:
+    """The rows of whole, well-formed lines; None where a line is faulty or merely unusual."""
+    if not _CHUNK.fullmatch(text):
+        return None
+    numbers = np.fromstring(text.translate(_SEPARATORS_TO_SPACES), dtype=np.float64, sep=" ")
+    num_labels, num_pairs = _count(np.frombuffer(text, dtype=np.uint8))
+    if len(numbers) != num_labels.sum() + 2 * num_pairs.sum():
+        return None
+    # The numbers of a line are its labels, then its pairs.
+    is_label = np.repeat(np.tile([True, False], len(num_labels)), np.stack([num_labels, 2 * num_pairs], axis=1).ravel())
+    label_ids = _ids(numbers[is_label], rules.num_labels)
+    pairs = numbers[~is_label].reshape(-1, 2)
+    feature_ids = _ids(pairs[:, 0], rules.num_features)
+    if label_ids is None or feature_ids is None:
+        return None
+    with np.errstate(over="ignore"):
+        values = pairs[:, 1].astype(np.float32)
+    label_order = _ascending(label_ids, num_labels)
+    feature_order = _ascending(feature_ids, num_pairs)
+    if label_order is None or feature_order is None or not np.isfinite(values).all():
+        return None
+    return Rows(
+        label_ids=label_ids[label_order],
+        num_labels=num_labels,
+        feature_ids=feature_ids[feature_order],
+        values=values[feature_order],
+        num_features=num_pairs,
+    )
+
+
+def _count(text: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(rows,) labels and (rows,) pairs of the lines of `text`, which follows the grammar."""
+    newlines = np.flatnonzero(text == ord("\n"))
+    commas = np.flatnonzero(text == ord(","))
+    colons = np.flatnonzero(text == ord(":"))
+    starts = np.concatenate([[0], newlines[:-1] + 1])[: len(newlines)]
+    # A first number is a label unless it is followed by a colon.
+    blanks = np.flatnonzero(text <= ord(" "))
+    first_blank = blanks[np.searchsorted(blanks, starts)]
+    first_colon = np.append(colons, len(text))[np.searchsorted(colons, starts)]
+    has_labels = (text[starts] > ord(" ")) & (first_blank < first_colon)
+    num_labels = np.diff(np.searchsorted(commas, newlines), prepend=0) + has_labels
+    return num_labels.astype(np.int64), np.diff(np.searchsorted(colons, newlines), prepend=0)
+
+
+def _ids(numbers: NDArray[np.float64], limit: int) -> NDArray[np.int32] | None:
+    """The ids, None if one is `limit` or more."""
+    if numbers.size and numbers.max() >= limit:
+        return None
+    return numbers.astype(np.int32)
+
+
+def _ascending(ids: NDArray[np.int32], counts: NDArray[np.int64]) -> NDArray[np.int64] | slice | None:
+    """The order that sorts `ids` inside each row, None if a row holds an id twice."""
+    inside = np.ones(len(ids), dtype=bool)
+    ends = np.cumsum(counts)
+    inside[ends[ends < len(ids)]] = False
+    if not (inside[1:] & (ids[1:] <= ids[:-1])).any():
+        return slice(None)
+    rows = np.repeat(np.arange(len(counts)), counts)
+    order = np.lexsort((ids, rows))
+    # Sorting inside the rows keeps their borders, so `inside` holds for the sorted ids as well.
+    is_sorted = ids[order]
+    return None if (inside[1:] & (is_sorted[1:] == is_sorted[:-1])).any() else order
+
+
+# --- Line by line
+
+_INTEGER = re.compile(rb"-?\d+")
+_FLOAT = re.compile(_NUMBER)
+_NOT_FINITE = re.compile(rb"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
+_TOKEN = re.compile(rb"[^ \t]+")
+_HUGE = 2**63
+"""Stands for every integer beyond int64."""
+
+
+def parse_lines(text: bytes, first_line: int, rules: Rules, report: Report) -> Rows:
+    """The rows of whole lines; each fault goes to `report`, and if that returns, the faulty part is left out.
+
+    Parameters
+    ----------
+    text : lines, each with its newline.
+    first_line : number of the first line in the file.
+    rules : the ranges of the ids.
+    report : receives the faults. Kinds: `encoding`, `comment`, `token`, `label-value`, `label-range`,
+        `label-past-end` (the id is the number of labels itself: ids from 1?), `label-duplicate`, the same
+        four of `feature`, and `value`.
+    """
+    labels: list[int] = []
+    features: list[int] = []
+    values: list[float] = []
+    num_labels: list[int] = []
+    num_features: list[int] = []
+    start = 0
+    while start < len(text):
+        end = text.index(b"\n", start)
+        line = _Line(text[start:end], first_line + len(num_labels), rules, report)
+        labels += sorted(line.labels)
+        features += sorted(line.features)
+        values += [line.features[feature] for feature in sorted(line.features)]
+        num_labels.append(len(line.labels))
+        num_features.append(len(line.features))
+        start = end + 1
+    return Rows(
+        label_ids=np.array(labels, dtype=np.int32),
+        num_labels=np.array(num_labels, dtype=np.int64),
+        feature_ids=np.array(features, dtype=np.int32),
+        values=np.array(values, dtype=np.float32),
+        num_features=np.array(num_features, dtype=np.int64),
+    )
+
+
+class _Line:
+    """One line: its labels, and its features with their values."""
+
+    def __init__(self, line: bytes, number: int, rules: Rules, report: Report) -> None:
+        self.labels: set[int] = set()
+        self.features: dict[int, float] = {}
+        self._number = number
+        self._rules = rules
+        self._report = report
+        line = line.removesuffix(b"\r")
+        if self._is_text(line):
+            for match in _TOKEN.finditer(line):
+                if rules.num_labels and match.start() == 0 and b":" not in match.group():
+                    self._read_labels(match.group())
+                else:
+                    self._read_pair(match.group())
+
+    def _fault(self, kind: str, text: str, hint: str | None = None) -> None:
+        self._report(Problem(kind=kind, file=self._rules.file, line=self._number, text=text, hint=hint))
+
+    def _is_text(self, line: bytes) -> bool:
+        """Whether the line is worth a look at its tokens."""
+        if b"\0" in line:
+            hint = "Is the file binary, UTF-16 or cut by a crash?"
+            self._fault("encoding", "the line holds a NUL byte, expected text.", hint)
+        elif not line.isascii():
+            column = next(place for place, byte in enumerate(line) if byte > 127)
+            text = f"byte 0x{line[column]:02x} in column {column + 1} is no part of ASCII, expected numbers."
+            self._fault("encoding", text, "Is this a file of raw text?")
+        elif b"#" in line:
+            self._fault("comment", "the line holds a `#`, and the format has no comments.", "Remove it.")
+        else:
+            return True
+        return False
+
+    def _read_labels(self, token: bytes) -> None:
+        for part in token.split(b","):
+            label = self._id(part, "label", "label", self._rules.num_labels, self._rules.num_labels_source)
+            if label is None:
+                continue
+            if label in self.labels:
+                self._fault("label-duplicate", f"label {label} occurs twice, expected once.")
+            self.labels.add(label)
+
+    def _read_pair(self, token: bytes) -> None:
+        rules = self._rules
+        name, colon, text = token.partition(b":")
+        if not colon:
+            hint = "The labels begin in the first column, without blanks between them." if rules.num_labels else None
+            self._fault("token", f"{excerpt(token)} is not `id:value`.", hint)
+            return
+        feature = self._id(name, "feature", rules.feature, rules.num_features, rules.num_features_source)
+        value = self._value(text, f"of {rules.feature} {excerpt(name)[1:-1]}")
+        if feature is None or value is None:
+            return
+        if feature in self.features:
+            self._fault("feature-duplicate", f"{rules.feature} {feature} occurs twice, expected once.")
+        else:
+            self.features[feature] = value
+
+    def _id(self, text: bytes, kind: str, name: str, limit: int, source: str) -> int | None:
+        if not _INTEGER.fullmatch(text):
+            what = f"{excerpt(text)} is not an integer, expected a {name}" if text else f"a {name} is missing"
+            self._fault(f"{kind}-value", f"{what}.")
+            return None
+        # int() refuses thousands of digits, and takes long over hundreds.
+        value = int(text) if len(text.lstrip(b"-0")) < 19 else _HUGE
+        if 0 <= value < limit and not text.startswith(b"-"):
+            return value
+        fact = f"{name} {excerpt(text)[1:-1]} is outside 0..{limit - 1} ({source})."
+        if value == limit:
+            self._fault(f"{kind}-past-end", fact, "Do the ids of this file start from 1?")
+        else:
+            self._fault(f"{kind}-range", fact, "Is this the header of another file?" if value > 0 else None)
+        return None
+
+    def _value(self, text: bytes, owner: str) -> float | None:
+        if not text:
+            self._fault("value", f"the value {owner} is missing.", "Is the line cut?")
+        elif _FLOAT.fullmatch(text):
+            with np.errstate(over="ignore"):
+                value = np.float32(float(text))
+            if np.isfinite(value):
+                return float(value)
+            self._fault("value", f"the value {excerpt(text)} {owner} is beyond the range of float32.")
+        elif _NOT_FINITE.fullmatch(text):
+            self._fault("value", f"the value {excerpt(text)} {owner} is not finite.")
+        else:
+            self._fault("value", f"the value {excerpt(text)} {owner} is not a number.")
+        return None

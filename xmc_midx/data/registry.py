@@ -1,0 +1,172 @@
+"""Layer 2. `datasets.yaml` -> `DatasetSpec`: what is known of the published data sets.
+
+Before it: nothing. After it: `dataset` finds a set by its name or its sizes, `download` fetches it. The
+file lies beside this module in a wheel, and at the top of the repository in a source checkout.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from xmc_midx.errors import DataError, UsageError
+
+__all__ = [
+    "DEFAULT_A",
+    "DEFAULT_B",
+    "DatasetSpec",
+    "DriveIds",
+    "Mirror",
+    "cache_directory",
+    "find_spec",
+    "load_registry",
+    "match_spec",
+]
+
+DEFAULT_A = 0.55
+"""A of the propensity model for a set that is not in the registry (Jain et al. 2016)."""
+DEFAULT_B = 1.5
+
+Size = Annotated[int, Field(ge=1)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DriveIds(_Record):
+    """Ids of the repository's own files on Google Drive."""
+
+    bow: str
+    """Archive with bag-of-words features in XMC text."""
+    raw: str | None = None
+    """Archive with the raw text."""
+
+
+class Mirror(_Record):
+    """An archive elsewhere, and the files to expect in it."""
+
+    format: Literal["bow", "bow-v1", "raw"]
+    """`bow-v1`: the first release of the features, the one of older publications."""
+    drive: str
+    """Google Drive id."""
+    folder: str
+    """Folder inside the archive."""
+    train: tuple[str, ...]
+    """One file, or two: features, labels."""
+    test: tuple[str, ...]
+
+
+class DatasetSpec(_Record):
+    """One entry of the registry. The sizes are those that its publisher states; None where nobody does."""
+
+    name: str
+    description: str
+    num_features: Size | None = None
+    num_labels: Size | None = None
+    num_train: Size | None = None
+    num_test: Size | None = None
+    labels_per_instance: float | None = None
+    instances_per_label: float | None = None
+    propensity_a: float = Field(default=DEFAULT_A, gt=0)
+    propensity_b: float = Field(default=DEFAULT_B, gt=0)
+    embedded: bool = False
+    """Whether the data is part of this package."""
+    drive: DriveIds | None = None
+    mirrors: tuple[Mirror, ...] = ()
+    homepage: str
+    licence: str
+    citation: str
+    """Of the published split; cite it with the original source."""
+    original_citation: str | None = None
+    """Of the original source, where it is known for certain."""
+
+    @property
+    def directory(self) -> Path:
+        """Where the data is, or would be after a download."""
+        if self.embedded:
+            return Path(__file__).parent / "embedded" / self.name
+        return cache_directory() / self.name
+
+
+class _Registry(_Record):
+    defaults: dict[str, Any]
+    datasets: tuple[DatasetSpec, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """Each entry gets the defaults for what it does not state."""
+        return {**tree, "datasets": [{**tree["defaults"], **entry} for entry in tree["datasets"]]}
+
+
+@cache
+def load_registry() -> tuple[DatasetSpec, ...]:
+    """All entries of `datasets.yaml`, in its order.
+
+    Raises
+    ------
+    DataError : the file is missing or is not as it should be: the installation is damaged.
+    """
+    here = Path(__file__).parent
+    path = next((p for p in (here / "datasets.yaml", here.parents[1] / "datasets.yaml") if p.is_file()), None)
+    if path is None:
+        raise DataError("datasets.yaml: not found in the package.", hint="Install xmc-midx again.")
+    try:
+        return _Registry.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).datasets
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: is not a registry of data sets: {reason}.") from None
+
+
+def find_spec(name: str) -> DatasetSpec:
+    """The entry of that name, upper or lower case.
+
+    Raises
+    ------
+    UsageError : there is none; the hint names the nearest ones.
+    """
+    for spec in load_registry():
+        if spec.name.lower() == name.lower():
+            return spec
+    names = {spec.name.lower(): spec.name for spec in load_registry()}
+    near = [names[match] for match in difflib.get_close_matches(name.lower(), names, n=3)]
+    hint = f"Did you mean {' or '.join(near)}?" if near else "`xmc-midx datasets` lists the names."
+    raise UsageError(f"{name}: no such data set in the registry.", hint=hint)
+
+
+def match_spec(num_features: int, num_labels: int, num_train: int | None = None) -> DatasetSpec | None:
+    """The entry with exactly these sizes, to choose A and B for a directory; None if there is none.
+
+    Parameters
+    ----------
+    num_train : rows of the training split; None (no training split) leaves it out of the comparison.
+    """
+    for spec in load_registry():
+        known = (spec.num_features, spec.num_labels) == (num_features, num_labels)
+        if known and num_train in (None, spec.num_train):
+            return spec
+    return None
+
+
+def cache_directory() -> Path:
+    """Where downloaded sets live: `$XMC_MIDX_CACHE`, else `xmc-midx` in `$XDG_CACHE_HOME` or `~/.cache`.
+
+    Raises
+    ------
+    UsageError : no variable is set and there is no home directory.
+    """
+    if own := os.environ.get("XMC_MIDX_CACHE"):
+        return Path(own)
+    if common := os.environ.get("XDG_CACHE_HOME"):
+        return Path(common) / "xmc-midx"
+    try:
+        return Path.home() / ".cache" / "xmc-midx"
+    except RuntimeError:
+        raise UsageError("There is no home directory for the cache.", hint="Set XMC_MIDX_CACHE.") from None

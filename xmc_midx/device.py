@@ -1,0 +1,78 @@
+"""Layer 1. The machine: which device, which precision, how many threads, how much memory."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import torch
+
+from xmc_midx.errors import ResourceError, UsageError
+
+__all__ = ["find_device", "find_precision", "keep_freed_memory", "peak_memory_bytes"]
+
+
+def find_device(name: str) -> torch.device:
+    """`auto` (CUDA where there is one, else the CPU), `cpu`, `cuda` or `cuda:N` -> a device that is there.
+
+    Raises
+    ------
+    UsageError : the name is none of these.
+    ResourceError : there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"Device {name!r} is unknown; expected auto, cpu, cuda or cuda:N.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"Device {name!r} is not supported; expected auto, cpu, cuda or cuda:N.")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ResourceError(
+            f"Device {name!r} is not there: torch sees {count} CUDA devices.", hint="Use --device auto."
+        )
+    return device
+
+
+def find_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the large matrix products.
+
+    `auto` is bfloat16 where the hardware multiplies it natively: twice to four times float32's rate on a CPU with
+    AVX512-BF16 or AMX, at equal quality (EXPERIMENTS.md, "Precision"); float32 elsewhere, where bfloat16 is emulated
+    and slow.
+    """
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return torch.bfloat16 if probe is not None and probe() else torch.float32
+
+
+def keep_freed_memory() -> None:
+    """Let the C library reuse large freed blocks instead of returning them to the kernel.
+
+    glibc maps and unmaps every block over 32 MiB at most, and each new map is zeroed page by page: a third of a
+    training step on gnd-tib (EXPERIMENTS.md, "Allocator"). Elsewhere than on glibc this does nothing.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+    except (OSError, AttributeError):  # musl and others: no such knob
+        return
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident set of this process so far; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,461 @@
+"""Layer 6. The whole chain, a function a command: the only module that knows all stages."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+
+from xmc_midx import __version__
+from xmc_midx.config import Config
+from xmc_midx.data.dataset import Split, XmcDataset, load_dataset, load_split
+from xmc_midx.data.predictions import read_predictions
+from xmc_midx.data.registry import match_spec
+from xmc_midx.device import peak_memory_bytes
+from xmc_midx.errors import DataError, UsageError
+from xmc_midx.metrics import breakdown_by_frequency, evaluate_topk
+from xmc_midx.predictor import Predictor
+from xmc_midx.recipe import DataShape, resolve
+from xmc_midx.rundir import RunDirectory
+from xmc_midx.session import TrainingSession
+from xmc_midx.types import DEFAULT_KS, MetricReport, Reporter, SilentReporter, TopK
+
+__all__ = [
+    "DemoResult",
+    "Evaluation",
+    "Prediction",
+    "TrainResult",
+    "demo",
+    "evaluate",
+    "predict",
+    "resume",
+    "train",
+]
+
+_DEFAULT_PROPENSITY = (0.55, 1.5)
+"""A and B of datasets that the registry does not know: the XMC repository's for all but Wikipedia and Amazon."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """What a training left behind."""
+
+    run: str
+    best: str
+    """Directory of the best checkpoint."""
+    epochs: int
+    best_epoch: int
+    seconds: float
+    """Training alone: without reading data, with validation and saving."""
+    loss: float
+    """Of the last epoch, nats per positive."""
+    validation: Mapping[str, float]
+    """Metrics of the best epoch on the held-out instances; empty where none are held out."""
+    test: MetricReport | None
+    """On the test file; None where none was given."""
+    model_bytes: int
+    peak_memory_bytes: int
+    config: Config
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON document of `train`."""
+        return {
+            "run": self.run,
+            "best": self.best,
+            "epochs": self.epochs,
+            "best_epoch": self.best_epoch,
+            "seconds": round(self.seconds, 3),
+            "loss": self.loss,
+            "validation": dict(self.validation),
+            "test": None if self.test is None else _report_dict(self.test),
+            "model_bytes": self.model_bytes,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "config": self.config.model_dump(),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Metrics, and where the constants in them come from."""
+
+    report: MetricReport
+    propensity_source: str
+    """`"flags"`, `"registry: NAME"` or `"default"`."""
+    seconds: float
+    """Of prediction; 0 where predictions were read from a file."""
+    breakdown: Sequence[Mapping[str, Any]]
+    """Recall by label frequency; empty where the training frequencies are unknown."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON document of `evaluate`."""
+        return {
+            **_report_dict(self.report),
+            "propensity_source": self.propensity_source,
+            "seconds": round(self.seconds, 3),
+            "breakdown": [dict(group) for group in self.breakdown],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """The best labels of each instance, with names where the run knows them."""
+
+    top: TopK
+    label_names: Sequence[str] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoResult:
+    """The whole chain on the embedded dataset."""
+
+    training: TrainResult
+    evaluation: Evaluation
+    examples: Sequence[tuple[str, Sequence[tuple[str, float]]]]
+    """Raw text -> its best labels: (name, logit)."""
+
+
+# -------------------------------------------------------------------------- train
+
+
+def train(
+    data: str | Path,
+    *,
+    output: str | Path,
+    config: Config | None = None,
+    test: str | Path | None = None,
+    reporter: Reporter | None = None,
+) -> TrainResult:
+    """Train a model into a new run directory.
+
+    Parameters
+    ----------
+    data : name of a dataset, directory, or sparse feature file.
+    output : the run directory; made here, and refused where it holds anything.
+    config : open values are derived from the data (`xmc_midx.recipe`); None derives all.
+    test : a sparse feature file that is evaluated at the end; it takes no part in training.
+    reporter : receives the progress.
+
+    Raises
+    ------
+    XmcMidxError : the data, the configuration, the machine or the training is at fault; see the class's children.
+    """
+    reporter = reporter or SilentReporter()
+    reporter.start("read", None)
+    dataset = load_dataset(data, test=test)
+    training = _training_split(dataset, data)
+    resolved = resolve(config or Config(), _shape(dataset, training))
+    with RunDirectory.create(output, resolved) as run:
+        run.write_json("run.json", _provenance(dataset, data, test))
+        run.write_names(dataset.label_names, dataset.vocabulary)
+        session = TrainingSession(run, training, reporter)
+        session.run()
+        return _train_result(session, dataset, has_test=test is not None)
+
+
+def resume(run: str | Path, *, reporter: Reporter | None = None) -> TrainResult:
+    """Go on with an interrupted training from its latest checkpoint; of a finished one, return the result.
+
+    Raises
+    ------
+    DataError : the directory holds no run, or the data is no longer what the run was started with.
+    """
+    reporter = reporter or SilentReporter()
+    directory = RunDirectory.open(run)
+    with RunDirectory.lock(directory.path):
+        provenance = directory.read_json("run.json")
+        reporter.start("read", None)
+        dataset = load_dataset(provenance["data"], test=provenance["test"])
+        if dataset.fingerprint() != provenance["fingerprint"]:
+            raise DataError(
+                f"{provenance['data']}: is not the data that {directory.path} was started with.",
+                hint="Start a new run: xmc-midx train DATA --output RUN.",
+            )
+        training = _training_split(dataset, provenance["data"])
+        session = TrainingSession(directory, training, reporter)
+        if session.store.step_of("latest") is not None:
+            session.load()
+        session.run()
+        return _train_result(session, dataset, has_test=provenance["test"] is not None)
+
+
+def _train_result(session: TrainingSession, dataset: XmcDataset, *, has_test: bool) -> TrainResult:
+    run = session.run_directory
+    best = session.store.path_of("best")
+    report = None
+    if has_test:
+        assert dataset.test is not None, "load_dataset read it"
+        predictor = Predictor.load(run.path, device=run.config.training.device)
+        a, b, _ = _propensity(None, None, dataset, predictor.num_train)
+        top = predictor.predict(dataset.test.features, k=max(DEFAULT_KS), reporter=session.reporter)
+        report = evaluate_topk(
+            top,
+            dataset.test.labels,
+            ks=DEFAULT_KS,
+            label_frequencies=predictor.label_frequencies,
+            num_train=predictor.num_train,
+            A=a,
+            B=b,
+        )
+    return TrainResult(
+        run=str(run.path),
+        best=str(best),
+        epochs=len(session.history),
+        best_epoch=session.best_epoch,
+        seconds=session.seconds,
+        loss=session.loss,
+        validation=session.history[session.best_epoch - 1]["validation"],
+        test=report,
+        model_bytes=(best / "model.safetensors").stat().st_size,
+        peak_memory_bytes=peak_memory_bytes(),
+        config=run.config,
+    )
+
+
+# ----------------------------------------------------------------------- evaluate
+
+
+def evaluate(
+    run: str | Path | None,
+    *,
+    data: str | Path,
+    ks: Sequence[int] = DEFAULT_KS,
+    predictions: str | Path | None = None,
+    A: float | None = None,
+    B: float | None = None,
+    device: str = "auto",
+    reporter: Reporter | None = None,
+) -> Evaluation:
+    """Metrics of a run, or of any tool's predictions, on a test split.
+
+    Parameters
+    ----------
+    run : run directory; None with `predictions`.
+    data : name of a dataset, directory (its test split is evaluated), or one sparse feature file.
+    ks : the k of the metrics.
+    predictions : a file of `label:score ...` lines, one an instance; scored instead of the run's model.
+    A, B : propensity constants; None takes the registry's for a dataset of known sizes, else 0.55 and 1.5.
+    device : where the model runs.
+
+    Raises
+    ------
+    XmcMidxError : a file is invalid, or model, data and predictions do not fit one another.
+    """
+    reporter = reporter or SilentReporter()
+    reporter.start("read", None)
+    dataset = load_dataset(data)
+    split = dataset.test if dataset.test is not None else dataset.train
+    assert split is not None, "a dataset has a split"
+    if dataset.test is None and Path(data).is_dir():
+        raise DataError(f"{data}: has no test split to evaluate on.", hint="Give the file itself.")
+    predictor = None if run is None else Predictor.load(run, device=device)
+    frequencies, num_train = _training_frequencies(predictor, dataset)
+    a, b, source = _propensity(A, B, dataset, num_train)
+    seconds = 0.0
+    if predictions is not None:
+        top = read_predictions(predictions, num_labels=dataset.num_labels)
+        if top.label_ids.shape[0] != split.labels.shape[0]:
+            raise DataError(
+                f"{predictions}: has {top.label_ids.shape[0]} rows; {split.path} has {split.labels.shape[0]} instances."
+            )
+    else:
+        if predictor is None:
+            raise UsageError("There is nothing to evaluate: expected a run directory or a predictions file.")
+        _check_labels(predictor, dataset, max(ks))
+        started = time.perf_counter()
+        top = predictor.predict(split.features, k=max(ks), reporter=reporter)
+        seconds = time.perf_counter() - started
+    report = evaluate_topk(top, split.labels, ks=ks, label_frequencies=frequencies, num_train=num_train, A=a, B=b)
+    groups: Sequence[Any] = ()
+    if frequencies is not None:
+        groups = breakdown_by_frequency(top, split.labels, frequencies, k=max(ks))
+    return Evaluation(
+        report=report,
+        propensity_source=source,
+        seconds=seconds,
+        breakdown=[asdict(group) for group in groups],
+    )
+
+
+def _training_frequencies(
+    predictor: Predictor | None, dataset: XmcDataset
+) -> tuple[np.ndarray[Any, Any] | None, int | None]:
+    """Of the run's training data, else of the dataset's train split; None where neither is there."""
+    if predictor is not None and predictor.label_frequencies is not None:
+        return predictor.label_frequencies, predictor.num_train
+    if dataset.train is not None and dataset.test is not None:
+        return dataset.label_frequencies(), dataset.train.labels.shape[0]
+    return None, None
+
+
+def _propensity(
+    a: float | None, b: float | None, dataset: XmcDataset, num_train: int | None
+) -> tuple[float, float, str]:
+    """A, B and where they come from."""
+    if a is not None and b is not None:
+        return a, b, "flags"
+    if (a is None) != (b is None):
+        raise UsageError("Propensity: A and B go together; only one of them was given.")
+    spec = dataset.spec
+    if spec is None and num_train is not None:
+        spec = match_spec(dataset.num_features, dataset.num_labels, num_train)
+    if spec is not None:
+        return spec.propensity_a, spec.propensity_b, f"registry: {spec.name}"
+    return (*_DEFAULT_PROPENSITY, "default")
+
+
+def _check_labels(predictor: Predictor, dataset: XmcDataset, k: int) -> None:
+    if predictor.num_labels != dataset.num_labels:
+        raise DataError(
+            f"{dataset.name} has {dataset.num_labels} labels; the model was trained with {predictor.num_labels}.",
+            hint="Is this the model of another dataset?",
+        )
+    _check_k(k, predictor.num_labels)
+
+
+def _check_k(k: int, num_labels: int) -> None:
+    if not 1 <= k <= num_labels:
+        raise UsageError(f"k is {k}; expected 1 to {num_labels}, the number of labels.")
+
+
+# ------------------------------------------------------------------------ predict
+
+
+def predict(
+    run: str | Path,
+    *,
+    input: str | Path | Sequence[str],
+    k: int = 5,
+    allow: str | Path | None = None,
+    deny: str | Path | None = None,
+    device: str = "auto",
+    reporter: Reporter | None = None,
+) -> Prediction:
+    """The best labels of each instance of a file, or of raw texts.
+
+    Parameters
+    ----------
+    run : run directory.
+    input : a sparse feature file (its labels, if any, are not looked at), or a sequence of raw texts.
+    k : labels an instance, 1 to L.
+    allow, deny : files of label ids, one a line, that alone may, or may not, be predicted.
+    device : where the model runs.
+    """
+    reporter = reporter or SilentReporter()
+    reporter.start("read", None)
+    predictor = Predictor.load(run, device=device)
+    _check_k(k, predictor.num_labels)
+    allowed = None if allow is None else _read_label_ids(Path(allow), predictor.num_labels)
+    denied = None if deny is None else _read_label_ids(Path(deny), predictor.num_labels)
+    instances: csr_matrix | Sequence[str]
+    instances = load_split(input).features if isinstance(input, str | Path) else input
+    top = predictor.predict(instances, k=k, allow=allowed, deny=denied, reporter=reporter)
+    return Prediction(top=top, label_names=predictor.label_names)
+
+
+def _read_label_ids(path: Path, num_labels: int) -> list[int]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as text: {error}.") from None
+    ids = []
+    for number, line in enumerate(lines, start=1):
+        text = line.strip()
+        if not text:
+            continue
+        if not (text.isascii() and text.isdigit() and int(text) < num_labels):
+            raise DataError(f"{path}:{number}: {text!r} is no label id; expected 0 to {num_labels - 1}.")
+        ids.append(int(text))
+    return ids
+
+
+# --------------------------------------------------------------------------- demo
+
+_DEMO_DATASET = "debtags"
+_DEMO_TEXTS = (
+    "a small web server written in Python, with TLS and virtual hosts",
+    "puzzle game with 3D graphics for children",
+    "command line tool that converts audio files between formats",
+    "header files for developing programs with the OpenGL library",
+)
+
+
+def demo(*, output: str | Path, config: Config | None = None, reporter: Reporter | None = None) -> DemoResult:
+    """Train on the embedded dataset, evaluate, and predict for a few sentences typed as raw text."""
+    training = train(_DEMO_DATASET, output=output, config=config, reporter=reporter)
+    evaluation = evaluate(output, data=_DEMO_DATASET, reporter=reporter)
+    prediction = predict(output, input=_DEMO_TEXTS, k=5, reporter=reporter)
+    names = prediction.label_names
+    assert names is not None, "the embedded dataset has label names"
+    rows = zip(_DEMO_TEXTS, prediction.top.label_ids.tolist(), prediction.top.scores.tolist(), strict=True)
+    examples = [
+        (text, [(names[label], score) for label, score in zip(labels, scores, strict=True)])
+        for text, labels, scores in rows
+    ]
+    return DemoResult(training=training, evaluation=evaluation, examples=examples)
+
+
+# ---------------------------------------------------------------------- the parts
+
+
+def _training_split(dataset: XmcDataset, data: str | Path) -> Split:
+    split = dataset.train
+    if split is None:
+        raise DataError(f"{data}: has no training split.", hint="Expected train.txt, or one sparse feature file.")
+    if split.labels.nnz == 0:
+        raise DataError(f"{split.path}: no instance has a label, so there is nothing to learn.")
+    return split
+
+
+def _shape(dataset: XmcDataset, training: Split) -> DataShape:
+    return DataShape(
+        num_instances=training.features.shape[0],
+        num_features=dataset.num_features,
+        num_labels=dataset.num_labels,
+    )
+
+
+def _report_dict(report: MetricReport) -> dict[str, Any]:
+    return {
+        "metrics": dict(report.metrics),
+        "num_instances": report.num_instances,
+        "num_without_labels": report.num_without_labels,
+        "propensity": {"A": report.propensity_a, "B": report.propensity_b},
+        "definition": report.definition,
+    }
+
+
+def _provenance(dataset: XmcDataset, data: str | Path, test: str | Path | None) -> dict[str, Any]:
+    return {
+        "data": _absolute(data),
+        "test": None if test is None else _absolute(test),
+        "dataset": dataset.name,
+        "fingerprint": dataset.fingerprint(),
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": {
+            "xmc-midx": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "hardware": {
+            "system": platform.platform(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def _absolute(data: str | Path) -> str:
+    """A path as it can be found from anywhere; a dataset's name as it is."""
+    return str(Path(data).resolve()) if Path(data).exists() else str(data)

@@ -1,0 +1,150 @@
+"""Layer 5. Encoder + label index: feature rows or raw texts -> the best labels.
+
+Before it: checkpoints; after it: metrics and the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+
+from xmc_midx.checkpoint import CheckpointStore
+from xmc_midx.data.features import normalize_rows
+from xmc_midx.device import find_device
+from xmc_midx.encoder import SparseEncoder
+from xmc_midx.errors import DataError, UsageError
+from xmc_midx.index import ExactIndex
+from xmc_midx.rundir import RunDirectory
+from xmc_midx.types import LabelIndex, Reporter, SilentReporter, TopK
+
+if TYPE_CHECKING:
+    from xmc_midx.data.vocabulary import Vocabulary
+
+__all__ = ["Predictor"]
+
+
+class Predictor:
+    """A trained model, ready to answer.
+
+    Parameters
+    ----------
+    encoder, index : of the same model and device.
+    label_names : L names, or None where they are unknown.
+    vocabulary : turns raw texts into features; None where the run has none.
+    label_frequencies, num_train : (L,) int64 and N of the training split, for propensities; None where unknown.
+    """
+
+    def __init__(
+        self,
+        encoder: SparseEncoder,
+        index: LabelIndex,
+        *,
+        normalize: str = "l2",
+        label_names: Sequence[str] | None = None,
+        vocabulary: Vocabulary | None = None,
+        label_frequencies: np.ndarray | None = None,
+        num_train: int | None = None,
+    ) -> None:
+        self.encoder, self.index, self.normalize = encoder.eval(), index, normalize
+        self.label_names, self.vocabulary = label_names, vocabulary
+        self.label_frequencies, self.num_train = label_frequencies, num_train
+
+    @classmethod
+    def load(cls, run: str | Path, *, checkpoint: str = "best", device: str = "auto") -> Predictor:
+        """The model of a run directory.
+
+        Parameters
+        ----------
+        run : as `train` wrote it.
+        checkpoint : `"best"` or `"latest"`.
+        device : as in `training.device`.
+        """
+        directory = RunDirectory.open(run)
+        saved = CheckpointStore(directory.checkpoints).load(checkpoint, ["model"])
+        model, config = saved.parts["model"], directory.config.model
+        target = find_device(device)
+        num_features, dim = model["encoder.embedding"].shape
+        encoder = SparseEncoder(
+            num_features,
+            dim,
+            num_hidden_layers=config.num_hidden_layers,
+            activation=config.activation,
+            residual=config.residual,
+        )
+        names = {n.removeprefix("encoder."): t for n, t in model.items() if n.startswith("encoder.")}
+        encoder.load_state_dict(names, assign=True)
+        index = ExactIndex(model["labels.weight"].to(target), model["labels.bias"].to(target))
+        return cls(
+            encoder.to(target),
+            index,
+            normalize=directory.config.data.normalize,
+            label_names=directory.label_names(),
+            vocabulary=directory.vocabulary(),
+            label_frequencies=model["train.label_frequencies"].numpy(),
+            num_train=int(model["train.num_instances"]),
+        )
+
+    @property
+    def num_features(self) -> int:
+        return int(self.encoder.embedding.shape[0])
+
+    @property
+    def num_labels(self) -> int:
+        return self.index.num_labels
+
+    def predict(
+        self,
+        instances: csr_matrix | str | Sequence[str],
+        k: int = 5,
+        *,
+        allow: Sequence[int] | None = None,
+        deny: Sequence[int] | None = None,
+        reporter: Reporter | None = None,
+    ) -> TopK:
+        """The k best labels of each instance.
+
+        Parameters
+        ----------
+        instances : (N, F) feature rows, one raw text, or a sequence of raw texts (with a vocabulary).
+        k : results an instance, >= 1; rows are padded with -1 where fewer labels may be returned.
+        allow, deny : label ids that alone may, or may not, be returned.
+        """
+        reporter = reporter or SilentReporter()
+        features = self._features(instances)
+        if k < 1:
+            raise UsageError(f"k is {k}; expected at least 1.")
+        allowed = None if allow is None else torch.as_tensor(np.asarray(allow, dtype=np.int64))
+        denied = None if deny is None else torch.as_tensor(np.asarray(deny, dtype=np.int64))
+        reporter.start("predict", features.shape[0])
+        parts = []
+        for rows, query_BD in self.encoder.encode(features):
+            parts.append(self.index.search(query_BD, k, allow=allowed, deny=denied))
+            reporter.step(rows.stop - rows.start)
+        if not parts:
+            return TopK(label_ids=np.empty((0, k), np.int64), scores=np.empty((0, k), np.float32))
+        return TopK(
+            label_ids=np.concatenate([part.label_ids for part in parts]),
+            scores=np.concatenate([part.scores for part in parts]),
+        )
+
+    def _features(self, instances: csr_matrix | str | Sequence[str]) -> csr_matrix:
+        if isinstance(instances, csr_matrix):
+            features = instances
+        elif self.vocabulary is None:
+            raise UsageError(
+                "The run has no vocabulary, so it cannot read raw text; expected sparse feature rows.",
+                hint="Train on a dataset directory with a vocabulary.txt.",
+            )
+        else:
+            features = self.vocabulary.transform([instances] if isinstance(instances, str) else instances)
+        if features.shape[1] != self.num_features:
+            raise DataError(
+                f"The instances have {features.shape[1]} features; the model was trained with {self.num_features}.",
+                hint="Is this the model of another dataset?",
+            )
+        return normalize_rows(features) if self.normalize == "l2" else features

@@ -1,0 +1,71 @@
+"""Layer 3. What `"auto"` means: the configuration's open values, derived from the size and shape of the training data.
+
+Each rule is a smooth function of the data, chosen on validation splits of several datasets (EXPERIMENTS.md,
+"Recipe"); none knows a dataset by name.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from xmc_midx.config import Config
+
+__all__ = ["DataShape", "auto_num_codewords", "auto_num_draws", "resolve"]
+
+_TARGET_STEPS = 2000
+"""Optimiser steps of a whole training, whatever the number of instances: small sets repeat, large sets take larger
+batches."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataShape:
+    """The facts that the rules look at."""
+
+    num_instances: int
+    num_features: int
+    num_labels: int
+
+
+def resolve(config: Config, shape: DataShape) -> Config:
+    """The configuration with every `"auto"` replaced; values that are given stay as they are."""
+    tree = config.model_dump()
+
+    def derive(section: str, key: str, value: float) -> float:
+        if tree[section][key] == "auto":
+            tree[section][key] = value
+        return float(tree[section][key])
+
+    # About 25 passes over 5,000 instances, 10 over 90,000, 5 over half a million.
+    epochs = derive("training", "epochs", min(30, max(3, round(25 * (5000 / max(shape.num_instances, 1)) ** (1 / 3)))))
+    batch_size = shape.num_instances * epochs / _TARGET_STEPS
+    derive("training", "batch_size", min(1024, max(32, 2 ** round(math.log2(max(batch_size, 1))))))
+    rate = _label_learning_rate(shape)
+    derive("training", "label_learning_rate", rate)
+    derive("training", "encoder_learning_rate", rate / 2)
+    derive("model", "dim", 512)
+    derive("model", "dropout", 0.6)
+    derive("data", "validation_fraction", _validation_fraction(shape.num_instances))
+    derive("sampler", "num_codewords", auto_num_codewords(shape.num_labels))
+    derive("sampler", "num_draws", auto_num_draws(shape.num_labels) if config.sampler.estimator == "pool" else 64)
+    return Config.model_validate(tree)
+
+
+def auto_num_codewords(num_labels: int) -> int:
+    """C from L: sqrt(L) / 2, so that a non-empty cell holds a few labels; in 4..1024 (the set-up costs B C^2)."""
+    return max(4, min(1024, round(math.sqrt(num_labels) / 2)))
+
+
+def auto_num_draws(num_labels: int) -> int:
+    """Draws for a batch: all labels where they are as few as a pool, else 2,048."""
+    return num_labels if num_labels <= 4096 else 2048
+
+
+def _validation_fraction(num_instances: int) -> float:
+    """5% of small sets; at most 2,000 instances, whose P@1 has a standard error of one point."""
+    return min(0.05, 2000 / max(num_instances, 1))
+
+
+def _label_learning_rate(shape: DataShape) -> float:
+    """Rows that are updated at nearly every step need small steps, rows that are met a few times need large ones."""
+    return 4e-3 if shape.num_labels <= 4096 else 2e-2

@@ -1,0 +1,111 @@
+"""Layer 1. Row-sparse differentiation: read a few rows of a large table, and return a gradient for those rows only.
+
+`bag_rows` and `gather_rows` give `weight.grad` as a coalesced `torch.sparse_coo_tensor` (unique, rising row ids),
+which the optimisers of `xmc_midx.optim` and `torch.optim.SparseAdam` take. Nothing of the size of the table is
+allocated. Measured in EXPERIMENTS.md ("Row gathers"): torch's own `embedding_bag` and `index_add_` are as fast on two
+CPU cores as fused numba kernels, so there are none here, and the same lines run on CUDA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from scipy.sparse import csr_matrix
+
+from xmc_midx.types import SparseRows
+
+__all__ = ["bag_rows", "gather_rows", "sparse_rows"]
+
+
+def sparse_rows(features: csr_matrix) -> SparseRows:
+    """A CSR matrix (B, F) as the record that the encoder takes; float32 values are shared, not copied."""
+    return SparseRows(
+        feature_ids=torch.from_numpy(features.indices.astype(np.int64)),
+        values=torch.from_numpy(features.data.astype(np.float32, copy=False)),
+        offsets=torch.from_numpy(features.indptr.astype(np.int64)),
+    )
+
+
+def gather_rows(weight: torch.Tensor, row_ids: torch.Tensor) -> torch.Tensor:
+    """`weight[row_ids]`, with a row-sparse gradient.
+
+    Parameters
+    ----------
+    weight : (R, D) or (R,) float.
+    row_ids : (U,) int64, unique and rising.
+
+    Returns
+    -------
+    (U, D) or (U,) of weight's dtype.
+    """
+    return _GatherRows.apply(weight, row_ids)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def bag_rows(weight: torch.Tensor, rows: SparseRows) -> torch.Tensor:
+    """The product of sparse rows with a table, with a row-sparse gradient.
+
+    Equals `csr_array((values, feature_ids, offsets)) @ weight`; an empty row gives zeros.
+
+    Parameters
+    ----------
+    weight : (F, D) float32.
+    rows : B sparse rows over F columns.
+
+    Returns
+    -------
+    (B, D) float32.
+    """
+    return _BagRows.apply(weight, rows.feature_ids, rows.values, rows.offsets)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, row_ids: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(row_ids)
+        ctx.shape = weight.shape
+        return weight.index_select(0, row_ids)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (row_ids,) = ctx.saved_tensors
+        return _row_gradient(row_ids, grad, ctx.shape), None
+
+
+class _BagRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: torch.Tensor, feature_ids: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(feature_ids, values, offsets)
+        ctx.shape = weight.shape
+        return _bag(feature_ids, weight, values, offsets)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        feature_ids, values, offsets = ctx.saved_tensors
+        # The transpose of the batch: entries ordered by feature, each pointing to its instance. The gradient of the
+        # rows is then one more bag, of the instances' gradients.
+        sorted_ids, order = torch.sort(feature_ids, stable=True)
+        row_ids, counts = torch.unique_consecutive(sorted_ids, return_counts=True)
+        instance = torch.repeat_interleave(
+            torch.arange(offsets.shape[0] - 1, device=offsets.device),
+            offsets.diff(),
+            output_size=feature_ids.shape[0],
+        )
+        row_offsets = torch.zeros(row_ids.shape[0] + 1, dtype=torch.int64, device=offsets.device)
+        torch.cumsum(counts, 0, out=row_offsets[1:])
+        grad_UD = _bag(instance[order], grad_BD.contiguous(), values[order], row_offsets)
+        return _row_gradient(row_ids, grad_UD, ctx.shape), None, None, None
+
+
+def _bag(ids: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    return F.embedding_bag(
+        ids, weight, offsets, mode="sum", per_sample_weights=values.to(weight.dtype), include_last_offset=True
+    )
+
+
+def _row_gradient(row_ids: torch.Tensor, grad: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    return torch.sparse_coo_tensor(row_ids[None], grad, shape, is_coalesced=True, check_invariants=False)

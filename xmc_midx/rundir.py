@@ -1,0 +1,167 @@
+"""Layer 5. A run directory: what lies where, who may write, how a finished one is recognised.
+
+config.yaml          the resolved configuration          run.json       versions, seed, data, hardware, command
+checkpoints/<step>/  see `xmc_midx.checkpoint`           metrics.jsonl  one line an epoch
+best, latest         each names a checkpoint             labels.txt, vocabulary.txt   where they are known
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from xmc_midx.config import Config, dump_config, load_config
+from xmc_midx.errors import DataError, ResourceError, UsageError
+
+if TYPE_CHECKING:
+    from xmc_midx.data.vocabulary import Vocabulary
+
+__all__ = ["RunDirectory"]
+
+
+class RunDirectory:
+    """A run directory that exists.
+
+    Parameters
+    ----------
+    path : of the directory.
+    config : its resolved configuration.
+    """
+
+    def __init__(self, path: Path, config: Config) -> None:
+        self.path, self.config = path, config
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @classmethod
+    def open(cls, run: str | Path) -> RunDirectory:
+        """An existing run directory.
+
+        Raises
+        ------
+        DataError : there is no such directory, or it is not one that `train` wrote.
+        """
+        path = Path(run)
+        if not path.is_dir():
+            raise DataError(
+                f"{path}: there is no such run directory.",
+                hint="Train one: xmc-midx train DATA --output RUN.",
+            )
+        if not (path / "config.yaml").is_file():
+            raise DataError(f"{path}: is no run directory: it has no config.yaml.", hint="Is this a dataset?")
+        try:
+            return cls(path, load_config(path / "config.yaml"))
+        except UsageError as error:
+            raise DataError(error.message, hint=error.hint) from None
+
+    @classmethod
+    @contextmanager
+    def create(cls, run: str | Path, config: Config) -> Iterator[RunDirectory]:
+        """A new, locked run directory.
+
+        Raises
+        ------
+        UsageError : the directory holds a run or other files already.
+        ResourceError : it cannot be written, or another training is using it.
+        """
+        path = Path(run)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResourceError(f"{path}: cannot be made: {error.strerror}.") from None
+        with cls.lock(path):
+            if (path / "config.yaml").exists():
+                raise UsageError(
+                    f"{path}: holds a run already.",
+                    hint="Choose another --output, or --resume to go on with this one.",
+                )
+            strangers = [entry.name for entry in path.iterdir() if not entry.name.startswith(".")]
+            if strangers:
+                raise UsageError(
+                    f"{path}: is not empty ({strangers[0]}, ...).", hint="Choose a new --output directory."
+                )
+            directory = cls(path, config)
+            directory.write_text("config.yaml", dump_config(config))
+            yield directory
+
+    @staticmethod
+    @contextmanager
+    def lock(path: Path) -> Iterator[None]:
+        """Hold the directory's lock, which the system drops when the process ends, however it ends."""
+        lock = FileLock(path / ".lock", thread_local=False)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ResourceError(
+                f"{path}: another training is using this run directory.",
+                hint="Wait for it, or choose another --output.",
+            ) from None
+        except OSError as error:
+            raise ResourceError(f"{path}: cannot be written: {error.strerror}.") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    # ------------------------------------------------------------------ files
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file beside its name and rename it there."""
+        beside = self.path / f".{name}.{os.getpid()}"
+        try:
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(self.path / name)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise ResourceError(f"{self.path / name}: cannot be written: {error.strerror}.") from None
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        self.write_text(name, json.dumps(value, indent=1) + "\n")
+
+    def write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """`metrics.jsonl`, whole: a line an epoch."""
+        self.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        try:
+            value = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DataError(f"{self.path / name}: is missing; the run directory is incomplete.") from None
+        except ValueError:
+            raise DataError(f"{self.path / name}: is not JSON; it was damaged or edited.") from None
+        if not isinstance(value, dict):
+            raise DataError(f"{self.path / name}: expected a JSON object.")
+        return value
+
+    # --------------------------------------------------------- names and words
+
+    def write_names(self, label_names: Sequence[str] | None, vocabulary: Vocabulary | None) -> None:
+        """Keep what turns ids into names and texts into features with the model."""
+        if label_names is not None:
+            self.write_text("labels.txt", "".join(f"{name}\n" for name in label_names))
+        if vocabulary is not None:
+            vocabulary.save(self.path / "vocabulary.txt")
+
+    def label_names(self) -> tuple[str, ...] | None:
+        path = self.path / "labels.txt"
+        return tuple(path.read_text(encoding="utf-8").split("\n")[:-1]) if path.exists() else None
+
+    def vocabulary(self) -> Vocabulary | None:
+        path = self.path / "vocabulary.txt"
+        if not path.exists():
+            return None
+        from xmc_midx.data.vocabulary import Vocabulary
+
+        return Vocabulary.load(path)

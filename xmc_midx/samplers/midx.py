@@ -1,0 +1,212 @@
+"""Layer 3. The MIDX proposal: an inverted multi-index over the label table (arXiv 2501.08563, section 4).
+
+With codes (k1, k2) of label i, codebook scores s1, s2 of a query and a query-free prior pi,
+
+    Q(i|z) = pi_i exp(s1[k1] + s2[k2]) / Z(z),    Z(z) = sum_k1 exp(s1[k1]) sum_k2 omega[k1, k2] exp(s2[k2]),
+
+where omega is the prior's mass in a cell. Setting up a batch costs O(B C D + B C^2), a draw O(log L); L enters only in
+`refresh`. Scores are clamped to within `_SCORE_RANGE` nats of the query's best: the clamped law is the law that is
+drawn from and the law that `log_proposal` states, so nothing underflows and nothing is approximated.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from xmc_midx.codebook import Codebook, fit_codebook
+from xmc_midx.samplers.inclusion import log_inclusion
+from xmc_midx.types import LabelSample
+
+__all__ = ["MidxSampler"]
+
+_SCORE_RANGE = 30.0
+"""Nats. exp(-30) for each codebook: the product with a cell mass of 1e-10 is still a normal float32."""
+_COLD_ITERATIONS = 10
+_WARM_ITERATIONS = 2
+_DRAW_CHUNK = 1 << 24
+"""Elements of the largest temporary of a per-instance draw."""
+
+
+class MidxSampler:
+    """Draws labels near the softmax at a cost that does not grow with their number.
+
+    Parameters
+    ----------
+    quantizer : `"pq"` or `"rq"`.
+    num_codewords : C in each of the two codebooks.
+    prior : `"uniform"` (pi = 1, the paper's), `"frequency"` (pi = (n + 1)^power) or `"bias"` (pi = exp(b), exact for
+        the part of the logit that does not depend on the query).
+    label_frequencies : (L,) training instances of each label; needed by the frequency prior.
+    frequency_power : the power in the frequency prior.
+    seed : of the codebooks' start.
+    """
+
+    def __init__(
+        self,
+        *,
+        quantizer: str,
+        num_codewords: int,
+        prior: str = "frequency",
+        label_frequencies: torch.Tensor | None = None,
+        frequency_power: float = 0.5,
+        seed: int = 0,
+    ) -> None:
+        if prior == "frequency" and label_frequencies is None:
+            raise ValueError("the frequency prior needs label_frequencies")
+        self.quantizer = quantizer
+        self.num_codewords = num_codewords
+        self.prior = prior
+        self.seed = seed
+        self.codebook: Codebook | None = None
+        self._log_frequency = None
+        if label_frequencies is not None:
+            self._log_frequency = frequency_power * torch.log(label_frequencies.double() + 1.0)
+
+    # ---------------------------------------------------------------- refresh
+
+    @torch.no_grad()
+    def refresh(self, label_table_LD: torch.Tensor, bias_L: torch.Tensor) -> None:
+        """Fit the codebooks to the table (from the previous ones, where there are any) and rebuild the cells."""
+        generator = torch.Generator(label_table_LD.device).manual_seed(self.seed)
+        codebook = fit_codebook(
+            label_table_LD,
+            quantizer=self.quantizer,
+            num_codewords=self.num_codewords,
+            generator=generator,
+            start=self.codebook,
+            num_iterations=_COLD_ITERATIONS if self.codebook is None else _WARM_ITERATIONS,
+        )
+        self.set_codebook(codebook, bias_L)
+
+    def set_codebook(self, codebook: Codebook, bias_L: torch.Tensor) -> None:
+        """Use `codebook` as it is; `bias_L` (L,) is read by the bias prior alone."""
+        num_cells = codebook.num_codewords**2
+        log_prior_L = self._log_prior(codebook.num_labels, bias_L)
+        # The total mass is 1, in float64: 10^8 labels leave a cumulative sum exact to 1e-16.
+        log_prior_L = log_prior_L - torch.logsumexp(log_prior_L, 0)
+        cells_L = codebook.cells()
+        order_L = torch.argsort(cells_L, stable=True)
+        ends = torch.cumsum(torch.bincount(cells_L, minlength=num_cells), 0)
+        cumulative_L = torch.cumsum(log_prior_L[order_L].exp(), 0)
+        mass_before = torch.cat([cumulative_L.new_zeros(1), cumulative_L])[torch.cat([ends.new_zeros(1), ends])]
+        self.codebook = codebook
+        self._cell_of_label = cells_L
+        self._labels_by_cell = order_L
+        self._cell_ends = ends
+        self._mass_before_cell = mass_before
+        self._cumulative_mass = cumulative_L
+        self._log_prior_of_label = log_prior_L.float()
+        self._cell_mass_CC = mass_before.diff().float().view(codebook.num_codewords, codebook.num_codewords)
+
+    def _log_prior(self, num_labels: int, bias_L: torch.Tensor) -> torch.Tensor:
+        if self.prior == "uniform":
+            return torch.zeros(num_labels, dtype=torch.float64, device=bias_L.device)
+        if self.prior == "bias":
+            return bias_L.detach().double()
+        assert self._log_frequency is not None
+        return self._log_frequency.to(bias_L.device)
+
+    # ------------------------------------------------------------------ draws
+
+    @torch.no_grad()
+    def sample_pool(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
+        """Distinct labels of `num_draws` draws from the mean proposal of the batch, `Q(i) = mean_b Q(i|z_b)`.
+
+        The mean over the batch of a cell's probability is one (C, B) x (B, C) product, so neither the set-up nor the
+        weights need a (B, P) matrix, and the inclusion probability `1 - (1 - Q(i))^M` is exact.
+        """
+        ratio_CC = self._mean_ratio(query_BD)
+        cell_mass = (ratio_CC * self._cell_mass_CC).flatten().double()
+        cells = _draw(torch.cumsum(cell_mass, 0), num_draws, generator)
+        label_ids = torch.unique(self._draw_in_cells(cells, generator))
+        probability = self._log_prior_of_label[label_ids].exp() * ratio_CC.flatten()[self._cell_of_label[label_ids]]
+        return LabelSample(label_ids=label_ids, log_weight=log_inclusion(probability, num_draws))
+
+    @torch.no_grad()
+    def sample(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
+        """`num_draws` i.i.d. labels for each instance: first code, second code given the first, label in the cell."""
+        codewords = self.num_codewords
+        chunk = max(1, _DRAW_CHUNK // (num_draws * codewords))
+        parts = []
+        for begin in range(0, query_BD.shape[0], chunk):
+            factor1_BC, factor2_BC = self._factors(query_BD[begin : begin + chunk])
+            psi_BC = factor2_BC @ self._cell_mass_CC.T
+            first_BM = _draw(torch.cumsum((factor1_BC * psi_BC).double(), 1), num_draws, generator)
+            second_BMC = self._cell_mass_CC[first_BM] * factor2_BC[:, None, :]
+            second_BM = _draw(torch.cumsum(second_BMC.double(), 2), 1, generator)[..., 0]
+            parts.append(self._draw_in_cells(first_BM * codewords + second_BM, generator))
+        label_ids = torch.cat(parts)
+        log_weight = self.log_proposal(query_BD, label_ids) + torch.log(torch.tensor(float(num_draws)))
+        return LabelSample(label_ids=label_ids, log_weight=log_weight)
+
+    @torch.no_grad()
+    def log_proposal(self, query_BD: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
+        """log Q(i|z), (B, P) for `label_ids` (P,), or (B, M) for `label_ids` (B, M); nats."""
+        assert self.codebook is not None, "refresh before use"
+        log_factor1_BC, log_factor2_BC = self._log_factors(query_BD)
+        psi_BC = log_factor2_BC.exp() @ self._cell_mass_CC.T
+        log_partition_B1 = torch.log((log_factor1_BC.exp() * psi_BC).sum(1, keepdim=True))
+        codes1, codes2 = self.codebook.codes1[label_ids].long(), self.codebook.codes2[label_ids].long()
+        if label_ids.dim() == 1:
+            scores = log_factor1_BC[:, codes1] + log_factor2_BC[:, codes2]
+        else:
+            scores = log_factor1_BC.gather(1, codes1) + log_factor2_BC.gather(1, codes2)
+        return scores + self._log_prior_of_label[label_ids] - log_partition_B1
+
+    # --------------------------------------------------------------- internals
+
+    def _log_factors(self, query_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.codebook is not None, "refresh before use"
+        scores1_BC, scores2_BC = self.codebook.scores(query_BD.float())
+        return tuple(  # type: ignore[return-value]
+            (scores - scores.amax(1, keepdim=True)).clamp_(min=-_SCORE_RANGE) for scores in (scores1_BC, scores2_BC)
+        )
+
+    def _factors(self, query_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        log_factor1_BC, log_factor2_BC = self._log_factors(query_BD)
+        return log_factor1_BC.exp_(), log_factor2_BC.exp_()
+
+    def _mean_ratio(self, query_BD: torch.Tensor) -> torch.Tensor:
+        """(C, C): the batch mean of `exp(s1 + s2) / Z`, so that `Q(i) = pi_i * ratio[cell of i]`."""
+        factor1_BC, factor2_BC = self._factors(query_BD)
+        partition_B1 = (factor1_BC * (factor2_BC @ self._cell_mass_CC.T)).sum(1, keepdim=True)
+        return (factor1_BC / (partition_B1 * query_BD.shape[0])).T @ factor2_BC
+
+    def _draw_in_cells(self, cells: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """One label from the prior inside each given (non-empty) cell; same shape as `cells`."""
+        low, high = self._mass_before_cell[cells], self._mass_before_cell[cells + 1]
+        uniform = torch.rand(cells.shape, dtype=torch.float64, generator=generator, device=cells.device)
+        position = torch.searchsorted(self._cumulative_mass, low + uniform * (high - low), right=True)
+        first = torch.where(cells > 0, self._cell_ends[(cells - 1).clamp(min=0)], 0)
+        return self._labels_by_cell[torch.minimum(torch.maximum(position, first), self._cell_ends[cells] - 1)]
+
+    # ------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Codebooks and codes; the cells are rebuilt from them."""
+        if self.codebook is None:
+            return {}
+        names = ("codewords1", "codewords2", "codes1", "codes2")
+        return {name: getattr(self.codebook, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor], bias_L: torch.Tensor) -> None:
+        """Restore `state_dict()`; `bias_L` is the bias at the time of the refresh (read by the bias prior alone)."""
+        if state:
+            self.set_codebook(Codebook(quantizer=self.quantizer, **state), bias_L)
+
+
+def _draw(cumulative: torch.Tensor, num_draws: int, generator: torch.Generator) -> torch.Tensor:
+    """`num_draws` indices from each unnormalised cumulative law (..., C) float64 -> (..., num_draws) int64.
+
+    Never an index of zero mass: the search is for the first cumulative value above the uniform draw.
+    """
+    uniform = torch.rand(
+        (*cumulative.shape[:-1], num_draws),
+        dtype=torch.float64,
+        generator=generator,
+        device=cumulative.device,
+    )
+    position = torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True)
+    last = torch.searchsorted(cumulative, cumulative[..., -1:].contiguous())
+    # The clamp matters for a law of NaN alone: the loss will be NaN and say so, where an index error would not.
+    return torch.minimum(position, last).clamp_(max=cumulative.shape[-1] - 1)

@@ -1,0 +1,107 @@
+"""Layer 3. Proposals that do not look at the query: uniform, label frequency, and the batch's own positives."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from xmc_midx.samplers.inclusion import log_inclusion
+from xmc_midx.types import LabelSample
+
+__all__ = ["FrequencySampler", "InBatchSampler", "UniformSampler"]
+
+
+class UniformSampler:
+    """`Q(i) = 1 / L`."""
+
+    def __init__(self, num_labels: int) -> None:
+        self.num_labels = num_labels
+
+    def refresh(self, label_table_LD: torch.Tensor, bias_L: torch.Tensor) -> None:
+        """Nothing depends on the table."""
+
+    def sample_pool(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
+        label_ids = torch.unique(self._draw((num_draws,), query_BD, generator))
+        probability = torch.full(label_ids.shape, 1.0 / self.num_labels, device=query_BD.device)
+        return LabelSample(label_ids=label_ids, log_weight=log_inclusion(probability, num_draws))
+
+    def sample(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
+        label_ids = self._draw((query_BD.shape[0], num_draws), query_BD, generator)
+        log_weight = self.log_proposal(query_BD, label_ids) + math.log(num_draws)
+        return LabelSample(label_ids=label_ids, log_weight=log_weight)
+
+    def log_proposal(self, query_BD: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
+        shape = label_ids.shape if label_ids.dim() == 2 else (query_BD.shape[0], label_ids.shape[0])
+        return torch.full(shape, -math.log(self.num_labels), device=query_BD.device)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor], bias_L: torch.Tensor) -> None:
+        pass
+
+    def _draw(self, shape: tuple[int, ...], query_BD: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return torch.randint(self.num_labels, shape, generator=generator, device=query_BD.device)
+
+
+class FrequencySampler(UniformSampler):
+    """`Q(i) ~ (n_i + 1)^power`: the unigram proposal. The 1 keeps every label reachable.
+
+    Parameters
+    ----------
+    label_frequencies : (L,) training instances of each label.
+    power : 1 is the plain unigram, 0 is uniform.
+    """
+
+    def __init__(self, label_frequencies: torch.Tensor, *, power: float = 1.0) -> None:
+        super().__init__(label_frequencies.shape[0])
+        weight_L = (label_frequencies.double() + 1.0).pow(power)
+        self._probability_L = (weight_L / weight_L.sum()).float()
+        self._cumulative_L = torch.cumsum(weight_L / weight_L.sum(), 0)
+
+    def sample_pool(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
+        label_ids = torch.unique(self._draw((num_draws,), query_BD, generator))
+        return LabelSample(label_ids=label_ids, log_weight=log_inclusion(self._probability_L[label_ids], num_draws))
+
+    def log_proposal(self, query_BD: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
+        log_probability = torch.log(self._probability_L[label_ids])
+        return log_probability if label_ids.dim() == 2 else log_probability.expand(query_BD.shape[0], -1)
+
+    def _draw(self, shape: tuple[int, ...], query_BD: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        uniform = torch.rand(shape, dtype=torch.float64, generator=generator, device=query_BD.device)
+        position = torch.searchsorted(self._cumulative_L, uniform * self._cumulative_L[-1], right=True)
+        return position.clamp_(max=self.num_labels - 1)
+
+
+class InBatchSampler(UniformSampler):
+    """The positives of the batch are each other's negatives; nothing is drawn.
+
+    A label is in a batch of B random instances with probability `1 - (1 - n_i/N)^B`; as a negative it is weighted by
+    the inverse of that (the logQ correction). There is no density to state: labels that no instance has are never
+    negatives, so the estimate of the partition function covers the labels seen in training alone.
+
+    Parameters
+    ----------
+    label_frequencies : (L,) training instances of each label.
+    num_instances : N, the training instances.
+    """
+
+    def __init__(self, label_frequencies: torch.Tensor, *, num_instances: int) -> None:
+        super().__init__(label_frequencies.shape[0])
+        self._share_L = (label_frequencies.double() / num_instances).float()
+
+    def sample_pool(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
+        nothing = torch.empty(0, device=query_BD.device)
+        return LabelSample(label_ids=nothing.long(), log_weight=nothing)
+
+    def log_weight_of_positives(self, label_ids: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """What a batch positive's logit loses where it stands as another instance's negative; (P,) nats."""
+        # A label in the batch was in it with a probability of at least 1/N, whatever the frequencies say.
+        return log_inclusion(self._share_L[label_ids].clamp(min=1e-12), batch_size)
+
+    def sample(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
+        raise NotImplementedError("in-batch negatives are shared by the batch: there are no draws of an instance")
+
+    def log_proposal(self, query_BD: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("in-batch negatives have no density over the labels")

@@ -1,0 +1,439 @@
+"""Layer 4. The softmax over the labels, estimated from a sample. Before it: encoder and sampler; after it: the
+optimiser.
+
+With logits o_i = z.W_i + b_i and the positives Y of an instance, the loss of a positive p is
+
+    decoupled:      log(1 + exp(S - o_p)),                 S = log sum_{i not in Y} exp(o_i)
+    not decoupled:  log(exp(S) + sum_{y in Y} exp(o_y)) - o_p
+
+and the estimators replace S by a sum over sampled labels, each logit less its log weight (METHOD.md, section 2):
+
+- `pool`: positives of the whole batch (weight 1) and the labels drawn for it (weight: the chance to have been drawn),
+every
+  instance scored against all of them by one matrix product. A stratified Horvitz-Thompson estimate: exp(S) is unbiased.
+- `instance`: M draws of each instance's own proposal, weighted by M Q(i|z); accidental hits on Y are left out, which
+  keeps exp(S) unbiased. This is the paper's estimator, with its positives exact.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from xmc_midx.recipe import auto_num_codewords, auto_num_draws
+from xmc_midx.rows import gather_rows
+from xmc_midx.samplers.midx import MidxSampler
+from xmc_midx.samplers.static import InBatchSampler
+from xmc_midx.topk import exact_topk
+from xmc_midx.types import LabelSample, Sampler, TopK
+
+__all__ = ["LabelSoftmax", "MIDXSoftmax"]
+
+_CHUNK_ELEMENTS = 1 << 24
+"""Logits held at once by the exact methods and by a pool that is larger (64 MiB in float32)."""
+
+Positives = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+class LabelSoftmax(nn.Module):
+    """The label table, its bias, and a loss estimated with any sampler.
+
+    Parameters
+    ----------
+    num_labels, dim : L and D.
+    sampler : where the negatives come from; None scores all labels (the full softmax, in chunks).
+    estimator : `"pool"` or `"instance"`.
+    num_draws : labels drawn for a batch (pool) or for each instance (instance). A pool of `num_draws >= num_labels`
+    holds
+        every label once, so that the loss is the full softmax's.
+    bias : whether labels have a bias.
+    weighting : weight of a positive: `"mean"` 1/|Y| of its instance, `"sum"` 1.
+    decoupled : whether an instance's other positives are masked.
+    sparse : row-sparse gradients of table and bias, for `RowAdam` or `torch.optim.SparseAdam`; off, the gradients are
+    dense
+        and any optimiser will do, at a cost that grows with L.
+    precision : dtype of the three matrix products; the table stays float32.
+    seed : of the draws and of the table's start.
+    """
+
+    def __init__(
+        self,
+        num_labels: int,
+        dim: int,
+        *,
+        sampler: Sampler | None,
+        estimator: str = "pool",
+        num_draws: int = 2048,
+        bias: bool = True,
+        weighting: str = "mean",
+        decoupled: bool = True,
+        sparse: bool = False,
+        precision: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if estimator not in ("pool", "instance"):
+            raise ValueError(f"estimator {estimator!r}: expected 'pool' or 'instance'")
+        if weighting not in ("mean", "sum"):
+            raise ValueError(f"weighting {weighting!r}: expected 'mean' or 'sum'")
+        self.num_labels, self.dim = num_labels, dim
+        self.sampler, self.estimator, self.num_draws = sampler, estimator, num_draws
+        self.weighting, self.decoupled, self.sparse, self.precision = weighting, decoupled, sparse, precision
+        self.weight = nn.Parameter(torch.empty(num_labels, dim))
+        self.bias = nn.Parameter(torch.zeros(num_labels), requires_grad=bias)
+        self.seed = seed
+        self.generator = torch.Generator().manual_seed(seed)
+        self.pool_size = 0
+        """Labels in the last pool: a diagnostic."""
+        with torch.no_grad():
+            self.weight.normal_(0.0, 1.0 / math.sqrt(dim), generator=torch.Generator().manual_seed(seed))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LabelSoftmax:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.generator.device != self.weight.device:
+            self.generator = torch.Generator(self.weight.device).manual_seed(self.seed)
+        return self
+
+    # ------------------------------------------------------------------- loss
+
+    def forward(self, queries: torch.Tensor, positives: Positives) -> torch.Tensor:
+        """The loss in nats per positive, a scalar.
+
+        Parameters
+        ----------
+        queries : (..., D) float.
+        positives : label ids of the leading shape (one a query), or a pair `(label_ids (Y,), offsets (B+1,))` for B =
+        the
+            product of the leading shape: query i owns `label_ids[offsets[i]:offsets[i+1]]`, which may be empty.
+        """
+        query_BD = queries.reshape(-1, self.dim).float()
+        targets = _Targets.build(positives, query_BD, self.weighting)
+        if targets.label_ids.shape[0] == 0:
+            return query_BD.sum() * 0.0
+        if self.estimator == "instance" and self.sampler is not None and self.num_draws < self.num_labels:
+            return self._instance_loss(query_BD, targets)
+        return self._pool_loss(query_BD, targets)
+
+    def _pool_loss(self, query_BD: torch.Tensor, targets: _Targets) -> torch.Tensor:
+        label_ids, log_weight_P = self._pool(query_BD, targets.label_ids)
+        self.pool_size = label_ids.shape[0]
+        rows_PD, bias_P = self._rows(label_ids)
+        positions_Y = torch.searchsorted(label_ids, targets.label_ids)
+        loss: torch.Tensor = _PoolLoss.apply(  # type: ignore[no-untyped-call]
+            query_BD, rows_PD, bias_P, log_weight_P, positions_Y, targets, self.decoupled, self.precision
+        )
+        return loss
+
+    def _pool(self, query_BD: torch.Tensor, positives_Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rising label ids (P,) of the pool and their log weights (P,)."""
+        if self.sampler is None or (self.num_draws >= self.num_labels and not isinstance(self.sampler, InBatchSampler)):
+            label_ids = torch.arange(self.num_labels, device=query_BD.device)
+            return label_ids, torch.zeros(self.num_labels, device=query_BD.device)
+        certain = torch.unique(positives_Y)
+        sample = self.sampler.sample_pool(query_BD.detach(), self.num_draws, self.generator)
+        if isinstance(self.sampler, InBatchSampler):
+            return certain, self.sampler.log_weight_of_positives(certain, query_BD.shape[0])
+        return _union(certain, sample)
+
+    def _instance_loss(self, query_BD: torch.Tensor, targets: _Targets) -> torch.Tensor:
+        assert self.sampler is not None
+        sample = self.sampler.sample(query_BD.detach(), self.num_draws, self.generator)
+        # One gather for positives and draws together: a row's gradient is complete when the optimiser sees it.
+        both = torch.cat([targets.label_ids, sample.label_ids.flatten()])
+        label_ids, inverse = torch.unique(both, return_inverse=True)
+        self.pool_size = label_ids.shape[0]
+        rows_PD, bias_P = self._rows(label_ids)
+        positives_Y, drawn_BM = inverse.split([targets.label_ids.shape[0], sample.label_ids.numel()])
+        drawn_BM = drawn_BM.view_as(sample.label_ids)
+        logits_BM = torch.einsum("bd,bmd->bm", query_BD, rows_PD[drawn_BM]) + bias_P[drawn_BM] - sample.log_weight
+        logits_BM = logits_BM.masked_fill(targets.hits(sample.label_ids, self.num_labels), -torch.inf)
+        log_negatives_B = _logsumexp_or_empty(logits_BM)
+        logits_Y = (query_BD[targets.instance] * rows_PD[positives_Y]).sum(1) + bias_P[positives_Y]
+        log_rest_Y = log_negatives_B[targets.instance]
+        if not self.decoupled:
+            others_B = targets.logsumexp(logits_Y, query_BD.shape[0])
+            log_all_Y = torch.logaddexp(log_negatives_B, others_B)[targets.instance]
+            return (targets.weight * (log_all_Y - logits_Y)).sum()
+        return (targets.weight * F.softplus(log_rest_Y - logits_Y)).sum()
+
+    def _rows(self, label_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.sparse:
+            return self.weight[label_ids], self.bias[label_ids]
+        return gather_rows(self.weight, label_ids), gather_rows(self.bias, label_ids)
+
+    # ---------------------------------------------------------------- the rest
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Bring the sampler up to date with the table; call it once before training and then now and again."""
+        if self.sampler is not None:
+            self.sampler.refresh(self.weight, self.bias)
+
+    @torch.no_grad()
+    def log_prob(self, queries: torch.Tensor) -> torch.Tensor:
+        """The full softmax: (..., D) queries -> (..., L) log probabilities in nats. Allocates the whole result."""
+        return torch.log_softmax(queries @ self.weight.T + self.bias, dim=-1)
+
+    def topk(self, queries: torch.Tensor, k: int) -> TopK:
+        """The k best labels of each query by a full scan: (N, D) queries (leading dimensions are flattened)."""
+        return exact_topk(queries.detach().reshape(-1, self.dim).float(), self.weight, self.bias, k)
+
+
+class MIDXSoftmax(LabelSoftmax):
+    """A softmax over many labels whose training step does not grow with their number.
+
+    Equals, up to the sampling of the negatives, `-(log_softmax(queries @ weight.T + bias)[positives]).mean()`.
+
+    Parameters
+    ----------
+    num_labels, dim : L and D (D >= 2).
+    num_codewords : C in each of the two codebooks; `"auto"`: sqrt(L) / 2.
+    quantizer : `"pq"` or `"rq"`.
+    estimator, bias, weighting, decoupled, sparse, precision, seed : as in `LabelSoftmax`.
+    num_draws : `"auto"`: 2,048 a batch, or all labels where they are few; 64 for each instance.
+    prior, label_frequencies, frequency_power : as in `MidxSampler`; frequencies are (L,) counts.
+    """
+
+    def __init__(
+        self,
+        num_labels: int,
+        dim: int,
+        *,
+        num_codewords: int | str = "auto",
+        quantizer: str = "pq",
+        estimator: str = "pool",
+        num_draws: int | str = "auto",
+        prior: str = "uniform",
+        label_frequencies: torch.Tensor | None = None,
+        frequency_power: float = 0.5,
+        bias: bool = True,
+        weighting: str = "mean",
+        decoupled: bool = True,
+        sparse: bool = False,
+        precision: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        codewords = auto_num_codewords(num_labels) if isinstance(num_codewords, str) else num_codewords
+        if isinstance(num_draws, str):
+            num_draws = auto_num_draws(num_labels) if estimator == "pool" else 64
+        super().__init__(
+            num_labels,
+            dim,
+            sampler=MidxSampler(
+                quantizer=quantizer,
+                num_codewords=codewords,
+                prior=prior,
+                label_frequencies=label_frequencies,
+                frequency_power=frequency_power,
+                seed=seed,
+            ),
+            estimator=estimator,
+            num_draws=num_draws,
+            bias=bias,
+            weighting=weighting,
+            decoupled=decoupled,
+            sparse=sparse,
+            precision=precision,
+            seed=seed,
+        )
+        self.refresh()
+
+
+@dataclass(frozen=True, slots=True)
+class _Targets:
+    """Positives of a batch, flattened, with the weight of each; the weights sum to 1."""
+
+    label_ids: torch.Tensor
+    """(Y,) int64."""
+    instance: torch.Tensor
+    """(Y,) int64: the row of the batch that owns the positive."""
+    weight: torch.Tensor
+    """(Y,) float32."""
+
+    @classmethod
+    def build(cls, positives: Positives, query_BD: torch.Tensor, weighting: str) -> _Targets:
+        num_rows, device = query_BD.shape[0], query_BD.device
+        if isinstance(positives, torch.Tensor):
+            label_ids = positives.reshape(-1)
+            if label_ids.shape[0] != num_rows:
+                raise ValueError(f"{label_ids.shape[0]} positives for {num_rows} queries: expected one a query")
+            return cls(label_ids, torch.arange(num_rows, device=device), torch.full((num_rows,), 1.0 / num_rows))
+        label_ids, offsets = positives
+        if offsets.shape[0] != num_rows + 1:
+            raise ValueError(f"{offsets.shape[0]} offsets for {num_rows} queries: expected one more than queries")
+        counts = offsets.diff()
+        instance = torch.repeat_interleave(
+            torch.arange(num_rows, device=device), counts, output_size=label_ids.shape[0]
+        )
+        weight = torch.ones(label_ids.shape[0], device=device)
+        if weighting == "mean":
+            weight = weight / counts[instance]
+        return cls(label_ids, instance, weight / weight.sum())
+
+    def hits(self, drawn_BM: torch.Tensor, num_labels: int) -> torch.Tensor:
+        """(B, M) bool: where a draw is one of its instance's positives."""
+        own = torch.sort(self.instance * num_labels + self.label_ids).values
+        keys = torch.arange(drawn_BM.shape[0], device=drawn_BM.device)[:, None] * num_labels + drawn_BM
+        position = torch.searchsorted(own, keys).clamp_(max=own.shape[0] - 1)
+        return own[position] == keys
+
+    def logsumexp(self, logits_Y: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """(B,): log of the summed exponentials of each instance's positives; -inf for one without."""
+        peak_B = torch.full((num_rows,), -torch.inf, device=logits_Y.device)
+        peak_B = peak_B.scatter_reduce(0, self.instance, logits_Y.detach(), "amax")
+        total_B = torch.zeros(num_rows, device=logits_Y.device)
+        total_B = total_B.index_add(0, self.instance, torch.exp(logits_Y - peak_B[self.instance]))
+        return torch.where(total_B > 0, torch.log(total_B.clamp(min=1e-38)) + peak_B, -torch.inf)
+
+
+class _PoolLoss(torch.autograd.Function):
+    """The pool loss and its gradients in three matrix products.
+
+    Equals autograd on `logits = query @ rows.T + bias`, negatives less `log_weight`, the loss of the module's
+    docstring. Written by hand because the gradient of all negatives of an instance is one softmax row times one
+    number: a single (B, P) matrix is kept, in the products' precision, and none at all where it would exceed
+    `_CHUNK_ELEMENTS`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_BD: torch.Tensor,
+        rows_PD: torch.Tensor,
+        bias_P: torch.Tensor,
+        log_weight_P: torch.Tensor,
+        positions_Y: torch.Tensor,
+        targets: _Targets,
+        decoupled: bool,
+        precision: torch.dtype,
+    ) -> torch.Tensor:
+        query = query_BD.to(precision)
+        num_rows, pool_size = query_BD.shape[0], rows_PD.shape[0]
+        chunk = max(1, min(pool_size, _CHUNK_ELEMENTS // num_rows))
+        log_negatives_B = torch.full((num_rows,), -torch.inf, device=query_BD.device)
+        logits_Y = torch.empty(positions_Y.shape[0], device=query_BD.device)
+        whole = None
+        for begin in range(0, pool_size, chunk):
+            logits, mine, column = _chunk_logits(
+                query, rows_PD, bias_P - log_weight_P, positions_Y, begin, begin + chunk, precision
+            )
+            instance = targets.instance[mine]
+            logits_Y[mine] = logits[instance, column] + log_weight_P[positions_Y[mine]]
+            logits[instance, column] = -torch.inf
+            peak_B1 = logits.amax(1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
+            logits.sub_(peak_B1).exp_()
+            log_chunk_B = peak_B1[:, 0] + torch.log(logits.sum(1))
+            log_negatives_B = torch.logaddexp(log_negatives_B, log_chunk_B)
+            if chunk >= pool_size:
+                whole = logits.mul_(torch.exp(peak_B1 - _finite(log_negatives_B)[:, None]))
+        loss, share_B, slope_Y = _loss_and_slopes(logits_Y, log_negatives_B, targets, decoupled)
+        if whole is not None:
+            whole = _slopes(whole, share_B, slope_Y, targets.instance, positions_Y).to(precision)
+        ctx.save_for_backward(
+            query_BD, rows_PD, bias_P, log_weight_P, positions_Y, log_negatives_B, share_B, slope_Y, whole
+        )
+        ctx.targets, ctx.precision, ctx.chunk = targets, precision, chunk
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query_BD, rows_PD, bias_P, log_weight_P, positions_Y, log_negatives_B, share_B, slope_Y, whole = (
+            ctx.saved_tensors
+        )
+        query = query_BD.to(ctx.precision)
+        grad_query = torch.zeros_like(query_BD)
+        grad_rows, grad_bias = torch.empty_like(rows_PD), torch.empty_like(bias_P)
+        for begin in range(0, rows_PD.shape[0], ctx.chunk):
+            end = min(begin + ctx.chunk, rows_PD.shape[0])
+            if whole is not None:
+                slopes = whole
+            else:
+                logits, mine, column = _chunk_logits(
+                    query, rows_PD, bias_P - log_weight_P, positions_Y, begin, end, ctx.precision
+                )
+                softmax = logits.sub_(_finite(log_negatives_B)[:, None]).exp_()
+                slopes = _slopes(softmax, share_B, slope_Y[mine], ctx.targets.instance[mine], column).to(ctx.precision)
+            grad_query += slopes @ rows_PD[begin:end].to(ctx.precision)
+            grad_rows[begin:end] = slopes.T @ query
+            grad_bias[begin:end] = slopes.sum(0, dtype=torch.float32)
+        return (grad * grad_query, grad * grad_rows, grad * grad_bias, *(None,) * 5)
+
+
+def _chunk_logits(
+    query: torch.Tensor,
+    rows_PD: torch.Tensor,
+    offset_P: torch.Tensor,
+    positions_Y: torch.Tensor,
+    begin: int,
+    end: int,
+    precision: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Corrected logits (B, chunk) float32 of the pool's labels begin..end, which positives lie there, and in which
+    column."""
+    offset = offset_P[begin:end]
+    if precision == torch.float32:
+        logits = torch.addmm(offset, query, rows_PD[begin:end].T)
+    else:
+        logits = (query @ rows_PD[begin:end].to(precision).T).float().add_(offset)
+    if begin == 0 and end >= rows_PD.shape[0]:
+        return logits, torch.arange(positions_Y.shape[0], device=query.device), positions_Y
+    mine = torch.nonzero((positions_Y >= begin) & (positions_Y < end)).flatten()
+    return logits, mine, positions_Y[mine] - begin
+
+
+def _loss_and_slopes(
+    logits_Y: torch.Tensor, log_negatives_B: torch.Tensor, targets: _Targets, decoupled: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss, the factor (B,) of each instance's softmax over its negatives, and the gradient (Y,) of the
+    positives."""
+    zeros_B = torch.zeros_like(log_negatives_B)
+    if decoupled:
+        margin_Y = log_negatives_B[targets.instance] - logits_Y
+        slope_Y = targets.weight * torch.sigmoid(margin_Y)
+        loss = (targets.weight * F.softplus(margin_Y)).sum()
+        return loss, zeros_B.index_add(0, targets.instance, slope_Y), -slope_Y
+    weight_B = zeros_B.index_add(0, targets.instance, targets.weight)
+    log_all_B = torch.logaddexp(log_negatives_B, targets.logsumexp(logits_Y, log_negatives_B.shape[0]))
+    log_all_Y = log_all_B[targets.instance]
+    loss = (targets.weight * (log_all_Y - logits_Y)).sum()
+    share_B = weight_B * torch.exp(log_negatives_B - _finite(log_all_B))
+    return loss, share_B, weight_B[targets.instance] * torch.exp(logits_Y - log_all_Y) - targets.weight
+
+
+def _slopes(
+    softmax: torch.Tensor,
+    share_B: torch.Tensor,
+    slope_Y: torch.Tensor,
+    instance: torch.Tensor,
+    column: torch.Tensor,
+) -> torch.Tensor:
+    """Gradient of the loss by the logits, in place of the softmax over the negatives."""
+    softmax.mul_(share_B[:, None])
+    softmax[instance, column] = slope_Y
+    return softmax
+
+
+def _finite(log_total_B: torch.Tensor) -> torch.Tensor:
+    """0 where there is nothing to sum: the terms are exp(-inf) and stay 0 instead of becoming NaN."""
+    return torch.where(torch.isneginf(log_total_B), 0.0, log_total_B)
+
+
+def _logsumexp_or_empty(logits_BM: torch.Tensor) -> torch.Tensor:
+    """logsumexp along the rows, with a zero gradient, not NaN, where all of a row is -inf."""
+    empty_B = torch.isneginf(logits_BM).all(1)
+    safe_BM = torch.where(empty_B[:, None], torch.zeros_like(logits_BM), logits_BM)
+    return torch.where(empty_B, -torch.inf, torch.logsumexp(safe_BM, 1))
+
+
+def _union(certain: torch.Tensor, sample: LabelSample) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rising ids of the batch's positives (log weight 0) and of the drawn labels that are not among them."""
+    position = torch.searchsorted(certain, sample.label_ids).clamp_(max=certain.shape[0] - 1)
+    fresh = certain[position] != sample.label_ids
+    label_ids, order = torch.sort(torch.cat([certain, sample.label_ids[fresh]]))
+    log_weight = torch.cat([torch.zeros(certain.shape[0], device=certain.device), sample.log_weight[fresh]])
+    return label_ids, log_weight[order]

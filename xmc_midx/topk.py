@@ -1,0 +1,98 @@
+"""Layer 2. Exact top-k of a score matrix that is never whole: chunks, merged by one tie rule."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from xmc_midx.types import TopK
+
+__all__ = ["empty_topk", "exact_topk", "merge_topk"]
+
+_CHUNK_ELEMENTS = 1 << 24
+"""Scores held at once (64 MiB in float32)."""
+_LABEL_CHUNK = 1 << 17
+
+
+@torch.no_grad()
+def exact_topk(
+    query_ND: torch.Tensor,
+    label_table_LD: torch.Tensor,
+    bias_L: torch.Tensor | None,
+    k: int,
+    *,
+    excluded_L: torch.Tensor | None = None,
+) -> TopK:
+    """The k labels with the largest `query . row + bias`: falling scores, ties to the smaller id.
+
+    Parameters
+    ----------
+    query_ND, label_table_LD : (N, D) and (L, D) float32 on one device.
+    bias_L : (L,) float32, or None for none.
+    k : results; a row that has fewer labels to choose from is padded with -1 and -inf.
+    excluded_L : (L,) bool, True for a label that must not be returned.
+    """
+    num_labels = label_table_LD.shape[0]
+    label_chunk = min(num_labels, _LABEL_CHUNK)
+    row_chunk = max(1, _CHUNK_ELEMENTS // max(1, label_chunk))
+    parts = []
+    for begin in range(0, query_ND.shape[0], row_chunk):
+        chunk_BD = query_ND[begin : begin + row_chunk]
+        best = None
+        for first in range(0, num_labels, label_chunk):
+            scores_BL = chunk_BD @ label_table_LD[first : first + label_chunk].T
+            if bias_L is not None:
+                scores_BL += bias_L[first : first + label_chunk]
+            if excluded_L is not None:
+                scores_BL[:, excluded_L[first : first + label_chunk]] = -torch.inf
+            found = _topk_ties_to_smaller_id(scores_BL, min(k, scores_BL.shape[1]), first)
+            best = found if best is None else merge_topk(best, found, k)
+        assert best is not None, "a label table has at least one row"
+        parts.append(best)
+    if not parts:
+        return empty_topk(0, k)
+    ids_NK = torch.cat([ids for ids, _ in parts]).cpu().numpy()
+    scores_NK = torch.cat([scores for _, scores in parts]).cpu().numpy()
+    result = empty_topk(ids_NK.shape[0], k)
+    result.label_ids[:, : ids_NK.shape[1]] = np.where(np.isneginf(scores_NK), -1, ids_NK)
+    result.scores[:, : ids_NK.shape[1]] = scores_NK
+    return result
+
+
+def merge_topk(
+    left: tuple[torch.Tensor, torch.Tensor], right: tuple[torch.Tensor, torch.Tensor], k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best k of two (ids, scores) pairs over disjoint labels, each (B, *)."""
+    ids = torch.cat([left[0], right[0]], dim=1)
+    scores = torch.cat([left[1], right[1]], dim=1)
+    return _sorted(ids, scores, min(k, ids.shape[1]))
+
+
+def empty_topk(num_instances: int, k: int) -> TopK:
+    """All pads."""
+    return TopK(
+        label_ids=np.full((num_instances, k), -1, dtype=np.int64),
+        scores=np.full((num_instances, k), -np.inf, dtype=np.float32),
+    )
+
+
+def _topk_ties_to_smaller_id(scores_BL: torch.Tensor, k: int, first_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    # torch.topk breaks ties arbitrarily. One score more than asked for shows where a tie crosses the border (rare in
+    # float32): those rows are sorted whole.
+    wide = min(k + 1, scores_BL.shape[1])
+    scores_BK, ids_BK = torch.topk(scores_BL, wide, dim=1)
+    if wide > k:
+        crossing = torch.nonzero(scores_BK[:, k] == scores_BK[:, k - 1]).flatten()
+        if crossing.shape[0]:
+            order = torch.argsort(scores_BL[crossing], dim=1, descending=True, stable=True)[:, :wide]
+            ids_BK[crossing] = order
+            scores_BK[crossing] = scores_BL[crossing].gather(1, order)
+    ids_BK, scores_BK = _sorted(ids_BK, scores_BK, wide)
+    return ids_BK[:, :k] + first_id, scores_BK[:, :k]
+
+
+def _sorted(ids: torch.Tensor, scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    by_id = torch.argsort(ids, dim=1)
+    ids, scores = ids.gather(1, by_id), scores.gather(1, by_id)
+    order = torch.argsort(scores, dim=1, descending=True, stable=True)[:, :k]
+    return ids.gather(1, order), scores.gather(1, order)

@@ -1,0 +1,220 @@
+"""Layer 5. The training loop: batches in, better encoder and label table out. Before it: softmax, optimiser; after
+it: checkpoints.
+
+The trainer knows nothing of files. Its whole state is `state_dict()`: loaded into a trainer of the same
+configuration, training goes on as if it had never stopped, bit for bit on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from xmc_midx.config import TrainingConfig
+from xmc_midx.data.batches import BatchStream
+from xmc_midx.encoder import SparseEncoder
+from xmc_midx.errors import DivergedError
+from xmc_midx.optim import RowAdam
+from xmc_midx.softmax import LabelSoftmax
+from xmc_midx.types import EpochStats, Reporter
+
+__all__ = ["Trainer"]
+
+
+class Trainer:
+    """Trains an encoder and a label softmax on a stream of batches.
+
+    Parameters
+    ----------
+    encoder, softmax : on the device of training.
+    stream : the batches; they are moved to the device one by one.
+    config : resolved: no value is `"auto"`.
+    refresh_every : steps between two refreshes of the sampler; None refreshes at the start of each epoch.
+    """
+
+    def __init__(
+        self,
+        encoder: SparseEncoder,
+        softmax: LabelSoftmax,
+        stream: BatchStream,
+        config: TrainingConfig,
+        *,
+        refresh_every: int | None = None,
+    ) -> None:
+        assert isinstance(config.epochs, int), "the configuration is resolved"
+        self.encoder, self.softmax, self.stream = encoder, softmax, stream
+        self.num_epochs, self.refresh_every = config.epochs, refresh_every
+        self.device = softmax.weight.device
+        self.optimizer = _optimizer(encoder, softmax, config)
+        self.total_steps = self.num_epochs * stream.steps_per_epoch
+        self.warmup_steps = max(1, round(config.warmup_fraction * self.total_steps))
+        self.step = 0
+        """Steps done since training began."""
+        self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._loss_sum = 0.0
+        self._pool_sum = 0
+        self._bias_at_refresh = softmax.bias.detach().clone()
+        encoder.dropout.generator = torch.Generator(self.device).manual_seed(config.seed + 1)
+
+    # ------------------------------------------------------------------ start
+
+    def initialize(self, label_init: str, seed: int) -> None:
+        """Start values: random features; each label at the mean of its encoded instances and at its log frequency."""
+        self.encoder.reset_parameters(torch.Generator(self.device).manual_seed(seed))
+        if label_init == "mean-instance":
+            _start_from_mean_instances(self.encoder, self.softmax, self.stream)
+
+    # ------------------------------------------------------------------- loop
+
+    def run_epoch(self, reporter: Reporter, *, after_step: Callable[[], None] | None = None) -> EpochStats:
+        """Train to the end of the current epoch, from wherever the trainer stands in it.
+
+        Parameters
+        ----------
+        reporter : gets one `step` a batch with the running loss and instances/s.
+        after_step : called after each step, for checkpoints inside an epoch.
+
+        Raises
+        ------
+        DivergedError : the loss of a batch is not finite; the step is not taken.
+        """
+        epoch, first_step = divmod(self.step, self.stream.steps_per_epoch)
+        if first_step == 0:
+            self._loss_sum, self._pool_sum = 0.0, 0
+        started = time.perf_counter()
+        num_instances = 0
+        self.encoder.train()
+        for batch in self.stream.epoch(epoch + 1, first_step=first_step):
+            if self._refresh_is_due():
+                self._refresh()
+            self._loss_sum += self._train_step(batch.to(self.device))
+            self._pool_sum += self.softmax.pool_size
+            num_instances += batch.num_instances
+            seconds = time.perf_counter() - started
+            done = self.step - epoch * self.stream.steps_per_epoch
+            reporter.step(1, loss=self._loss_sum / done, instances_per_second=num_instances / seconds)
+            if after_step is not None:
+                after_step()
+        seconds = time.perf_counter() - started
+        steps = self.stream.steps_per_epoch
+        return EpochStats(
+            epoch=epoch + 1,
+            num_epochs=self.num_epochs,
+            num_steps=self.step,
+            loss=self._loss_sum / steps,
+            instances_per_second=num_instances / max(seconds, 1e-9),
+            learning_rate=float(self.optimizer.param_groups[-1]["lr"]),
+            seconds=seconds,
+            sampler={"pool_size": self._pool_sum / steps},
+        )
+
+    def _train_step(self, batch: Any) -> float:
+        self._set_rates()
+        query_BD = self.encoder(batch.features)
+        loss = self.softmax(query_BD, (batch.positives, batch.positive_offsets))
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            ids = ", ".join(str(i) for i in batch.instance_ids[:8].tolist())
+            raise DivergedError(
+                f"The loss became {value} at step {self.step + 1}, on the batch of training instances {ids}, ...",
+                hint="Lower training.encoder_learning_rate and training.label_learning_rate; is the data finite?",
+            )
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return value
+
+    def _set_rates(self) -> None:
+        """Linear warm-up, then linear decay to zero at the last step."""
+        factor = min((self.step + 1) / self.warmup_steps, 1.0) * (1.0 - self.step / self.total_steps)
+        for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
+            group["lr"] = base * factor
+
+    def _refresh_is_due(self) -> bool:
+        return self.step % (self.refresh_every or self.stream.steps_per_epoch) == 0
+
+    def _refresh(self) -> None:
+        self.softmax.refresh()
+        self._bias_at_refresh = self.softmax.bias.detach().clone()
+
+    # ------------------------------------------------------------------ state
+
+    def model_tensors(self) -> dict[str, torch.Tensor]:
+        """What a prediction needs."""
+        tensors = {f"encoder.{name}": tensor for name, tensor in self.encoder.state_dict().items()}
+        return tensors | {f"labels.{name}": tensor for name, tensor in self.softmax.state_dict().items()}
+
+    def training_tensors(self) -> dict[str, torch.Tensor]:
+        """What training needs besides the model to go on: optimiser, sampler, random streams."""
+        tensors = {"sampler.bias_at_refresh": self._bias_at_refresh}
+        if self.softmax.sampler is not None:
+            tensors |= {f"sampler.{name}": tensor for name, tensor in self.softmax.sampler.state_dict().items()}
+        for index, entry in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in entry.items()}
+        tensors["generator.draws"] = self.softmax.generator.get_state()
+        tensors["generator.dropout"] = self._dropout_generator().get_state()
+        return tensors
+
+    def counters(self) -> dict[str, float]:
+        """The plain part of the state."""
+        return {"step": self.step, "loss_sum": self._loss_sum, "pool_sum": self._pool_sum}
+
+    def load(
+        self, model: dict[str, torch.Tensor], training: dict[str, torch.Tensor], counters: dict[str, float]
+    ) -> None:
+        """Restore what `model_tensors`, `training_tensors` and `counters` returned."""
+        self.encoder.load_state_dict(_part(model, "encoder."))
+        self.softmax.load_state_dict(_part(model, "labels."))
+        self._bias_at_refresh = training["sampler.bias_at_refresh"].to(self.device)
+        if self.softmax.sampler is not None:
+            codes = {k: v.to(self.device) for k, v in _part(training, "sampler.").items() if k != "bias_at_refresh"}
+            self.softmax.sampler.load_state_dict(codes, self._bias_at_refresh)
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in _part(training, "optimizer.").items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = tensor
+        whole = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
+        self.softmax.generator.set_state(training["generator.draws"])
+        self._dropout_generator().set_state(training["generator.dropout"])
+        self.step = int(counters["step"])
+        self._loss_sum, self._pool_sum = float(counters["loss_sum"]), int(counters["pool_sum"])
+
+    def _dropout_generator(self) -> torch.Generator:
+        generator = self.encoder.dropout.generator
+        assert generator is not None
+        return generator
+
+
+def _optimizer(encoder: SparseEncoder, softmax: LabelSoftmax, config: TrainingConfig) -> RowAdam:
+    assert not isinstance(config.encoder_learning_rate, str) and not isinstance(config.label_learning_rate, str)
+    groups = [
+        {"params": list(encoder.parameters()), "lr": config.encoder_learning_rate},
+        {"params": [p for p in softmax.parameters() if p.requires_grad], "lr": config.label_learning_rate},
+    ]
+    return RowAdam(groups)
+
+
+@torch.no_grad()
+def _start_from_mean_instances(encoder: SparseEncoder, softmax: LabelSoftmax, stream: BatchStream) -> None:
+    weight_LD, device = softmax.weight, softmax.weight.device
+    weight_LD.zero_()
+    counts_L = torch.zeros(weight_LD.shape[0], device=device)
+    for rows, query_BD in encoder.encode(stream.features):
+        labels = stream.labels[rows].tocoo()
+        label_ids = torch.from_numpy(labels.col).long().to(device)
+        instances = torch.from_numpy(labels.row).long().to(device)
+        weight_LD.index_add_(0, label_ids, query_BD[instances])
+        counts_L += torch.bincount(label_ids, minlength=counts_L.shape[0])
+    weight_LD.div_(counts_L.clamp(min=1)[:, None])
+    if softmax.bias.requires_grad:
+        softmax.bias.copy_(torch.log(counts_L + 1.0))
+
+
+def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

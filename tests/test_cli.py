@@ -55,11 +55,8 @@ class FakeTraining:
         return {"run": self.run, "seconds": self.seconds, "best": self.best, "loss": self.loss}
 
 
-@dataclass(frozen=True)
-class FakeGroup:
-    name: str = "head"
-    num_labels: int = 1234
-    recall: float = 0.5
+HEAD = {"group": "head", "min_frequency": 101, "max_frequency": None, "num_labels": 1234, "num_true": 9}
+HEAD |= {"num_hits": 5, "share_of_true": 0.25, "share_of_hits": 0.75, "recall": 0.5}
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class FakeEvaluation:
     report: MetricReport = REPORT
     propensity_source: str = "registry: Bibtex"
     seconds: float = 0.5
-    breakdown: tuple[FakeGroup, ...] = (FakeGroup(),)
+    breakdown: tuple[dict[str, Any], ...] = (HEAD, {**HEAD, "group": "unseen", "recall": None})
 
     def as_dict(self) -> dict[str, Any]:
         return {"metrics": dict(self.report.metrics), "num_instances": self.report.num_instances}
@@ -502,16 +499,11 @@ def test_no_bars_and_no_colour_on_request(environment: dict[str, str], tmp_path:
     assert "epoch 3/3" in text
 
 
-@pytest.mark.parametrize("columns", [20, 1])
-def test_a_narrow_terminal_is_survived(columns: int, tmp_path: Path) -> None:
-    for words in (
-        ["train", "d", "--output", str(tmp_path / "r")],
-        ["evaluate", "r", "d"],
-        ["demo"],
-        ["--help"],
-    ):
-        text = in_terminal(*words, columns=columns, FAKE_PAUSE="0.3")
-        assert "Traceback" not in text and len(text) > 100
+@pytest.mark.parametrize(("columns", "command"), [(20, "train"), (20, "evaluate"), (20, "demo"), (1, "demo")])
+def test_a_narrow_terminal_is_survived(columns: int, command: str, tmp_path: Path) -> None:
+    words = {"train": ["train", "d", "--output", str(tmp_path / "r")], "evaluate": ["evaluate", "r", "d"]}
+    text = in_terminal(*words.get(command, [command]), columns=columns, FAKE_PAUSE="0.3")
+    assert "Traceback" not in text and len(text) > 100
 
 
 # ------------------------------------------------------------------ train
@@ -595,7 +587,7 @@ def test_no_metric_is_printed_without_its_definition(cli: Any, pipeline: Any) ->
         assert any(line.startswith(f"{family}@k ") for line in lines)
     assert "A = 0.55, B = 1.5 (registry: Bibtex)" in text
     assert "Over 2,515 instances; the 14 without labels count as 0" in text
-    assert re.search(r"^head +1,234 +50\.00$", text, re.M)
+    assert re.search(r"^head +over 100 +1,234 +25\.00 +75\.00 +50\.00$", text, re.M)
 
 
 def test_absent_propensities_are_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -684,6 +676,9 @@ def test_an_output_file_is_complete_or_absent(cli: Any, pipeline: Any, calls: An
     assert (done.code, done.out) == (0, "")
     assert file.read_text(encoding="utf-8").startswith("0\t1\t2\t3.25\t")
     assert list(tmp_path.iterdir()) == [file]
+    before, pipeline.names = file.read_bytes(), ("zero", "one")  # label 2 has no name: a fault while writing
+    assert cli("predict", "r", "x", "--output", file).code == 1
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
     calls.clear()
     shown = cli("predict", "r", "x", "--output", tmp_path / "absent" / "p.tsv")
     assert shown.code == 4 and "cannot be written" in shown.err
@@ -722,6 +717,36 @@ def test_texts_and_rows_come_from_stdin(cli: Any, pipeline: Any, calls: Any, std
     assert (shown.code, shown.err) == (3, "Error: standard input:2: is not UTF-8, expected text.\n")
 
 
+@pytest.mark.parametrize(
+    ("content", "is_text"),
+    [
+        ("two words\n", True),
+        ("In 2019, 3 of 4 won\n", True),
+        ("a: b\n", True),
+        ("1 2 3\n0 1:2\n", False),
+        ("\ufeff1 2 3\n", False),
+        ("0,1 5:0.5 6:.1\n", False),
+        (" 5:-1\n", False),
+        ("4,5\n", False),
+        ("\n", False),
+        ("", False),
+    ],
+)
+def test_text_is_told_from_rows_where_the_run_has_a_vocabulary(
+    content: str, is_text: bool, cli: Any, pipeline: Any, calls: Any, stdin: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "vocabulary.txt").touch()
+    file = tmp_path / "input.txt"
+    file.write_text(content, encoding="utf-8")
+    for source in (file, "-"):
+        stdin(content.encode())
+        assert cli("predict", tmp_path, source).code == 0
+        assert isinstance(calls[-1]["content"], list) == is_text
+        stdin(content.encode())
+        cli("predict", tmp_path / "other", source)
+        assert not isinstance(calls[-1]["content"], list), "this run has no vocabulary"
+
+
 def test_a_file_of_texts_and_label_lists(cli: Any, pipeline: Any, calls: Any, tmp_path: Path) -> None:
     file = tmp_path / "t.txt"
     file.write_text("one\ntwo\n")
@@ -737,12 +762,66 @@ def test_demo_ends_with_readable_predictions_and_what_to_try(cli: Any, pipeline:
     text = cli("demo", "--output", "runs/my demo").out
     assert "A sentence about trees." in text
     assert re.search(r"3\.50 +botany\n +-0\.25 +décor\n", text)
-    assert "| xmc-midx predict 'runs/my demo' - --text" in text
+    assert "| xmc-midx predict 'runs/my demo' -\n" in text
     document = cli("demo", "--json").document
     assert set(document) == {"training", "evaluation", "examples"}
     assert document["examples"][0]["labels"][1] == {"name": "décor", "score": -0.25}
     assert calls[0]["output"] == Path("runs/my demo")
     assert not calls[1]["output"].exists(), "not kept"
+
+
+# ------------------------------------------------------------------ check and datasets
+
+
+def test_check_shows_problems_as_a_compiler_does_and_exits_3(cli: Any, tmp_path: Path) -> None:
+    file = tmp_path / "rows.txt"
+    file.write_text("2 3 2\n0 1:1\n1 0:1\n")
+    sound = cli("check", file)
+    assert sound.code == 0 and sound.out.endswith("0 errors, 0 warnings.\n")
+    assert re.search(r"^instances +2$", sound.out, re.M)
+    file.write_text("3 3 2\n0 1:1\n5 0:1\n6 0:1\n")
+    damaged = cli("check", file, "--limit", "1")
+    assert (damaged.code, damaged.err) == (3, "")
+    assert f"{file}:3: error: " in damaged.out and f"{file}:4:" not in damaged.out
+    assert "... and 1 more of the kind" in damaged.out and "2 errors, " in damaged.out
+    document = cli("check", file, "--json")
+    assert document.code == 3
+    assert document.document["ok"] is False
+    assert [problem["line"] for problem in document.document["problems"] if problem["level"] == "error"] == [3, 4]
+
+
+def test_check_of_nothing_is_an_error(cli: Any, tmp_path: Path) -> None:
+    assert cli("check", tmp_path / "absent").code == 3
+    assert cli("check", tmp_path / "absent", "--json").document["error"]["code"] == "data"
+
+
+def test_datasets_lists_and_shows(cli: Any) -> None:
+    listing = cli("datasets")
+    assert listing.code == 0
+    assert re.search(r"^Bibtex +4,880 +2,515 +1,836 +159 +0\.55 +1\.5", listing.out, re.M)
+    assert max(len(line) for line in listing.out.splitlines()) <= 80
+    entry = cli("datasets", "bibtex").out
+    for expected in ("A = 0.55, B = 1.5", "licence", "cite", "homepage", "on disk"):
+        assert expected in entry
+    document = cli("datasets", "bibtex", "--json").document
+    assert (document["name"], document["propensity_a"], document["num_labels"]) == ("Bibtex", 0.55, 159)
+    assert len(cli("datasets", "--json").document["datasets"]) > 20
+    unknown = cli("datasets", "bibtx")
+    assert unknown.code == 2 and "Did you mean Bibtex?" in unknown.err
+
+
+@pytest.mark.parametrize("words", [["datasets"], ["check", "/nowhere"]])
+def test_datasets_and_check_need_no_torch(words: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "xmc_midx", *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+        check=False,
+    )
+    assert "xmc_midx.data" in done.stderr
+    assert not re.search(r"\| +torch$", done.stderr, re.M)
 
 
 # ------------------------------------------------------------------ figures
@@ -769,6 +848,16 @@ def test_sizes(value: float, text: str) -> None:
 )
 def test_durations(value: float, text: str) -> None:
     assert render.duration(value) == text
+
+
+def test_the_time_left_counts_the_epochs_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    live = render._LiveReporter()
+    live.start("epoch 1/3", 10)
+    live.step(5)
+    now += 10.0
+    assert live._parts(10, 5)[-1] == "left 0:50", "10 s of this epoch and 20 s of each of two"
 
 
 def test_numpy_values_and_records_become_json(capsys: pytest.CaptureFixture[str]) -> None:

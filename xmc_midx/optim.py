@@ -1,7 +1,7 @@
 """Layer 4. Optimisers that read and write only the rows a step touched.
 
-A table's gradient arrives as a coalesced sparse tensor (see `xmc_midx.rows`); its second moment is one float a row, so
-the state is D times smaller than Adam's and a step costs what its rows cost, whatever the size of the table.
+A table's gradient arrives as a sparse tensor of rising rows (see `xmc_midx.rows`); its second moment is one float a
+row, so the state is D times smaller than Adam's and a step costs what its rows cost, whatever the size of the table.
 """
 
 from __future__ import annotations
@@ -54,12 +54,13 @@ class RowAdam(torch.optim.Optimizer):
 
     def _step_rows(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
-        gradient = parameter.grad.coalesce()
-        row_ids, rows = gradient.indices()[0], gradient.values()
+        row_ids, rows = _rising_rows(parameter.grad)
         state = self.state[parameter]
         if not state:
             state["second_moment"] = torch.zeros(parameter.shape[0], device=parameter.device)
-            state["count"] = torch.zeros(parameter.shape[0], dtype=torch.int32, device=parameter.device)
+            # Optimizer.load_state_dict gives every state the parameter's dtype: with float from the start, a resumed
+            # state is the uninterrupted one. Exact to 2^24 steps, where the bias correction has long been 1.
+            state["count"] = torch.zeros(parameter.shape[0], device=parameter.device)
         beta2 = group["betas"][1]
         # The mean square through the norm: one pass and no (U, D) temporary.
         square = torch.linalg.vector_norm(rows, dim=1).square() / rows.shape[1] if rows.dim() > 1 else rows.square()
@@ -67,10 +68,9 @@ class RowAdam(torch.optim.Optimizer):
         count = state["count"][row_ids] + 1
         state["second_moment"][row_ids] = moment
         state["count"][row_ids] = count
-        unbiased = moment / (1 - torch.pow(beta2, count.to(moment.dtype)))
+        unbiased = moment / (1 - torch.pow(beta2, count))
         scale = unbiased.sqrt_().add_(group["eps"]).reciprocal_().mul_(-group["lr"])
-        # The gradient's own memory becomes the update: it is this step's and nobody reads it after.
-        parameter.index_add_(0, row_ids, rows.mul_(scale[:, None] if rows.dim() > 1 else scale))
+        parameter.index_add_(0, row_ids, rows * (scale[:, None] if rows.dim() > 1 else scale))
 
     def _step_dense(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
@@ -78,7 +78,7 @@ class RowAdam(torch.optim.Optimizer):
         if not state:
             state["first_moment"] = torch.zeros_like(parameter)
             state["second_moment"] = torch.zeros_like(parameter)
-            state["count"] = torch.zeros((), dtype=torch.int32)
+            state["count"] = torch.zeros(())
         beta1, beta2 = group["betas"]
         state["count"] += 1
         count = int(state["count"])
@@ -86,3 +86,16 @@ class RowAdam(torch.optim.Optimizer):
         second = state["second_moment"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
         denominator = (second / (1 - beta2**count)).sqrt_().add_(group["eps"])
         parameter.addcdiv_(first, denominator, value=-group["lr"] / (1 - beta1**count))
+
+
+def _rising_rows(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unique row ids (U,) and their gradients of a sparse gradient.
+
+    Autograd keeps the order of the rows but drops the flag that says so; `coalesce()` would sort and copy what is
+    sorted already (23 ms against 1 ms for 8,000 rows of 512).
+    """
+    row_ids = gradient._indices()[0]
+    if gradient.is_coalesced() or bool((row_ids[1:] > row_ids[:-1]).all()):
+        return row_ids, gradient._values()
+    gradient = gradient.coalesce()
+    return gradient.indices()[0], gradient.values()

@@ -262,7 +262,8 @@ class _Targets:
             label_ids = positives.reshape(-1)
             if label_ids.shape[0] != num_rows:
                 raise ValueError(f"{label_ids.shape[0]} positives for {num_rows} queries: expected one a query")
-            return cls(label_ids, torch.arange(num_rows, device=device), torch.full((num_rows,), 1.0 / num_rows))
+            weight = torch.full((num_rows,), 1.0 / max(num_rows, 1), device=device)
+            return cls(label_ids, torch.arange(num_rows, device=device), weight)
         label_ids, offsets = positives
         if offsets.shape[0] != num_rows + 1:
             raise ValueError(f"{offsets.shape[0]} offsets for {num_rows} queries: expected one more than queries")

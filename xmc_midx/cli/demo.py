@@ -57,7 +57,7 @@ def demo(
     render.print_line("Next:")
     if output is not None:
         run = shlex.quote(output)
-        render.print_line(f'  echo "your own words" | xmc-midx predict {run} - --text')
+        render.print_line(f'  echo "your own words" | xmc-midx predict {run} -')
     else:
         render.print_line("  xmc-midx demo --output runs/demo")
     render.print_line("  xmc-midx train DATA --output runs/mine")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +12,6 @@ from xmc_midx.cli import render
 from xmc_midx.errors import UsageError
 
 if TYPE_CHECKING:
-    from xmc_midx.metrics import FrequencyGroup
     from xmc_midx.pipeline import Evaluation
 
 EPILOG = """\b
@@ -81,28 +79,19 @@ def print_evaluation(evaluation: Evaluation, *, title: str) -> None:
     render.print_metrics(metrics, title=title)
     render.print_line()
     if evaluation.breakdown:
-        _print_breakdown(evaluation.breakdown)
+        _print_breakdown(evaluation.breakdown, k=max(int(name.partition("@")[2]) for name in metrics))
         render.print_line()
     render.print_definitions(metrics, report=evaluation.report, source=evaluation.propensity_source)
     render.print_line(f"Evaluated in {render.duration(evaluation.seconds)}.")
 
 
-def _print_breakdown(groups: Sequence[FrequencyGroup]) -> None:
-    rows = [asdict(group) for group in groups]
-    columns = list(rows[0])
-    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
-    heads = [column.replace("_", " ").removeprefix("num ") for column in columns]
-    numeric = [n for n, column in enumerate(columns) if not isinstance(rows[0][column], str)]
-    render.print_table(heads, cells, title="By frequency of the label in training; shares in %", right=numeric)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return (
-        render.percent(value)
-        if isinstance(value, float)
-        else render.number(value)
-        if isinstance(value, int)
-        else str(value)
-    )
+def _print_breakdown(groups: Sequence[Mapping[str, Any]], *, k: int) -> None:
+    heads = ("labels", "instances each", "number", "of the true", "of the hits", f"recall@{k}")
+    rows = []
+    for group in groups:
+        least, most = group["min_frequency"], group["max_frequency"]
+        span = f"over {least - 1:,}" if most is None else f"{least:,} to {most:,}" if most > least else f"{least:,}"
+        recall = "" if group["recall"] is None else render.percent(group["recall"])
+        shares = render.percent(group["share_of_true"]), render.percent(group["share_of_hits"])
+        rows.append((group["group"], span, f"{group['num_labels']:,}", *shares, recall))
+    render.print_table(heads, rows, title="By training frequency of the label; shares in %", right=range(1, 6))

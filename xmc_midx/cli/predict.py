@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -33,8 +34,12 @@ Instances and labels count from 0, ranks from 1; scores are logits.
 \b
 Examples:
   xmc-midx predict runs/a data/test.txt --k 10 --output top.tsv
-  echo "sparse linear models" | xmc-midx predict runs/demo - --text
+  echo "sparse linear models" | xmc-midx predict runs/demo -
   xmc-midx predict runs/a rows.txt | awk -F'\\t' '$2 == 1 {print $3}'"""
+
+
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
+"""How gzip, bzip2 and xz files begin."""
 
 
 class Format(StrEnum):
@@ -63,7 +68,7 @@ def predict(
     deny: Annotated[
         str | None, typer.Option("--deny", metavar="FILE", help="Label ids, one a line: never predict these.")
     ] = None,
-    text: Annotated[bool, typer.Option("--text", help="INPUT is raw text, whatever it looks like.")] = False,
+    text: Annotated[bool, typer.Option("--text", help="INPUT is raw text, also where it could be rows.")] = False,
     exact: Annotated[bool, typer.Option("--exact", help="Score all labels, as this release always does.")] = False,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
@@ -84,7 +89,7 @@ def predict(
 
     from xmc_midx import pipeline
 
-    with _input(source, text=text) as rows, render.progress(as_json=as_json) as reporter:
+    with _input(source, run=run, text=text) as rows, render.progress(as_json=as_json) as reporter:
         prediction = pipeline.predict(
             run,
             input=rows,
@@ -113,15 +118,17 @@ def predict(
 
 
 @contextmanager
-def _input(source: str, *, text: bool) -> Iterator[str | Path | list[str]]:
+def _input(source: str, *, run: str, text: bool) -> Iterator[str | Path | list[str]]:
     """What the pipeline reads: a path, or texts. Rows on stdin go to a file first."""
     if source != "-":
-        yield _texts(Path(source).read_bytes(), source) if text and Path(source).is_file() else source
+        path = Path(source)
+        as_text = path.is_file() and (text or _looks_like_text(_first_line(path), run))
+        yield _texts(path.read_bytes(), source) if as_text else source
         return
     if sys.stdin.isatty():
         sys.stderr.write("Reading from the terminal; end with Ctrl-D.\n")
     content = sys.stdin.buffer.read()
-    if text:
+    if text or _looks_like_text(content.partition(b"\n")[0], run):
         yield _texts(content, "standard input")
         return
     with tempfile.TemporaryDirectory(prefix="xmc-midx-") as directory:
@@ -132,6 +139,21 @@ def _input(source: str, *, text: bool) -> Iterator[str | Path | list[str]]:
         except XmcMidxError as error:
             error.message = error.message.replace(str(path), "standard input")
             raise
+
+
+def _first_line(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return stream.readline(65536)
+
+
+def _looks_like_text(line: bytes, run: str) -> bool:
+    """Whether a first line is neither a header nor sparse features, and the run can read text.
+
+    In doubt it is not: rows that were taken for text would be answered, and wrongly, without a complaint.
+    """
+    if not (Path(run) / "vocabulary.txt").exists() or line.startswith(COMPRESSED):
+        return False
+    return not re.fullmatch(rb"(\xef\xbb\xbf)?[\d\s.,+-]*|.*\d:[\d.+-].*", line.strip(), re.DOTALL)
 
 
 def _texts(content: bytes, name: str) -> list[str]:

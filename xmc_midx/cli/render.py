@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import textwrap
 import time
@@ -41,14 +42,8 @@ __all__ = [
     "terminal_width",
 ]
 
-FAMILIES = {
-    "P": "share of the top k labels that are true",
-    "nDCG": "discounted gain of the top k over that of an ideal order",
-    "R": "share of the true labels that are in the top k",
-    "PSP": "the hits' inverse propensities over the largest sum possible",
-    "PSnDCG": "the same, each hit discounted by its rank",
-}
-"""Order and definition of the metric families; the formulas are in `xmc_midx.metrics`."""
+STAGES = {"read": "reading", "initialize": "preparing", "train": "training", "predict": "predicting"}
+"""What a stage of the pipeline is called on the live line."""
 
 BAR_WIDTHS = 8, 30
 
@@ -223,8 +218,7 @@ def print_metrics(metrics: Mapping[str, float], *, title: str) -> None:
         family, _, k = name.partition("@")
         values.setdefault(family, {})[int(k)] = value
     ks = sorted({k for row in values.values() for k in row})
-    order = [*(f for f in FAMILIES if f in values), *(f for f in values if f not in FAMILIES)]
-    rows = [(f, *(percent(values[f][k]) if k in values[f] else "" for k in ks)) for f in order]
+    rows = [(f, *(percent(row[k]) if k in row else "" for k in ks)) for f, row in values.items()]
     print_table(("", *(f"@{k}" for k in ks)), rows, title=f"{title}, in %", right=range(1, len(ks) + 1))
 
 
@@ -237,9 +231,11 @@ def print_definitions(metrics: Mapping[str, float], *, report: MetricReport | No
     report : counts, A and B; None where only the definitions are known.
     source : where A and B come from.
     """
+    from xmc_midx.metrics import DEFINITIONS
+
     present = {name.partition("@")[0] for name in metrics}
     indent = max((len(f) for f in present), default=0) + 4
-    for family, text in FAMILIES.items():
+    for family, text in DEFINITIONS.items():
         if family in present:
             print_text(f"{f'{family}@k':<{indent}}{text}", indent=" " * indent)
     if report is None:
@@ -247,9 +243,7 @@ def print_definitions(metrics: Mapping[str, float], *, report: MetricReport | No
     counted = f"Over {report.num_instances:,} instances"
     if report.num_without_labels:
         counted += f"; the {report.num_without_labels:,} without labels count as 0"
-    means = [f for f in FAMILIES if f in present and not f.startswith("PS")]
-    ratios = " PSP and PSnDCG are ratios of sums." if "PSP" in present else ""
-    print_text(f"{counted}. {', '.join(means)}: means over the instances.{ratios}")
+    print_text(f"{counted}.")
     if report.propensity_a is None or report.propensity_b is None:
         print_text("PSP and PSnDCG need label frequencies, and no training split gave them.")
     else:
@@ -309,6 +303,8 @@ class _LiveReporter:
         self.since = time.monotonic()
         self.facts: dict[str, float] = {}
         self.last: EpochStats | None = None
+        self.num_stages_left = 0
+        """Stages as long as this one that follow: the epochs after the current one."""
 
     @contextmanager
     def running(self) -> Iterator[_LiveReporter]:
@@ -325,8 +321,13 @@ class _LiveReporter:
             yield self
 
     def start(self, stage: str, total: int | None) -> None:
-        self.stage, self.total, self.done, self.facts = stage, total, 0, {}
+        self.total, self.done, self.facts = total, 0, {}
         self.since = time.monotonic()
+        if stage == "train" and self.last is not None:
+            stage = f"epoch {self.last.epoch + 1}/{self.last.num_epochs}"
+        self.stage = STAGES.get(stage, stage)
+        epoch = re.fullmatch(r"epoch (\d+)/(\d+)", self.stage)
+        self.num_stages_left = int(epoch[2]) - int(epoch[1]) if epoch else 0
 
     def step(self, advance: int = 1, **facts: float) -> None:
         self.done += advance
@@ -368,7 +369,8 @@ class _LiveReporter:
         if self.last is not None and "P@1" in self.last.validation:
             parts.append(f"P@1 {percent(self.last.validation['P@1'])}%")
         if total and 0 < done <= total:
-            parts.append(f"left {_clock((time.monotonic() - self.since) * (total - done) / done)}")
+            steps_left = total - done + total * self.num_stages_left
+            parts.append(f"left {_clock((time.monotonic() - self.since) * steps_left / done)}")
         return parts
 
 

@@ -8,6 +8,7 @@ makes `load_dataset` refuse the data; warnings are what a careful person would w
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ class FileReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PropensityRange:
-    """Inverse propensities of the training labels, the weights of PSP@k (Jain et al. 2016, equation 3)."""
+    """Inverse propensities of the training labels, the weights of PSP@k (Jain et al. 2016)."""
 
     a: float
     b: float
@@ -162,8 +163,10 @@ class _Check:
 
     def _error(self, kind: str, file: str, error: DataError) -> None:
         """Note an error that a function raised, whose message begins with the file."""
-        text = error.message.removeprefix(f"{file}: ").removeprefix(f"{file}:1: ")
-        self.found(Problem(kind=kind, file=file, line=None, text=text, hint=error.hint))
+        match = re.fullmatch(rf"(?:{re.escape(file)}(?::(\d+))?: )?(.*)", error.message, re.DOTALL)
+        assert match is not None
+        line = int(match[1]) if match[1] else None
+        self.found(Problem(kind=kind, file=file, line=line, text=match[2], hint=error.hint))
 
     def _read_split(self, role: Role, path: Path) -> None:
         scan = scan_xmc(path, self.found)
@@ -213,10 +216,9 @@ class _Check:
         again = _repeats(features)
         if again.any():
             num_same = int(_repeats(features * np.uint64(3) + labels).sum())
-            text = (
-                f"{again.sum()} instances have the features of an earlier one, {num_same} of them its labels as well;"
-                " this is the first."
-            ) self._warn("duplicates", split.path, text, _line(rows[np.flatnonzero(again)[0]]))
+            text = f"{again.sum()} instances have the features of an earlier one, {num_same} its labels as well; "
+            text += "this is the first."
+            self._warn("duplicates", split.path, text, _line(rows[np.flatnonzero(again)[0]]))
 
     def _check_labels(self) -> None:
         if train := self.sound.get("train"):
@@ -293,7 +295,8 @@ def _row_hashes(matrix: csr_matrix[Any]) -> NDArray[np.uint64]:
         mixed *= np.uint64(factor)
     mixed ^= mixed >> np.uint64(31)
     sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(mixed, dtype=np.uint64)])
-    return sums[matrix.indptr[1:]] - sums[matrix.indptr[:-1]]
+    hashes: NDArray[np.uint64] = sums[matrix.indptr[1:]] - sums[matrix.indptr[:-1]]
+    return hashes
 
 
 def _repeats(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:

@@ -30,7 +30,7 @@ MAX_LINE_BYTES = 64 * 2**20
 """A longer line is an error: it bounds the memory that a damaged file can take."""
 
 CHUNK_BYTES = 4 * 2**20
-"""Read at a time; measured on gnd-tib: 1 MiB and 16 MiB are no faster."""
+"""Read at a time; measured on gnd-tib: 1 to 8 MiB take the same time, 16 MiB a little more."""
 
 _MAGIC = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00"}
 _BOM = b"\xef\xbb\xbf"

@@ -72,6 +72,7 @@ def read_predictions(
         num_features=num_labels,
         num_labels=0,
         feature="label",
+        pair="label:score",
         num_features_source=f"there are {num_labels} labels",
     )
     table = RowTable(rules, raise_error, num_rows=num_instances, source=source)

@@ -1,0 +1,90 @@
+"""What several test modules share: small datasets in memory and on disk, and the way to the shared ones."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.sparse import csr_matrix, random_array
+
+ROOT = Path(__file__).resolve().parents[1]
+# Before torch starts its threads: the tests' tensors are tiny, and two threads that wait for each other on a busy
+# machine take twice the time of one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The directory of the development datasets."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"the development datasets are not at {SHARED_DATA}")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def random_rows() -> Callable[..., csr_matrix]:
+    """Random sparse rows: `random_rows(N, F, density=, seed=)`; the second row is empty."""
+
+    def make(num_rows: int, num_columns: int, *, density: float = 0.2, seed: int = 0) -> csr_matrix:
+        matrix = random_array(
+            (num_rows, num_columns), density=density, rng=np.random.default_rng(seed), dtype=np.float32, format="lil"
+        )
+        if num_rows > 1:
+            matrix[1] = 0.0
+        return csr_matrix(matrix.tocsr())
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def topic_data() -> Callable[..., tuple[csr_matrix, csr_matrix]]:
+    """A learnable dataset: `topic_data(N, seed=) -> (features, labels)`, 40 features and 23 labels.
+
+    Each label has features of its own and each instance shows those of its one or two labels, with noise. Label 22 has
+    no instance; instance 3 has no label, instance 4 no feature, instance 5 neither.
+    """
+
+    def make(num_instances: int, *, seed: int = 0) -> tuple[csr_matrix, csr_matrix]:
+        num_features, num_labels = 40, 23
+        rng = np.random.default_rng(seed)
+        own_features = np.random.default_rng(1234).permuted(np.tile(np.arange(num_features), (num_labels, 1)), axis=1)
+        own_features = own_features[:, :4]
+        popularity = 1.0 / np.arange(1, num_labels) ** 0.5
+        features = np.zeros((num_instances, num_features), dtype=np.float32)
+        labels = np.zeros((num_instances, num_labels), dtype=np.float32)
+        for i in range(num_instances):
+            mine = rng.choice(num_labels - 1, size=rng.integers(1, 3), replace=False, p=popularity / popularity.sum())
+            labels[i, mine] = 1.0
+            features[i, own_features[mine].ravel()] = rng.uniform(0.5, 1.5, 4 * mine.size)
+            features[i, rng.choice(num_features, 2, replace=False)] += 0.3
+        labels[[3, 5]] = 0.0
+        features[[4, 5]] = 0.0
+        return csr_matrix(features), csr_matrix(labels)
+
+    return make
+
+
+def _xmc_text(features: csr_matrix, labels: csr_matrix) -> str:
+    lines = [f"{features.shape[0]} {features.shape[1]} {labels.shape[1]}"]
+    for i in range(features.shape[0]):
+        own = ",".join(str(label) for label in labels[[i]].indices)
+        row = features[[i]]
+        pairs = " ".join(f"{j}:{float(v)!r}" for j, v in zip(row.indices, row.data, strict=True))
+        lines.append(f"{own} {pairs}".rstrip() if own else f" {pairs}")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="session")
+def topic_dir(
+    tmp_path_factory: pytest.TempPathFactory, topic_data: Callable[..., tuple[csr_matrix, csr_matrix]]
+) -> Path:
+    """`topic_data` as a dataset directory in XMC text: 320 training and 150 test instances. Read only."""
+    directory = tmp_path_factory.mktemp("topics")
+    for name, num_instances, seed in (("train", 320, 0), ("test", 150, 1)):
+        (directory / f"{name}.txt").write_text(_xmc_text(*topic_data(num_instances, seed=seed)), encoding="utf-8")
+    return directory

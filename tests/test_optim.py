@@ -1,0 +1,163 @@
+"""RowAdam against a slow reference, row by row, and against torch's Adam."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from xmc_midx.optim import RowAdam
+from xmc_midx.rows import gather_rows
+
+NUM_ROWS, DIM = 12, 5
+
+
+def touched_rows(num_steps: int, *, seed: int = 0) -> list[torch.Tensor]:
+    """Rising row ids of each step; row 7 is never touched, row 3 at every step."""
+    rng = np.random.default_rng(seed)
+    chosen = [rng.choice([0, 1, 2, 4, 5, 6, 8, 9, 10, 11], size=4, replace=False) for _ in range(num_steps)]
+    return [torch.from_numpy(np.sort(np.append(ids, 3))) for ids in chosen]
+
+
+def reference(
+    start: np.ndarray, steps: list[tuple[list[int], np.ndarray]], rates: list[float], beta2: float
+) -> np.ndarray:
+    """The docstring of RowAdam in plain Python floats, a row at a time."""
+    table = start.astype(np.float64).copy()
+    moment = [0.0] * table.shape[0]
+    count = [0] * table.shape[0]
+    for (ids, gradients), rate in zip(steps, rates, strict=True):
+        for row, gradient in zip(ids, gradients.astype(np.float64), strict=True):
+            count[row] += 1
+            moment[row] = beta2 * moment[row] + (1 - beta2) * float(np.mean(gradient**2))
+            table[row] -= rate * gradient / (math.sqrt(moment[row] / (1 - beta2 ** count[row])) + 1e-8)
+    return table
+
+
+@pytest.mark.parametrize("shape", [(NUM_ROWS, DIM), (NUM_ROWS,)])
+@pytest.mark.parametrize("beta2", [0.999, 0.9])
+def test_rows_follow_the_formula_and_untouched_rows_keep_every_bit(shape: tuple[int, ...], beta2: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    table = nn.Parameter(torch.randn(shape, generator=generator))
+    start = table.detach().clone()
+    optimizer = RowAdam([table], betas=(0.5, beta2))
+    steps, rates = [], []
+    for step, ids in enumerate(touched_rows(9)):
+        factor = torch.randn((5, *shape[1:]), generator=generator)
+        rates.append(0.1 / (step + 1))
+        optimizer.param_groups[0]["lr"] = rates[-1]
+        (gather_rows(table, ids) * factor).sum().backward()
+        steps.append((ids.tolist(), factor.numpy()))
+        before = table.detach().clone()
+        optimizer.step()
+        optimizer.zero_grad()
+        others = [row for row in range(NUM_ROWS) if row not in ids]
+        assert torch.equal(table.detach()[others], before[others])
+    assert torch.equal(table.detach()[7], start[7])
+    np.testing.assert_allclose(table.detach().numpy(), reference(start.numpy(), steps, rates, beta2), atol=2e-6)
+
+
+def test_the_first_step_of_a_late_row_is_as_long_as_the_first_step_of_all() -> None:
+    table = nn.Parameter(torch.zeros(2, 3))
+    optimizer = RowAdam([table], lr=0.1)
+    for _ in range(20):
+        gather_rows(table, torch.tensor([0])).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    (-gather_rows(table, torch.tensor([1])).sum()).backward()
+    optimizer.step()
+    torch.testing.assert_close(table.detach()[1], torch.full((3,), 0.1), atol=1e-6, rtol=0)
+
+
+def test_an_uncoalesced_gradient_counts_a_repeated_row_once() -> None:
+    start = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    tables = [nn.Parameter(start.clone()), nn.Parameter(start.clone())]
+    rows = torch.randn(3, 3, generator=torch.Generator().manual_seed(1))
+    tables[0].grad = torch.sparse_coo_tensor(torch.tensor([[2, 0, 2]]), rows, (4, 3), check_invariants=True)
+    merged = torch.stack([rows[1], rows[0] + rows[2]])
+    tables[1].grad = torch.sparse_coo_tensor(torch.tensor([[0, 2]]), merged, (4, 3), check_invariants=True)
+    for table in tables:
+        RowAdam([table], lr=0.1).step()
+    torch.testing.assert_close(tables[0], tables[1])
+    assert torch.equal(tables[0].detach()[[1, 3]], start[[1, 3]])
+
+
+def test_an_empty_gradient_changes_nothing() -> None:
+    table = nn.Parameter(torch.ones(4, 3))
+    optimizer = RowAdam([table], lr=0.1)
+    gather_rows(table, torch.empty(0, dtype=torch.int64)).sum().backward()
+    optimizer.step()
+    assert torch.equal(table.detach(), torch.ones(4, 3))
+
+
+def test_dense_gradients_get_plain_adam() -> None:
+    start = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    ours, theirs, unused = (nn.Parameter(start.clone()) for _ in range(3))
+    optimizers = [
+        RowAdam([{"params": [ours, unused], "lr": 0.05}], betas=(0.8, 0.95), eps=1e-6),
+        torch.optim.Adam([theirs], lr=0.05, betas=(0.8, 0.95), eps=1e-6),
+    ]
+    target = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    for _ in range(12):
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            (parameter - target).pow(4).sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    assert torch.equal(unused.detach(), start), "a parameter without gradient stays"
+
+
+def make_model() -> tuple[nn.Parameter, nn.Parameter, RowAdam]:
+    generator = torch.Generator().manual_seed(0)
+    table = nn.Parameter(torch.randn(NUM_ROWS, DIM, generator=generator))
+    dense = nn.Parameter(torch.randn(DIM, generator=generator))
+    return table, dense, RowAdam([{"params": [table], "lr": 0.05}, {"params": [dense], "lr": 0.01}])
+
+
+def train(table: nn.Parameter, dense: nn.Parameter, optimizer: RowAdam, steps: list[torch.Tensor]) -> None:
+    for ids in steps:
+        optimizer.zero_grad()
+        (gather_rows(table, ids) @ dense).square().sum().backward()
+        optimizer.step()
+
+
+def test_a_restored_state_goes_on_bit_for_bit() -> None:
+    steps = touched_rows(14)
+    table, dense, optimizer = make_model()
+    train(table, dense, optimizer, steps)
+    first_table, first_dense, first = make_model()
+    train(first_table, first_dense, first, steps[:6])
+    second_table, second_dense, second = make_model()
+    with torch.no_grad():
+        second_table.copy_(first_table)
+        second_dense.copy_(first_dense)
+    second.load_state_dict(first.state_dict())
+    train(second_table, second_dense, second, steps[6:])
+    assert torch.equal(second_table, table) and torch.equal(second_dense, dense)
+    for left, right in zip(
+        optimizer.state_dict()["state"].values(), second.state_dict()["state"].values(), strict=True
+    ):
+        for name in left:
+            assert left[name].dtype == right[name].dtype, name
+            assert torch.equal(left[name], right[name]), name
+
+
+def test_the_state_of_a_table_is_two_numbers_a_row() -> None:
+    table, dense, optimizer = make_model()
+    train(table, dense, optimizer, touched_rows(2))
+    assert {name: tuple(tensor.shape) for name, tensor in optimizer.state[table].items()} == {
+        "second_moment": (NUM_ROWS,),
+        "count": (NUM_ROWS,),
+    }
+
+
+def test_two_tables_may_share_the_memory_of_their_gradients() -> None:
+    first, second = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4, 3))
+    ids = torch.tensor([1, 2])
+    (gather_rows(first, ids) + gather_rows(second, ids)).square().sum().backward()
+    RowAdam([first, second], lr=0.1).step()
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first.detach()[1], torch.full((3,), 0.9))

@@ -1,0 +1,394 @@
+"""Samplers: one contract for every proposal that has a density, the bounds of MIDX, and the in-batch negatives."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from scipy.special import log_softmax, logsumexp
+
+from xmc_midx.codebook import Codebook
+from xmc_midx.samplers.inclusion import log_inclusion
+from xmc_midx.samplers.midx import _SCORE_RANGE, MidxSampler
+from xmc_midx.samplers.static import FrequencySampler, InBatchSampler, UniformSampler
+from xmc_midx.types import Sampler
+
+MIDX = [f"midx-{quantizer}-{prior}" for quantizer in ("pq", "rq") for prior in ("uniform", "frequency", "bias")]
+SAMPLERS = [*MIDX, "uniform", "frequency-0.5", "frequency-1.0"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A sampler with the label table that it was refreshed with, and queries."""
+
+    sampler: Sampler
+    table: torch.Tensor
+    bias: torch.Tensor
+    frequency: torch.Tensor
+    query: torch.Tensor
+
+    @property
+    def num_labels(self) -> int:
+        return self.table.shape[0]
+
+
+def make_case(name: str, shape: str = "ordinary", *, seed: int = 0) -> Case:
+    generator = torch.Generator().manual_seed(100 + seed)
+    num_labels, dim, codewords, num_queries, scale = {
+        "ordinary": (53, 8, 4, 3, 1.0),
+        "one label": (1, 4, 2, 2, 1.0),
+        "two labels, one codeword": (2, 2, 1, 3, 1.0),
+        "more codewords than labels": (5, 6, 9, 3, 1.0),
+        "many empty cells": (40, 6, 12, 3, 1.0),
+        "odd size": (31, 7, 3, 5, 1.0),
+        "one query": (29, 4, 3, 1, 1.0),
+        "extreme queries": (53, 8, 6, 4, 1e3),
+        "zero queries": (53, 8, 6, 2, 0.0),
+        "equal labels": (23, 6, 3, 3, 1.0),
+    }[shape]
+    table_LD = torch.randn(num_labels, dim, generator=generator)
+    if shape == "equal labels":
+        table_LD = table_LD[:1].repeat(num_labels, 1)
+    bias_L = 2.0 * torch.randn(num_labels, generator=generator)
+    frequency_L = torch.randint(0, 4, (num_labels,), generator=generator).pow(3)
+    query_BD = scale * torch.randn(num_queries, dim, generator=generator)
+    sampler: Sampler
+    if name.startswith("midx"):
+        _, quantizer, prior = name.split("-")
+        sampler = MidxSampler(
+            quantizer=quantizer,
+            num_codewords=codewords,
+            prior=prior,
+            label_frequencies=frequency_L if prior == "frequency" else None,
+            frequency_power=0.7,
+        )
+    elif name == "uniform":
+        sampler = UniformSampler(num_labels)
+    else:
+        sampler = FrequencySampler(frequency_L, power=float(name.split("-")[1]))
+    sampler.refresh(table_LD, bias_L)
+    return Case(sampler, table_LD, bias_L, frequency_L, query_BD)
+
+
+def reference_law(name: str, case: Case) -> np.ndarray:
+    """(B, L) float64 log Q, from the formula, label by label."""
+    frequency_L = case.frequency.double().numpy()
+    if name == "uniform":
+        law = np.zeros((case.query.shape[0], case.num_labels))
+    elif name.startswith("frequency"):
+        law = np.tile(float(name.split("-")[1]) * np.log(frequency_L + 1), (case.query.shape[0], 1))
+    else:
+        assert isinstance(case.sampler, MidxSampler)
+        codebook = case.sampler.codebook
+        assert codebook is not None
+        queries = case.query.double().numpy()
+        words1, words2 = codebook.codewords1.double().numpy(), codebook.codewords2.double().numpy()
+        if codebook.quantizer == "pq":
+            half = case.table.shape[1] // 2
+            scores = [queries[:, :half] @ words1.T, queries[:, half:] @ words2.T]
+        else:
+            scores = [queries @ words1.T, queries @ words2.T]
+        scores = [np.maximum(s - s.max(1, keepdims=True), -_SCORE_RANGE) for s in scores]
+        prior = {
+            "uniform": np.zeros(case.num_labels),
+            "frequency": 0.7 * np.log(frequency_L + 1),
+            "bias": case.bias.double().numpy(),
+        }[name.split("-")[2]]
+        law = scores[0][:, codebook.codes1.numpy()] + scores[1][:, codebook.codes2.numpy()] + prior
+    return law - logsumexp(law, axis=1, keepdims=True)
+
+
+def pooled_chi_square(counts: np.ndarray, expected: np.ndarray) -> tuple[float, int]:
+    """Statistic and degrees of freedom, cells of an expectation under 5 taken together."""
+    small = expected < 5
+    observed, wanted = list(counts[~small]), list(expected[~small])
+    if small.any():
+        observed.append(counts[small].sum())
+        wanted.append(expected[small].sum())
+        if wanted[-1] < 5 and len(wanted) > 1:
+            observed[-2:], wanted[-2:] = [sum(observed[-2:])], [sum(wanted[-2:])]
+    return float(sum((o - w) ** 2 / w for o, w in zip(observed, wanted, strict=True))), len(wanted) - 1
+
+
+EDGES = (
+    "one label",
+    "two labels, one codeword",
+    "more codewords than labels",
+    "many empty cells",
+    "odd size",
+    "one query",
+    "extreme queries",
+    "zero queries",
+    "equal labels",
+)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+class TestContract:
+    """What every sampler with a density promises (`xmc_midx.types.Sampler`)."""
+
+    @pytest.mark.parametrize("shape", ["ordinary", *EDGES])
+    def test_log_proposal_is_the_stated_law_and_sums_to_one(self, name: str, shape: str) -> None:
+        case = make_case(name, shape)
+        log_q = case.sampler.log_proposal(case.query, torch.arange(case.num_labels))
+        assert log_q.shape == (case.query.shape[0], case.num_labels)
+        assert torch.isfinite(log_q).all()
+        np.testing.assert_allclose(log_q.double().exp().sum(1).numpy(), 1.0, atol=2e-5)
+        # Scores of a thousand carry float32's error of 1e-7 relative into the exponent.
+        tolerance = 2e-3 if shape == "extreme queries" else 2e-5
+        np.testing.assert_allclose(log_q.numpy(), reference_law(name, case), atol=tolerance)
+
+    def test_both_shapes_of_label_ids_give_the_same_densities(self, name: str) -> None:
+        case = make_case(name)
+        shared = case.sampler.log_proposal(case.query, torch.arange(case.num_labels))
+        own = torch.randint(0, case.num_labels, (3, 17), generator=torch.Generator().manual_seed(3))
+        torch.testing.assert_close(case.sampler.log_proposal(case.query, own), shared.gather(1, own))
+
+    def test_draws_of_an_instance_follow_its_proposal(self, name: str) -> None:
+        statistic, freedom = 0.0, 0
+        for seed in range(3):
+            case = make_case(name, seed=seed)
+            law = np.exp(reference_law(name, case))
+            draws = case.sampler.sample(case.query, 4000, torch.Generator().manual_seed(seed)).label_ids
+            for row, probability in zip(draws.numpy(), law, strict=True):
+                part = pooled_chi_square(np.bincount(row, minlength=case.num_labels), 4000 * probability)
+                statistic, freedom = statistic + part[0], freedom + part[1]
+        assert freedom > 100
+        assert stats.chi2.sf(statistic, freedom) > 1e-3
+
+    @pytest.mark.parametrize("shape", ["ordinary", *EDGES])
+    def test_the_weight_of_an_own_draw_is_m_times_its_density(self, name: str, shape: str) -> None:
+        case = make_case(name, shape)
+        sample = case.sampler.sample(case.query, 19, torch.Generator().manual_seed(0))
+        assert sample.label_ids.shape == sample.log_weight.shape == (case.query.shape[0], 19)
+        assert sample.label_ids.min() >= 0 and sample.label_ids.max() < case.num_labels
+        law = np.take_along_axis(reference_law(name, case), sample.label_ids.numpy(), axis=1)
+        tolerance = 2e-3 if shape == "extreme queries" else 2e-5
+        np.testing.assert_allclose(sample.log_weight.numpy(), law + math.log(19), atol=tolerance)
+
+    def test_a_label_is_in_the_pool_as_often_as_its_weight_says(self, name: str) -> None:
+        case = make_case(name)
+        num_draws, repetitions = 25, 1000
+        law = np.exp(reference_law(name, case)).mean(0)
+        inclusion = 1 - (1 - law) ** num_draws
+        generator = torch.Generator().manual_seed(7)
+        counts, log_weight = np.zeros(case.num_labels), np.log(inclusion)
+        for _ in range(repetitions):
+            pool = case.sampler.sample_pool(case.query, num_draws, generator)
+            counts[pool.label_ids.numpy()] += 1
+            log_weight[pool.label_ids.numpy()] = pool.log_weight.numpy()
+        np.testing.assert_allclose(log_weight, np.log(inclusion), atol=1e-4)
+        sure = inclusion > 1 - 1e-9
+        assert (counts[sure] == repetitions).all()
+        spread = np.sqrt(repetitions * inclusion * (1 - inclusion))[~sure]
+        assert np.abs((counts - repetitions * inclusion)[~sure] / spread).max() < 4.5
+
+    @pytest.mark.parametrize("shape", ["ordinary", *EDGES])
+    def test_a_pool_holds_distinct_rising_labels_with_finite_weights(self, name: str, shape: str) -> None:
+        case = make_case(name, shape)
+        pool = case.sampler.sample_pool(case.query, 64, torch.Generator().manual_seed(0))
+        assert pool.label_ids.shape == pool.log_weight.shape
+        assert 1 <= pool.label_ids.shape[0] <= min(64, case.num_labels)
+        assert (pool.label_ids.diff() > 0).all()
+        assert pool.label_ids.min() >= 0 and pool.label_ids.max() < case.num_labels
+        assert torch.isfinite(pool.log_weight).all()
+        assert (pool.log_weight <= 0).all(), "a log probability"
+
+    def test_the_same_seed_draws_the_same_labels_and_another_seed_others(self, name: str) -> None:
+        case = make_case(name)
+
+        def draw(seed: int) -> list[list[int]]:
+            generator = torch.Generator().manual_seed(seed)
+            own = case.sampler.sample(case.query, 30, generator).label_ids.flatten().tolist()
+            return [own, case.sampler.sample_pool(case.query, 30, generator).label_ids.tolist()]
+
+        assert draw(5) == draw(5)
+        assert draw(5) != draw(6)
+
+    def test_the_state_restores_the_law_whatever_the_table_has_become(self, name: str) -> None:
+        case = make_case(name)
+        labels = torch.arange(case.num_labels)
+        other = make_case(name, seed=1).sampler
+        if isinstance(other, FrequencySampler):
+            other = FrequencySampler(case.frequency, power=float(name.split("-")[1]))
+        elif isinstance(other, MidxSampler):
+            other._log_frequency = case.sampler._log_frequency  # type: ignore[attr-defined]
+        other.load_state_dict(case.sampler.state_dict(), case.bias)
+        assert torch.equal(other.log_proposal(case.query, labels), case.sampler.log_proposal(case.query, labels))
+
+
+@pytest.mark.parametrize("name", MIDX)
+def test_midx_draws_follow_the_law_where_cells_are_empty_and_queries_extreme(name: str) -> None:
+    for shape in ("many empty cells", "extreme queries", "more codewords than labels"):
+        case = make_case(name, shape)
+        law = np.exp(reference_law(name, case))
+        draws = case.sampler.sample(case.query, 3000, torch.Generator().manual_seed(1)).label_ids.numpy()
+        statistic, freedom = 0.0, 0
+        for row, probability in zip(draws, law, strict=True):
+            assert (law[0].shape[0] > row).all()
+            part = pooled_chi_square(np.bincount(row, minlength=case.num_labels), 3000 * probability)
+            statistic, freedom = statistic + part[0], freedom + part[1]
+        if freedom:
+            assert stats.chi2.sf(statistic, freedom) > 1e-3, shape
+
+
+def exact_logits(case: Case) -> np.ndarray:
+    return case.query.double().numpy() @ case.table.double().numpy().T
+
+
+@pytest.mark.parametrize("quantizer", ["pq", "rq"])
+def test_midx_is_the_softmax_where_the_table_is_its_own_reconstruction(quantizer: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codewords, dim = 5, 6
+    width = dim // 2 if quantizer == "pq" else dim
+    codebook = Codebook(
+        quantizer=quantizer,
+        codewords1=torch.randn(codewords, width, generator=generator),
+        codewords2=torch.randn(codewords, width, generator=generator),
+        codes1=torch.randint(0, codewords, (37,), generator=generator).int(),
+        codes2=torch.randint(0, codewords, (37,), generator=generator).int(),
+    )
+    table_LD = codebook.reconstruct(torch.arange(37))
+    query_BD = torch.randn(4, dim, generator=generator)
+    sampler = MidxSampler(quantizer=quantizer, num_codewords=codewords, prior="uniform")
+    sampler.set_codebook(codebook, torch.zeros(37))
+    softmax = log_softmax(query_BD.double().numpy() @ table_LD.double().numpy().T, axis=1)
+    np.testing.assert_allclose(sampler.log_proposal(query_BD, torch.arange(37)).numpy(), softmax, atol=1e-5)
+
+
+@pytest.mark.parametrize("prior", ["uniform", "bias"])
+@pytest.mark.parametrize("quantizer", ["pq", "rq"])
+def test_midx_is_the_softmax_where_every_label_is_a_codeword(quantizer: str, prior: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    table_LD, query_BD = torch.randn(11, 5, generator=generator), torch.randn(3, 5, generator=generator)
+    bias_L = torch.randn(11, generator=generator) if prior == "bias" else torch.zeros(11)
+    sampler = MidxSampler(quantizer=quantizer, num_codewords=11, prior=prior)
+    sampler.refresh(table_LD, bias_L)
+    softmax = torch.log_softmax(query_BD @ table_LD.T + bias_L, dim=1)
+    torch.testing.assert_close(sampler.log_proposal(query_BD, torch.arange(11)), softmax, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("prior", ["uniform", "bias"])
+@pytest.mark.parametrize("quantizer", ["pq", "rq"])
+def test_the_residual_bounds_the_distance_of_midx_from_the_softmax(quantizer: str, prior: str) -> None:
+    for seed in range(5):
+        case = make_case(f"midx-{quantizer}-{prior}", seed=seed)
+        assert isinstance(case.sampler, MidxSampler) and case.sampler.codebook is not None
+        logits = exact_logits(case)
+        approximate = case.query @ case.sampler.codebook.reconstruct(torch.arange(case.num_labels)).T
+        bound = 2 * np.abs(logits - approximate.double().numpy()).max(1)
+        if prior == "bias":
+            logits = logits + case.bias.double().numpy()
+        log_p = log_softmax(logits, axis=1)
+        log_q = case.sampler.log_proposal(case.query, torch.arange(case.num_labels)).double().numpy()
+        assert (np.abs(log_q - log_p).max(1) <= bound + 1e-5).all()
+        assert ((np.exp(log_q) * (log_q - log_p)).sum(1) <= bound + 1e-5).all()
+        # The bound bites: it is not merely far away.
+        assert (np.abs(log_q - log_p).max(1) > 0.1 * bound).all()
+
+
+@pytest.mark.parametrize("name", ["uniform", "frequency-1.0"])
+def test_the_largest_logit_bounds_the_divergence_of_a_static_proposal(name: str) -> None:
+    for seed in range(5):
+        case = make_case(name, seed=seed)
+        logits = exact_logits(case)
+        log_p = log_softmax(logits, axis=1)
+        log_q = case.sampler.log_proposal(case.query, torch.arange(case.num_labels)).double().numpy()
+        bound = 2 * np.abs(logits).max(1) + math.log(case.num_labels) + log_q.max(1)
+        assert ((np.exp(log_q) * (log_q - log_p)).sum(1) <= bound + 1e-5).all()
+
+
+def test_midx_is_nearer_to_the_softmax_than_uniform_draws_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = 2 * torch.randn(12, 8, generator=generator)
+    table_LD = centres[torch.arange(200) % 12] + 0.1 * torch.randn(200, 8, generator=generator)
+    query_BD = torch.randn(16, 8, generator=generator)
+    log_p = torch.log_softmax(query_BD @ table_LD.T, dim=1)
+
+    def divergence(sampler: Sampler) -> float:
+        sampler.refresh(table_LD, torch.zeros(200))
+        log_q = sampler.log_proposal(query_BD, torch.arange(200))
+        return float((log_p.exp() * (log_p - log_q)).sum(1).mean())
+
+    midx = divergence(MidxSampler(quantizer="pq", num_codewords=16, prior="uniform"))
+    assert midx < 0.1 * divergence(UniformSampler(200))
+
+
+def test_a_refresh_follows_the_table() -> None:
+    case = make_case("midx-rq-uniform")
+    other = make_case("midx-rq-uniform", seed=9)
+    before = case.sampler.log_proposal(case.query, torch.arange(case.num_labels))
+    case.sampler.refresh(other.table, other.bias)
+    after = case.sampler.log_proposal(case.query, torch.arange(case.num_labels))
+    assert (after - before).abs().max() > 0.1
+    np.testing.assert_allclose(after.double().exp().sum(1).numpy(), 1.0, atol=2e-5)
+
+
+def test_an_own_draw_does_not_depend_on_how_the_batch_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case("midx-pq-frequency", "odd size")
+    monkeypatch.setattr("xmc_midx.samplers.midx._DRAW_CHUNK", 1)
+    sample = case.sampler.sample(case.query, 2000, torch.Generator().manual_seed(0))
+    law = np.exp(reference_law("midx-pq-frequency", case))
+    assert sample.label_ids.shape == (5, 2000)
+    statistic, freedom = 0.0, 0
+    for row, probability in zip(sample.label_ids.numpy(), law, strict=True):
+        part = pooled_chi_square(np.bincount(row, minlength=case.num_labels), 2000 * probability)
+        statistic, freedom = statistic + part[0], freedom + part[1]
+    assert stats.chi2.sf(statistic, freedom) > 1e-3
+
+
+def test_the_inclusion_probability_keeps_its_digits_from_rare_to_certain() -> None:
+    probability = torch.tensor([1e-30, 1e-12, 1e-3, 0.5, 1.0])
+    expected = [math.log(-math.expm1(100 * math.log1p(-float(q)))) if q < 1 else 0.0 for q in probability]
+    np.testing.assert_allclose(log_inclusion(probability, 100).numpy(), expected, rtol=1e-6)
+
+
+class TestInBatch:
+    """The batch's positives as negatives: a weight, but no density."""
+
+    frequency = torch.tensor([0, 1, 5, 40, 100])
+
+    def test_the_weight_of_a_positive_is_its_chance_to_be_in_a_batch(self) -> None:
+        sampler = InBatchSampler(self.frequency, num_instances=100)
+        labels = torch.tensor([1, 2, 3, 4])
+        expected = [math.log(1 - (1 - n / 100) ** 8) for n in (1, 5, 40)] + [0.0]
+        np.testing.assert_allclose(sampler.log_weight_of_positives(labels, 8).numpy(), expected, rtol=1e-5)
+
+    def test_the_weight_is_finite_for_a_label_that_the_frequencies_do_not_know(self) -> None:
+        sampler = InBatchSampler(self.frequency, num_instances=100)
+        assert torch.isfinite(sampler.log_weight_of_positives(torch.tensor([0]), 8)).all()
+
+    def test_the_sum_over_random_batches_is_the_sum_over_the_seen_labels(self) -> None:
+        rng = np.random.default_rng(0)
+        owner = rng.integers(0, 12, size=60)
+        frequency_L = torch.from_numpy(np.bincount(owner, minlength=15))
+        sampler = InBatchSampler(frequency_L, num_instances=60)
+        logits = torch.from_numpy(rng.normal(size=15))
+        estimates = []
+        for _ in range(3000):
+            batch = torch.unique(torch.from_numpy(owner[rng.integers(0, 60, size=6)]))
+            estimates.append(float((logits[batch] - sampler.log_weight_of_positives(batch, 6)).exp().sum()))
+        truth = float(logits[frequency_L > 0].exp().sum())
+        error = np.std(estimates) / math.sqrt(len(estimates))
+        assert abs(np.mean(estimates) - truth) < 4 * error
+
+    def test_a_density_is_refused(self) -> None:
+        sampler = InBatchSampler(self.frequency, num_instances=100)
+        with pytest.raises(NotImplementedError, match="no density"):
+            sampler.log_proposal(torch.zeros(1, 2), torch.arange(5))
+        with pytest.raises(NotImplementedError, match="shared by the batch"):
+            sampler.sample(torch.zeros(1, 2), 3, torch.Generator())
+
+    def test_nothing_is_drawn(self) -> None:
+        sampler = InBatchSampler(self.frequency, num_instances=100)
+        pool = sampler.sample_pool(torch.zeros(3, 2), 10, torch.Generator())
+        assert pool.label_ids.shape == pool.log_weight.shape == (0,)
+
+
+def test_a_frequency_prior_without_frequencies_is_refused() -> None:
+    with pytest.raises(ValueError, match="label_frequencies"):
+        MidxSampler(quantizer="pq", num_codewords=2, prior="frequency")

@@ -77,6 +77,6 @@ print(hashlib.sha256(content + f"{project} {sys.version}".encode()).hexdigest())
   say "Installing xmc-midx${extra:+ with what its tests need} into $venv (the first time takes minutes) ..."
   rm -f "$stamp"
   "$venv_python" -m pip --disable-pip-version-check install --quiet -c "$project/constraints.txt" -e "$target" ||
-    die "the installation failed; pip's message is above. Nothing else was changed; run the script again to resume."
+    die "the installation failed; pip's message is above. Run the script again to resume."
   printf '%s\n' "$wanted" >"$stamp"
 }

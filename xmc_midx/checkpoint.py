@@ -26,6 +26,7 @@ from xmc_midx.errors import DataError, ResourceError
 __all__ = ["FORMAT_VERSION", "Checkpoint", "CheckpointStore"]
 
 FORMAT_VERSION = 1
+_FORMAT = "xmc-midx checkpoint"
 _UNFINISHED = ".unfinished-"
 
 Tensors = Mapping[str, torch.Tensor]
@@ -90,7 +91,7 @@ class CheckpointStore:
         for path in sorted(target.iterdir()):
             files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
             _sync_file(path)
-        manifest = {"format": "xmc-midx checkpoint", "version": FORMAT_VERSION, "step": step, "files": files}
+        manifest = {"format": _FORMAT, "version": FORMAT_VERSION, "step": step, "files": files}
         (target / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         _sync_file(target / "manifest.json")
         _sync_directory(target)
@@ -99,10 +100,16 @@ class CheckpointStore:
         """Make the pointer `name` (`latest`, `best`) name the checkpoint of `step`."""
         pointer = self.directory.parent / name
         beside = pointer.with_name(f"{_UNFINISHED}{name}-{os.getpid()}")
-        beside.write_text(f"{step}\n", encoding="utf-8")
-        _sync_file(beside)
-        beside.replace(pointer)
-        _sync_directory(pointer.parent)
+        try:
+            beside.write_text(f"{step}\n", encoding="utf-8")
+            _sync_file(beside)
+            beside.replace(pointer)
+            _sync_directory(pointer.parent)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise ResourceError(
+                f"{pointer}: could not be written: {error.strerror}.", hint="Is the disk full or read-only?"
+            ) from error
 
     def prune(self, keep: Iterable[int]) -> None:
         """Delete all checkpoints but those of the steps in `keep`, and what a killed writer left behind."""
@@ -146,40 +153,56 @@ class CheckpointStore:
         _verify(path, [*wanted, "state.json"])
         try:
             tensors = {file.removesuffix(".safetensors"): load_file(path / file) for file in wanted}
-        except SafetensorError as error:
-            raise DataError(f"{path}: holds no safetensors: {error}.") from None
-        return Checkpoint(path=path, parts=tensors, state=json.loads((path / "state.json").read_text(encoding="utf-8")))
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        except (SafetensorError, ValueError, RecursionError) as error:
+            raise DataError(f"{path}: is no checkpoint of ours: {error}.") from None
+        return Checkpoint(path=path, parts=tensors, state=state)
 
 
 def _verify(path: Path, wanted: Iterable[str]) -> None:
-    manifest_path = path / "manifest.json"
-    try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        version, files = int(manifest["version"]), dict(manifest["files"])
-    except FileNotFoundError:
-        raise DataError(f"{manifest_path}: is missing, so this is no complete checkpoint.") from None
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{manifest_path}: is no checkpoint manifest.", hint="It was damaged or edited.") from None
-    if version > FORMAT_VERSION:
-        raise DataError(
-            f"{path}: has checkpoint format {version}; this release reads up to {FORMAT_VERSION}.",
-            hint="Install a newer xmc-midx.",
-        )
-    for name in wanted:
-        expected = files.get(name)
-        if expected is None or not (path / name).is_file():
+    files = _read_manifest(path)
+    for name in {*wanted, *files}:
+        if name not in files or not (path / name).is_file():
             raise DataError(f"{path / name}: is missing.", hint="The checkpoint is incomplete; use another one.")
         size = (path / name).stat().st_size
-        if size != expected["bytes"]:
+        if size != files[name]["bytes"]:
             raise DataError(
-                f"{path / name}: has {size} bytes, expected {expected['bytes']}.",
+                f"{path / name}: has {size} bytes, expected {files[name]['bytes']}.",
                 hint="It was cut or edited.",
             )
-        if _sha256(path / name) != expected["sha256"]:
+    for name in wanted:
+        if _sha256(path / name) != files[name]["sha256"]:
             raise DataError(
                 f"{path / name}: its sha256 is not the manifest's.",
                 hint="It was damaged; use another checkpoint.",
             )
+
+
+def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """File name -> size and hash. Nothing else vouches for the manifest, so every field must be what we write."""
+    manifest_path = path / "manifest.json"
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{manifest_path}: is missing, so this is no complete checkpoint.") from None
+    except (ValueError, RecursionError):
+        manifest = None
+    fields = manifest if isinstance(manifest, dict) else {}
+    version, files = fields.get("version"), fields.get("files")
+    if fields.get("format") == _FORMAT and isinstance(version, int) and version > FORMAT_VERSION:
+        raise DataError(
+            f"{path}: has checkpoint format {version}; this release reads up to {FORMAT_VERSION}.",
+            hint="Install a newer xmc-midx.",
+        )
+    if (
+        not isinstance(files, dict)
+        or not all(isinstance(entry, dict) and set(entry) == {"bytes", "sha256"} for entry in files.values())
+        or fields != {"format": _FORMAT, "version": FORMAT_VERSION, "step": fields.get("step"), "files": files}
+    ):
+        raise DataError(f"{manifest_path}: is no checkpoint manifest.", hint="It was damaged or edited.")
+    if str(fields["step"]) != path.name:
+        raise DataError(f"{manifest_path}: is of step {fields['step']}, expected {path.name}.", hint="Was it moved?")
+    return files
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,8 @@
-"""Layer 6. The whole chain, a function a command: the only module that knows all stages."""
+"""Layer 6. The whole chain, a function a command: the only module that knows all stages.
+
+The stages that compute with torch are imported by the functions that need them, so that predictions of another tool are
+evaluated without it.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from scipy.sparse import csr_matrix
 
 from xmc_midx import __version__
@@ -20,14 +23,15 @@ from xmc_midx.config import Config
 from xmc_midx.data.dataset import Split, XmcDataset, load_dataset, load_split
 from xmc_midx.data.predictions import read_predictions
 from xmc_midx.data.registry import match_spec
-from xmc_midx.device import peak_memory_bytes
 from xmc_midx.errors import DataError, UsageError
 from xmc_midx.metrics import breakdown_by_frequency, evaluate_topk
-from xmc_midx.predictor import Predictor
 from xmc_midx.recipe import DataShape, resolve
 from xmc_midx.rundir import RunDirectory
-from xmc_midx.session import TrainingSession
 from xmc_midx.types import DEFAULT_KS, MetricReport, Reporter, SilentReporter, TopK
+
+if TYPE_CHECKING:
+    from xmc_midx.predictor import Predictor
+    from xmc_midx.session import TrainingSession
 
 __all__ = [
     "DemoResult",
@@ -148,6 +152,8 @@ def train(
     ------
     XmcMidxError : the data, the configuration, the machine or the training is at fault; see the class's children.
     """
+    from xmc_midx.session import TrainingSession
+
     reporter = reporter or SilentReporter()
     reporter.start("read", None)
     dataset = load_dataset(data, test=test)
@@ -168,6 +174,8 @@ def resume(run: str | Path, *, reporter: Reporter | None = None) -> TrainResult:
     ------
     DataError : the directory holds no run, or the data is no longer what the run was started with.
     """
+    from xmc_midx.session import TrainingSession
+
     reporter = reporter or SilentReporter()
     directory = RunDirectory.open(run)
     with RunDirectory.lock(directory.path):
@@ -188,6 +196,9 @@ def resume(run: str | Path, *, reporter: Reporter | None = None) -> TrainResult:
 
 
 def _train_result(session: TrainingSession, dataset: XmcDataset, *, has_test: bool) -> TrainResult:
+    from xmc_midx.device import peak_memory_bytes
+    from xmc_midx.predictor import Predictor
+
     run = session.run_directory
     best = session.store.path_of("best")
     report = None
@@ -256,7 +267,11 @@ def evaluate(
     assert split is not None, "a dataset has a split"
     if dataset.test is None and Path(data).is_dir():
         raise DataError(f"{data}: has no test split to evaluate on.", hint="Give the file itself.")
-    predictor = None if run is None else Predictor.load(run, device=device)
+    predictor = None
+    if run is not None:
+        from xmc_midx.predictor import Predictor
+
+        predictor = Predictor.load(run, device=device)
     frequencies, num_train = _training_frequencies(predictor, dataset)
     a, b, source = _propensity(A, B, dataset, num_train)
     seconds = 0.0
@@ -349,6 +364,8 @@ def predict(
     allow, deny : files of label ids, one a line, that alone may, or may not, be predicted.
     device : where the model runs.
     """
+    from xmc_midx.predictor import Predictor
+
     reporter = reporter or SilentReporter()
     reporter.start("read", None)
     predictor = Predictor.load(run, device=device)
@@ -434,6 +451,8 @@ def _report_dict(report: MetricReport) -> dict[str, Any]:
 
 
 def _provenance(dataset: XmcDataset, data: str | Path, test: str | Path | None) -> dict[str, Any]:
+    import torch
+
     return {
         "data": _absolute(data),
         "test": None if test is None else _absolute(test),

@@ -81,7 +81,7 @@ class RunDirectory:
             if (path / "config.yaml").exists():
                 raise UsageError(
                     f"{path}: holds a run already.",
-                    hint="Choose another --output, or --resume to go on with this one.",
+                    hint="Choose another --output, --resume to go on with it, or --force to replace it.",
                 )
             strangers = [entry.name for entry in path.iterdir() if not entry.name.startswith(".")]
             if strangers:

@@ -86,9 +86,16 @@ class TrainingSession:
             self.trainer.initialize(self.config.model.label_init, self.config.training.seed)
         patience = self.config.training.patience
         while self.trainer.step < self.trainer.total_steps and (patience is None or self.stale < patience):
-            self.reporter.start("train", self.trainer.stream.steps_per_epoch)
+            self._announce_epoch()
             stats = self.trainer.run_epoch(self.reporter, after_step=lambda: self._save_inside_epoch(started))
             self._end_epoch(stats, started)
+
+    def _announce_epoch(self) -> None:
+        steps = self.trainer.stream.steps_per_epoch
+        epoch, done = divmod(self.trainer.step, steps)
+        self.reporter.start(f"epoch {epoch + 1}/{self.trainer.num_epochs}", steps)
+        if done:
+            self.reporter.step(done)
 
     def _end_epoch(self, stats: EpochStats, started: float) -> None:
         validation = self._validate()

@@ -517,6 +517,7 @@ def test_midx_softmax_is_ready_to_use_and_derives_its_sizes(quantizer: str) -> N
     assert softmax.num_draws == 2048
     assert isinstance(softmax.sampler, MidxSampler) and softmax.sampler.num_codewords == round(math.sqrt(5000) / 2)
     assert torch.isfinite(softmax(make_queries(4, 7), torch.tensor([1, 4999, 3, 3])))
+    assert softmax.sampler.codebook is not None, "the first use fitted it"
     assert MIDXSoftmax(5000, 7, estimator="instance").num_draws == 64
     assert MIDXSoftmax(100, 7).num_draws == 100
 

@@ -8,7 +8,6 @@ checkpoint, replaced by a rename too.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from xmc_midx.data.files import sha256_of
 from xmc_midx.errors import DataError, ResourceError
 
 __all__ = ["FORMAT_VERSION", "Checkpoint", "CheckpointStore"]
@@ -89,7 +89,7 @@ class CheckpointStore:
         (target / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
         files = {}
         for path in sorted(target.iterdir()):
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
             _sync_file(path)
         manifest = {"format": _FORMAT, "version": FORMAT_VERSION, "step": step, "files": files}
         (target / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -171,7 +171,7 @@ def _verify(path: Path, wanted: Iterable[str]) -> None:
                 hint="It was cut or edited.",
             )
     for name in wanted:
-        if _sha256(path / name) != files[name]["sha256"]:
+        if sha256_of(path / name) != files[name]["sha256"]:
             raise DataError(
                 f"{path / name}: its sha256 is not the manifest's.",
                 hint="It was damaged; use another checkpoint.",
@@ -203,11 +203,6 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     if str(fields["step"]) != path.name:
         raise DataError(f"{manifest_path}: is of step {fields['step']}, expected {path.name}.", hint="Was it moved?")
     return files
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync_file(path: Path) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "DataConfig",
     "LossConfig",
     "ModelConfig",
+    "NeighborsConfig",
     "SamplerConfig",
     "SamplerName",
     "TrainingConfig",
@@ -112,6 +113,15 @@ class TrainingConfig(_Section):
     """CPU threads; None leaves torch's choice."""
 
 
+class NeighborsConfig(_Section):
+    """The nearest training instances, whose labels are added to the model's at prediction."""
+
+    enabled: bool = True
+    """Whether they may be used. Their weight is chosen on the validation instances, and is 0 where they do not help."""
+    count: PositiveInt = 50
+    """Neighbours of an instance."""
+
+
 class Config(_Section):
     """Everything a run depends on besides its data."""
 
@@ -120,6 +130,7 @@ class Config(_Section):
     sampler: SamplerConfig = SamplerConfig()
     loss: LossConfig = LossConfig()
     training: TrainingConfig = TrainingConfig()
+    neighbors: NeighborsConfig = NeighborsConfig()
 
 
 def load_config(path: str | Path | None = None, *, assignments: Iterable[str] = ()) -> Config:
@@ -153,7 +164,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path}: is not YAML: {' '.join(str(error).split())}.") from None
     if tree is None:
         return {}
@@ -169,7 +180,7 @@ def _assign(tree: dict[str, Any], assignment: str) -> None:
         raise UsageError(f"--set {assignment}: expected section.key=value, such as training.epochs=5.")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         raise UsageError(f"--set {assignment}: the value is not YAML.") from None
     if isinstance(value, str):
         value = _number(value)

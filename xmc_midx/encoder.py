@@ -15,6 +15,9 @@ from xmc_midx.types import SparseRows
 __all__ = ["SparseEncoder"]
 
 
+_START_LENGTH = 3.0
+"""Length of a feature's random start vector. Long ones keep more of the input's geometry while the table learns
+(EXPERIMENTS.md)."""
 _ENCODE_CHUNK = 4096
 """Instances encoded at once outside training."""
 
@@ -50,15 +53,19 @@ class SparseEncoder(nn.Module):
         self.residual = residual
         self.embedding = nn.Parameter(torch.empty(num_features, dim))
         self.bias = nn.Parameter(torch.zeros(dim))
-        self.hidden = nn.ModuleList(nn.Linear(dim, dim) for _ in range(num_hidden_layers))
+        # skip_init: torch's own start values would draw from the global generator.
+        self.hidden = nn.ModuleList(
+            nn.utils.skip_init(nn.Linear, dim, dim)  # type: ignore[no-untyped-call]
+            for _ in range(num_hidden_layers)
+        )
         self.activation: nn.Module = nn.ReLU() if activation == "relu" else nn.Identity()
         self.dropout = _SeededDropout(dropout)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Start values: with L2-normalised rows, queries of about unit length whatever F and D."""
+        """Start values: with L2-normalised rows, queries of about the same length whatever F and D."""
         dim = self.embedding.shape[1]
         with torch.no_grad():
-            self.embedding.normal_(0.0, 1.0 / math.sqrt(dim), generator=generator)
+            self.embedding.normal_(0.0, _START_LENGTH / math.sqrt(dim), generator=generator)
             self.bias.zero_()
             for layer in self.hidden:
                 assert isinstance(layer, nn.Linear)

@@ -41,6 +41,7 @@ __all__ = [
     "FrequencyGroup",
     "breakdown_by_frequency",
     "evaluate_topk",
+    "instance_scores",
     "inverse_propensity",
 ]
 
@@ -155,6 +156,38 @@ def evaluate_topk(
         propensity_a=None if weight_L is None else float(A),
         propensity_b=None if weight_L is None else float(B),
     )
+
+
+def instance_scores(
+    top: TopK,
+    labels: csr_matrix,
+    label_frequencies: NDArray[Any],
+    num_train: int,
+    *,
+    ks: Sequence[int] = DEFAULT_KS,
+    A: float = 0.55,
+    B: float = 1.5,
+) -> NDArray[np.float64]:
+    """What each instance adds to the mean of P@k and PSP@k over `ks`; for comparing two predictions in pairs.
+
+    Parameters
+    ----------
+    top, labels, label_frequencies, num_train, A, B : as in `evaluate_topk`.
+
+    Returns
+    -------
+    (N,) float64 whose mean is the mean of `P@k` and `PSP@k` of `evaluate_topk` over all k.
+    """
+    cuts = _checked_ks(ks)
+    labels = _canonical(labels)
+    weight_L = inverse_propensity(label_frequencies, num_train, A, B)
+    hit_NK = _hits(top.label_ids, labels)
+    precision_N = (_at_cuts(hit_NK.astype(np.float64), cuts) / cuts).mean(axis=1)
+    gain_Nk = _at_cuts(np.where(hit_NK, weight_L[top.label_ids], 0.0), cuts)
+    best_k = _at_cuts(_best_gains(labels, weight_L, int(cuts[-1])), cuts).mean(axis=0)
+    propensity_scored_N = (gain_Nk / np.where(best_k > 0, best_k, 1.0)).mean(axis=1)
+    scores_N: NDArray[np.float64] = (precision_N + propensity_scored_N) / 2
+    return scores_N
 
 
 def inverse_propensity(

@@ -223,7 +223,7 @@ def _train_result(session: TrainingSession, dataset: XmcDataset, *, has_test: bo
         best_epoch=session.best_epoch,
         seconds=session.seconds,
         loss=session.loss,
-        validation=session.history[session.best_epoch - 1]["validation"],
+        validation=session.validation,
         test=report,
         model_bytes=(best / "model.safetensors").stat().st_size,
         peak_memory_bytes=peak_memory_bytes(),

@@ -1,6 +1,6 @@
-"""Layer 5. Encoder + label index: feature rows or raw texts -> the best labels.
+"""Layer 5. Encoder, label index and neighbours: feature rows or raw texts -> the best labels.
 
-Before it: checkpoints; after it: metrics and the command line.
+Before it: checkpoints and index; after it: metrics and the command line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from xmc_midx.device import find_device
 from xmc_midx.encoder import SparseEncoder
 from xmc_midx.errors import DataError, UsageError
 from xmc_midx.index import ExactIndex
+from xmc_midx.interpolation import SHORTLIST, Interpolation, interpolate, keep_labels
+from xmc_midx.neighbors import NeighborIndex
 from xmc_midx.rundir import RunDirectory
+from xmc_midx.topk import empty_topk
 from xmc_midx.types import LabelIndex, Reporter, SilentReporter, TopK
 
 if TYPE_CHECKING:
@@ -36,7 +39,8 @@ class Predictor:
     encoder, index : of the same model and device.
     label_names : L names, or None where they are unknown.
     vocabulary : turns raw texts into features; None where the run has none.
-    label_frequencies, num_train : (L,) int64 and N of the training split, for propensities; None where unknown.
+    label_frequencies, num_train : (L,) int64 and N of the training split; None where unknown.
+    interpolation, neighbors : what is added to the model's scores (`xmc_midx.interpolation`); None: the model alone.
     """
 
     def __init__(
@@ -49,10 +53,13 @@ class Predictor:
         vocabulary: Vocabulary | None = None,
         label_frequencies: np.ndarray | None = None,
         num_train: int | None = None,
+        interpolation: Interpolation | None = None,
+        neighbors: NeighborIndex | None = None,
     ) -> None:
         self.encoder, self.index, self.normalize = encoder.eval(), index, normalize
         self.label_names, self.vocabulary = label_names, vocabulary
         self.label_frequencies, self.num_train = label_frequencies, num_train
+        self.interpolation, self.neighbors = interpolation or Interpolation(), neighbors
 
     @classmethod
     def load(cls, run: str | Path, *, checkpoint: str = "best", device: str = "auto") -> Predictor:
@@ -78,6 +85,7 @@ class Predictor:
         )
         names = {n.removeprefix("encoder."): t for n, t in model.items() if n.startswith("encoder.")}
         encoder.load_state_dict(names, assign=True)
+        interpolation, neighbors = directory.interpolation()
         index = ExactIndex(model["labels.weight"].to(target), model["labels.bias"].to(target))
         return cls(
             encoder.to(target),
@@ -87,6 +95,8 @@ class Predictor:
             vocabulary=directory.vocabulary(),
             label_frequencies=model["train.label_frequencies"].numpy(),
             num_train=int(model["train.num_instances"]),
+            interpolation=interpolation,
+            neighbors=neighbors,
         )
 
     @property
@@ -106,7 +116,7 @@ class Predictor:
         deny: Sequence[int] | None = None,
         reporter: Reporter | None = None,
     ) -> TopK:
-        """The k best labels of each instance.
+        """The k best labels of each instance, with logits, or log masses where neighbours or a discount are added.
 
         Parameters
         ----------
@@ -118,19 +128,43 @@ class Predictor:
         features = self._features(instances)
         if k < 1:
             raise UsageError(f"k is {k}; expected at least 1.")
-        allowed = None if allow is None else torch.as_tensor(np.asarray(allow, dtype=np.int64))
-        denied = None if deny is None else torch.as_tensor(np.asarray(deny, dtype=np.int64))
+        allowed = None if allow is None else np.asarray(allow, dtype=np.int64)
+        denied = None if deny is None else np.asarray(deny, dtype=np.int64)
         reporter.start("predict", features.shape[0])
         parts = []
         for rows, query_BD in self.encoder.encode(features):
-            parts.append(self.index.search(query_BD, k, allow=allowed, deny=denied))
+            parts.append(self._search(query_BD, features[rows], k, allowed, denied))
             reporter.step(rows.stop - rows.start)
         if not parts:
-            return TopK(label_ids=np.empty((0, k), np.int64), scores=np.empty((0, k), np.float32))
+            return empty_topk(0, k)
         return TopK(
             label_ids=np.concatenate([part.label_ids for part in parts]),
             scores=np.concatenate([part.scores for part in parts]),
         )
+
+    def _search(
+        self,
+        query_BD: torch.Tensor,
+        features: csr_matrix,
+        k: int,
+        allow: np.ndarray | None,
+        deny: np.ndarray | None,
+    ) -> TopK:
+        plain = self.interpolation.is_identity
+        top = self.index.search(
+            query_BD,
+            k if plain else max(k, SHORTLIST),
+            allow=None if allow is None else torch.from_numpy(allow),
+            deny=None if deny is None else torch.from_numpy(deny),
+        )
+        if plain:
+            return top
+        assert self.label_frequencies is not None, "an interpolation comes with the label frequencies"
+        votes = None
+        if self.neighbors is not None:
+            found = self.neighbors.search(features, self.interpolation.count)
+            votes = keep_labels(self.neighbors.votes(*found, self.interpolation.temperature), allow, deny)
+        return interpolate(top, votes, self.label_frequencies, self.interpolation, k)
 
     def _features(self, instances: csr_matrix | str | Sequence[str]) -> csr_matrix:
         if isinstance(instances, csr_matrix):

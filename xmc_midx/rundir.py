@@ -3,6 +3,7 @@
 config.yaml          the resolved configuration          run.json       versions, seed, data, hardware, command
 checkpoints/<step>/  see `xmc_midx.checkpoint`           metrics.jsonl  one line an epoch
 best, latest         each names a checkpoint             labels.txt, vocabulary.txt   where they are known
+interpolation.json   what is added to the model          neighbors.safetensors        the training rows, if they are
 """
 
 from __future__ import annotations
@@ -17,12 +18,18 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from xmc_midx.config import Config, dump_config, load_config
+from xmc_midx.data.files import sha256_of
 from xmc_midx.errors import DataError, ResourceError, UsageError
+from xmc_midx.interpolation import Interpolation
+from xmc_midx.neighbors import NeighborIndex
 
 if TYPE_CHECKING:
     from xmc_midx.data.vocabulary import Vocabulary
 
 __all__ = ["RunDirectory"]
+
+_INTERPOLATION = "interpolation.json"
+_NEIGHBORS = "neighbors.safetensors"
 
 
 class RunDirectory:
@@ -144,6 +151,45 @@ class RunDirectory:
         if not isinstance(value, dict):
             raise DataError(f"{self.path / name}: expected a JSON object.")
         return value
+
+    # -------------------------------------------------------------- neighbours
+
+    def write_interpolation(self, interpolation: Interpolation, neighbors: NeighborIndex | None) -> None:
+        """Keep what is added to the model's scores, with the training rows where it needs them."""
+        values = interpolation.as_dict()
+        if neighbors is not None:
+            path = self.path / _NEIGHBORS
+            beside = path.with_name(f".{_NEIGHBORS}.{os.getpid()}")
+            try:
+                neighbors.save(beside)
+                values["neighbors_sha256"] = sha256_of(beside)
+                beside.replace(path)
+            except OSError as error:
+                beside.unlink(missing_ok=True)
+                raise ResourceError(f"{path}: cannot be written: {error.strerror}.") from None
+        self.write_json(_INTERPOLATION, values)
+
+    def interpolation(self) -> tuple[Interpolation | None, NeighborIndex | None]:
+        """What `write_interpolation` kept; None where it was not called, or had no neighbours.
+
+        Raises
+        ------
+        DataError : a file is missing or damaged.
+        """
+        if not (self.path / _INTERPOLATION).exists():
+            return None, None
+        values = self.read_json(_INTERPOLATION)
+        expected = values.get("neighbors_sha256")
+        if expected is None:
+            return Interpolation.from_dict(values), None
+        path = self.path / _NEIGHBORS
+        if not path.is_file():
+            raise DataError(f"{path}: is missing; interpolation.json names it.", hint="Was the run copied in part?")
+        if sha256_of(path) != expected:
+            raise DataError(
+                f"{path}: its sha256 is not the one in interpolation.json.", hint="It was damaged or edited."
+            )
+        return Interpolation.from_dict(values), NeighborIndex.load(path)
 
     # --------------------------------------------------------- names and words
 

@@ -21,11 +21,13 @@ from xmc_midx.data.dataset import Split
 from xmc_midx.data.features import normalize_rows
 from xmc_midx.device import find_device, keep_freed_memory
 from xmc_midx.index import ExactIndex
+from xmc_midx.interpolation import SHORTLIST, fit_interpolation, interpolate
 from xmc_midx.metrics import evaluate_topk
+from xmc_midx.neighbors import NeighborIndex
 from xmc_midx.predictor import Predictor
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.trainer import Trainer
-from xmc_midx.types import DEFAULT_KS, EpochStats, Reporter
+from xmc_midx.types import DEFAULT_KS, EpochStats, Reporter, TopK
 
 __all__ = ["TrainingSession"]
 
@@ -52,6 +54,7 @@ class TrainingSession:
         kept, held_out = _hold_out(features.shape[0], config.data.validation_fraction, config.training.seed)
         self.held_out = (features[held_out], training.labels[held_out]) if held_out.size else None
         labels = training.labels
+        self._whole = (features, labels)
         if held_out.size:
             features, labels = features[kept], labels[kept]
         num_labels = labels.shape[1]
@@ -75,6 +78,8 @@ class TrainingSession:
         self.store = CheckpointStore(run.checkpoints)
         self.history: list[dict[str, Any]] = []
         self.best_step, self.best_epoch, self.best_score, self.stale = 0, 0, -1.0, 0
+        self.validation: dict[str, float] = {}
+        """Of the best epoch; at the end, with neighbours and discount, which the same instances chose."""
         self.seconds = 0.0
         self.loss = float("nan")
 
@@ -89,6 +94,36 @@ class TrainingSession:
             self._announce_epoch()
             stats = self.trainer.run_epoch(self.reporter, after_step=lambda: self._save_inside_epoch(started))
             self._end_epoch(stats, started)
+        if (
+            self.config.neighbors.enabled
+            and self.held_out is not None
+            and self.run_directory.interpolation()[0] is None
+        ):
+            self._choose_interpolation()
+            self.seconds = time.perf_counter() - started
+
+    def _choose_interpolation(self) -> None:
+        """Let the held-out instances say how much the neighbours' labels and the frequency discount are worth."""
+        assert self.held_out is not None
+        self.reporter.start("neighbours", None)
+        features, labels = self.held_out
+        predictor = Predictor.load(self.run_directory.path, device=self.config.training.device)
+        shortlist = predictor.predict(features, k=min(SHORTLIST, predictor.num_labels))
+        neighbors = NeighborIndex(self.trainer.stream.features, self.trainer.stream.labels)
+        found = neighbors.search(features, self.config.neighbors.count)
+        num_train = self.trainer.stream.num_instances
+        chosen = fit_interpolation(shortlist, neighbors, found, labels, self.frequencies, num_train)
+        votes = neighbors.votes(*found, chosen.temperature)
+        top = interpolate(shortlist, votes, self.frequencies, chosen, max(DEFAULT_KS))
+        self.validation = self._metrics(top)
+        self.reporter.message(
+            f"neighbours: weight {chosen.weight:g}, temperature {chosen.temperature:g}, discount {chosen.discount:g}; "
+            f"validation P@1 {100 * self.history[self.best_epoch - 1]['validation']['P@1']:.2f}% -> "
+            f"{100 * self.validation['P@1']:.2f}%"
+        )
+        # What is kept knows all training rows, the held-out ones too.
+        whole = NeighborIndex(*self._whole) if chosen.weight > 0 else None
+        self.run_directory.write_interpolation(chosen, whole)
 
     def _announce_epoch(self) -> None:
         steps = self.trainer.stream.steps_per_epoch
@@ -104,6 +139,7 @@ class TrainingSession:
         self.loss = stats.loss
         if score is None or score > self.best_score:
             self.best_step, self.best_epoch, self.stale = stats.num_steps, stats.epoch, 0
+            self.validation = validation
             self.best_score = -1.0 if score is None else score
         else:
             self.stale += 1
@@ -117,13 +153,22 @@ class TrainingSession:
     def _validate(self) -> dict[str, float]:
         if self.held_out is None:
             return {}
-        features, labels = self.held_out
+        features, _ = self.held_out
         softmax = self.trainer.softmax
         index = ExactIndex(softmax.weight.detach(), softmax.bias.detach())
         top = Predictor(self.trainer.encoder, index, normalize="none").predict(features, k=max(DEFAULT_KS))
         self.trainer.encoder.train()
-        num_train = self.trainer.stream.num_instances
-        report = evaluate_topk(top, labels, ks=DEFAULT_KS, label_frequencies=self.frequencies, num_train=num_train)
+        return self._metrics(top)
+
+    def _metrics(self, top: TopK) -> dict[str, float]:
+        assert self.held_out is not None
+        report = evaluate_topk(
+            top,
+            self.held_out[1],
+            ks=DEFAULT_KS,
+            label_frequencies=self.frequencies,
+            num_train=self.trainer.stream.num_instances,
+        )
         return {name: report.metrics[name] for name in ("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5")}
 
     # ------------------------------------------------------------ checkpoints
@@ -149,8 +194,10 @@ class TrainingSession:
             "training": self.trainer.training_tensors(),
         }
         self.store.save(step, parts, state)
-        if self.best_step == step:
-            self.store.point("best", step)
+        # Also after a kill between the two pointers of an earlier save: `best` then names a checkpoint that the state
+        # resumed from does not know, and that prune would delete.
+        if self.best_step and self.store.step_of("best") != self.best_step:
+            self.store.point("best", self.best_step)
         self.store.point("latest", step)
         self.store.prune({step, self.best_step})
 
@@ -160,6 +207,7 @@ class TrainingSession:
         self.trainer.load(saved.parts["model"], saved.parts["training"], saved.state["counters"])
         self.history = list(saved.state["history"])
         self.best_step, self.best_epoch, self.best_score, self.stale = saved.state["best"]
+        self.validation = dict(self.history[self.best_epoch - 1]["validation"]) if self.best_epoch else {}
         self.seconds = float(saved.state["seconds"])
         self.loss = float(saved.state["loss"]) if self.history else float("nan")
 

@@ -97,6 +97,9 @@ class LabelSoftmax(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.generator.device != self.weight.device:
             self.generator = torch.Generator(self.weight.device).manual_seed(self.seed)
+            if self.sampler is not None:
+                state = {name: tensor.to(self.weight.device) for name, tensor in self.sampler.state_dict().items()}
+                self.sampler.load_state_dict(state, self.bias.detach())
         return self
 
     # ------------------------------------------------------------------- loss
@@ -135,14 +138,13 @@ class LabelSoftmax(nn.Module):
             label_ids = torch.arange(self.num_labels, device=query_BD.device)
             return label_ids, torch.zeros(self.num_labels, device=query_BD.device)
         certain = torch.unique(positives_Y)
-        sample = self.sampler.sample_pool(query_BD.detach(), self.num_draws, self.generator)
+        sample = self._fitted_sampler().sample_pool(query_BD.detach(), self.num_draws, self.generator)
         if isinstance(self.sampler, InBatchSampler):
             return certain, self.sampler.log_weight_of_positives(certain, query_BD.shape[0])
         return _union(certain, sample)
 
     def _instance_loss(self, query_BD: torch.Tensor, targets: _Targets) -> torch.Tensor:
-        assert self.sampler is not None
-        sample = self.sampler.sample(query_BD.detach(), self.num_draws, self.generator)
+        sample = self._fitted_sampler().sample(query_BD.detach(), self.num_draws, self.generator)
         # One gather for positives and draws together: a row's gradient is complete when the optimiser sees it.
         both = torch.cat([targets.label_ids, sample.label_ids.flatten()])
         label_ids, inverse = torch.unique(both, return_inverse=True)
@@ -161,6 +163,14 @@ class LabelSoftmax(nn.Module):
             return (targets.weight * (log_all_Y - logits_Y)).sum()
         return (targets.weight * F.softplus(log_rest_Y - logits_Y)).sum()
 
+    def _fitted_sampler(self) -> Sampler:
+        """The sampler. One that was never refreshed is fitted now: at construction the table is still random, and
+        codebooks of random rows are a poor start for the first refresh."""
+        assert self.sampler is not None
+        if isinstance(self.sampler, MidxSampler) and self.sampler.codebook is None:
+            self.refresh()
+        return self.sampler
+
     def _rows(self, label_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.sparse:
             return self.weight[label_ids], self.bias[label_ids]
@@ -170,7 +180,7 @@ class LabelSoftmax(nn.Module):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Bring the sampler up to date with the table; call it once before training and then now and again."""
+        """Bring the sampler up to date with the table; call it now and again, such as at the start of each epoch."""
         if self.sampler is not None:
             self.sampler.refresh(self.weight, self.bias)
 
@@ -241,7 +251,6 @@ class MIDXSoftmax(LabelSoftmax):
             precision=precision,
             seed=seed,
         )
-        self.refresh()
 
 
 @dataclass(frozen=True, slots=True)

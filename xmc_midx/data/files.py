@@ -8,6 +8,7 @@ from __future__ import annotations
 import bz2
 import errno
 import gzip
+import hashlib
 import lzma
 import os
 import uuid
@@ -21,7 +22,7 @@ from typing import BinaryIO, cast
 from xmc_midx.data.problems import Problem, Report
 from xmc_midx.errors import DataError, ResourceError
 
-__all__ = ["MAX_LINE_BYTES", "SUFFIXES", "LineChunks", "atomic_write", "find_variant"]
+__all__ = ["MAX_LINE_BYTES", "SUFFIXES", "LineChunks", "atomic_write", "find_variant", "sha256_of"]
 
 SUFFIXES = ("", ".gz", ".bz2", ".xz")
 """What may follow the name of a text file: plain, gzip, bzip2, xz."""
@@ -216,3 +217,9 @@ def _open_write(file: BinaryIO, suffix: str) -> Iterator[BinaryIO]:
             yield cast("BinaryIO", stream)
     else:
         yield file
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

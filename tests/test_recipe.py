@@ -1,0 +1,97 @@
+"""The recipe: every `"auto"` gets a valid value for any size of data, and given values stay."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from xmc_midx.config import Config, load_config
+from xmc_midx.recipe import DataShape, auto_num_codewords, auto_num_draws, resolve
+
+SIZES = (1, 2, 37, 4_096, 4_097, 10**5, 10**8)
+
+
+def autos(tree: dict[str, Any]) -> set[str]:
+    return {f"{section}.{key}" for section, keys in tree.items() for key, value in keys.items() if value == "auto"}
+
+
+UNTOUCHED = {"training.device", "training.precision"}
+"""Not the data's to decide."""
+
+
+@pytest.mark.parametrize("num_instances", SIZES)
+@pytest.mark.parametrize("num_labels", SIZES)
+@pytest.mark.parametrize("estimator", ["pool", "instance"])
+def test_every_auto_is_resolved_to_a_valid_value(num_instances: int, num_labels: int, estimator: str) -> None:
+    config = load_config(assignments=[f"sampler.estimator={estimator}"])
+    for num_features in (1, 10**7):
+        shape = DataShape(num_instances=num_instances, num_features=num_features, num_labels=num_labels)
+        resolved = resolve(config, shape)
+        tree = resolved.model_dump()
+        assert autos(tree) == UNTOUCHED
+        # Valid by the rules of the configuration, and of the types that the parts ask for.
+        assert Config.model_validate(tree) == resolved
+        for section, key in (
+            ("training", "epochs"),
+            ("training", "batch_size"),
+            ("model", "dim"),
+            ("sampler", "num_draws"),
+            ("sampler", "num_codewords"),
+        ):
+            assert type(tree[section][key]) is int and tree[section][key] >= 1
+        for section, key in (
+            ("training", "label_learning_rate"),
+            ("training", "encoder_learning_rate"),
+            ("model", "dropout"),
+            ("data", "validation_fraction"),
+        ):
+            assert math.isfinite(tree[section][key]) and 0 <= tree[section][key] < 1
+        assert tree["sampler"]["num_codewords"] <= 1024, "a batch's set-up costs the square of it"
+        assert num_instances * tree["data"]["validation_fraction"] <= num_instances - 1 or num_instances == 1
+
+
+def test_given_values_stay() -> None:
+    given = {
+        "training.epochs": 7,
+        "training.batch_size": 33,
+        "training.label_learning_rate": 0.125,
+        "training.encoder_learning_rate": 0.25,
+        "model.dim": 9,
+        "model.dropout": 0.0,
+        "data.validation_fraction": 0.0,
+        "sampler.num_codewords": 3,
+        "sampler.num_draws": 5,
+    }
+    config = load_config(assignments=[f"{key}={value}" for key, value in given.items()])
+    assert autos(config.model_dump()) == UNTOUCHED
+    for size in SIZES:
+        assert resolve(config, DataShape(num_instances=size, num_features=size, num_labels=size)) == config
+
+
+def test_one_given_value_leaves_the_others_open() -> None:
+    shape = DataShape(num_instances=5000, num_features=100, num_labels=100)
+    plain = resolve(Config(), shape).model_dump()
+    tree = resolve(load_config(assignments=["model.dim=9"]), shape).model_dump()
+    assert tree["model"].pop("dim") == 9 and plain["model"].pop("dim") != 9
+    assert tree == plain
+
+
+def test_resolving_twice_changes_nothing() -> None:
+    shape = DataShape(num_instances=5000, num_features=100, num_labels=10_000)
+    resolved = resolve(Config(), shape)
+    assert resolve(resolved, DataShape(num_instances=1, num_features=1, num_labels=1)) == resolved
+
+
+def test_larger_data_gets_no_smaller_batches_and_no_more_epochs() -> None:
+    shapes = [DataShape(num_instances=n, num_features=100, num_labels=100) for n in SIZES]
+    trainings = [resolve(Config(), shape).training for shape in shapes]
+    assert [t.epochs for t in trainings] == sorted((t.epochs for t in trainings), reverse=True)  # type: ignore[type-var]
+    assert [t.batch_size for t in trainings] == sorted(t.batch_size for t in trainings)  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("num_labels", SIZES)
+def test_a_pool_is_never_larger_than_the_label_set_and_grows_no_further(num_labels: int) -> None:
+    assert 1 <= auto_num_draws(num_labels) <= min(num_labels, 4096)
+    assert auto_num_codewords(num_labels) >= 1

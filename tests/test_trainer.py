@@ -1,0 +1,303 @@
+"""Batches and the training loop: what is seen and when, rates, start values, resuming, divergence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.sparse import csr_matrix
+
+from xmc_midx.config import Config, load_config
+from xmc_midx.build import build_encoder, build_softmax
+from xmc_midx.data.batches import BatchStream
+from xmc_midx.data.features import normalize_rows
+from xmc_midx.errors import DivergedError
+from xmc_midx.recipe import DataShape, resolve
+from xmc_midx.rows import sparse_rows
+from xmc_midx.trainer import Trainer
+from xmc_midx.types import SilentReporter
+
+TopicMaker = Callable[..., tuple[csr_matrix, csr_matrix]]
+OPTIONS = (
+    "model.dim=12",
+    "model.dropout=0.3",
+    "training.epochs=3",
+    "training.batch_size=32",
+    "training.label_learning_rate=0.05",
+    "training.encoder_learning_rate=0.04",
+    "sampler.num_codewords=3",
+    "sampler.num_draws=8",
+)
+
+
+class Interruption(Exception):
+    """Stands for a kill."""
+
+
+def make_config(*assignments: str) -> Config:
+    config = load_config(assignments=[*OPTIONS, *assignments])
+    return resolve(config, DataShape(num_instances=130, num_features=40, num_labels=23))
+
+
+def make_trainer(data: tuple[csr_matrix, csr_matrix], *assignments: str, initialize: bool = True) -> Trainer:
+    config = make_config(*assignments)
+    features, labels = normalize_rows(data[0]), data[1]
+    assert isinstance(config.training.batch_size, int)
+    stream = BatchStream(features, labels, batch_size=config.training.batch_size, seed=config.training.seed)
+    frequencies = np.bincount(labels.indices, minlength=labels.shape[1])
+    softmax = build_softmax(config, frequencies, features.shape[0], torch.device("cpu"))
+    every = config.sampler.refresh_every
+    trainer = Trainer(
+        build_encoder(config, features.shape[1]),
+        softmax,
+        stream,
+        config.training,
+        refresh_every=every if isinstance(every, int) else None,
+    )
+    if initialize:
+        trainer.initialize(config.model.label_init, config.training.seed)
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def data(topic_data: TopicMaker) -> tuple[csr_matrix, csr_matrix]:
+    """130 instances: four batches of 32 and one of 2."""
+    return topic_data(130)
+
+
+# ------------------------------------------------------------------------- batches
+
+
+class TestBatchStream:
+    def make(self, data: tuple[csr_matrix, csr_matrix], *, batch_size: int = 32, seed: int = 0) -> BatchStream:
+        return BatchStream(*data, batch_size=batch_size, seed=seed)
+
+    def ids(self, stream: BatchStream, epoch: int, **options: int) -> list[int]:
+        return torch.cat([batch.instance_ids for batch in stream.epoch(epoch, **options)]).tolist()
+
+    @pytest.mark.parametrize(("batch_size", "sizes"), [(32, [32] * 4 + [2]), (65, [65, 65]), (1000, [130])])
+    def test_an_epoch_holds_every_instance_once(
+        self, data: tuple[csr_matrix, csr_matrix], batch_size: int, sizes: list[int]
+    ) -> None:
+        stream = self.make(data, batch_size=batch_size)
+        assert [batch.num_instances for batch in stream.epoch(1)] == sizes
+        assert stream.steps_per_epoch == len(sizes)
+        assert sorted(self.ids(stream, 1)) == list(range(130))
+
+    def test_the_order_depends_on_seed_and_epoch_alone(self, data: tuple[csr_matrix, csr_matrix]) -> None:
+        stream = self.make(data)
+        assert self.ids(stream, 2) == self.ids(stream, 2) == self.ids(self.make(data, batch_size=7), 2)
+        orders = [self.ids(stream, 1), self.ids(stream, 2), self.ids(self.make(data, seed=1), 1), list(range(130))]
+        assert len({tuple(order) for order in orders}) == 4
+
+    def test_a_stream_is_taken_up_at_any_step(self, data: tuple[csr_matrix, csr_matrix]) -> None:
+        stream = self.make(data)
+        whole = self.ids(stream, 3)
+        for step in range(5):
+            assert self.ids(stream, 3, first_step=step) == whole[32 * step :]
+        assert list(stream.epoch(3, first_step=5)) == []
+
+    def test_a_batch_holds_the_rows_that_it_names(self, data: tuple[csr_matrix, csr_matrix]) -> None:
+        features, labels = data
+        for batch in self.make(data).epoch(1):
+            rows = batch.features
+            assert rows.num_rows == batch.num_instances
+            for place, instance in enumerate(batch.instance_ids.tolist()):
+                mine = slice(int(rows.offsets[place]), int(rows.offsets[place + 1]))
+                assert rows.feature_ids[mine].tolist() == features[[instance]].indices.tolist()
+                assert rows.values[mine].tolist() == features[[instance]].data.tolist()
+                own = slice(int(batch.positive_offsets[place]), int(batch.positive_offsets[place + 1]))
+                assert batch.positives[own].tolist() == labels[[instance]].indices.tolist()
+
+
+# --------------------------------------------------------------------------- start
+
+
+def test_labels_start_at_the_mean_of_their_encoded_instances_and_at_their_log_frequency(
+    data: tuple[csr_matrix, csr_matrix],
+) -> None:
+    trainer = make_trainer(data)
+    with torch.no_grad():
+        query_ND = trainer.encoder.eval()(sparse_rows(normalize_rows(data[0]))).double().numpy()
+    labels = data[1].toarray().astype(bool)
+    for label in range(23):
+        mean = query_ND[labels[:, label]].mean(0) if labels[:, label].any() else np.zeros(12)
+        np.testing.assert_allclose(trainer.softmax.weight[label].detach().numpy(), mean, atol=1e-5)
+    expected = np.log(labels.sum(0) + 1.0)
+    np.testing.assert_allclose(trainer.softmax.bias.detach().numpy(), expected, rtol=1e-6)
+    assert expected[22] == 0, "label 22 has no instance"
+
+
+def test_a_random_start_and_a_missing_bias_are_left_as_they_are(data: tuple[csr_matrix, csr_matrix]) -> None:
+    trainer = make_trainer(data, "model.label_init=random", "model.label_bias=false")
+    assert trainer.softmax.weight.abs().sum() > 0 and not trainer.softmax.bias.any()
+    trainer.run_epoch(SilentReporter())
+    assert not trainer.softmax.bias.any()
+
+
+# ---------------------------------------------------------------------------- loop
+
+
+def test_the_loss_falls_and_is_the_mean_of_the_steps(data: tuple[csr_matrix, csr_matrix]) -> None:
+    trainer = make_trainer(data, "training.epochs=6")
+    seen: list[float] = []
+
+    class Recorder(SilentReporter):
+        def step(self, advance: int = 1, **facts: float) -> None:
+            seen.append(facts["loss"])
+
+    epochs = [trainer.run_epoch(Recorder()) for _ in range(6)]
+    assert [stats.epoch for stats in epochs] == [1, 2, 3, 4, 5, 6]
+    assert [stats.num_steps for stats in epochs] == [5, 10, 15, 20, 25, 30]
+    assert epochs[-1].loss < 0.85 * epochs[0].loss
+    # The running mean at an epoch's last step is the epoch's loss.
+    assert [seen[5 * i + 4] for i in range(6)] == [stats.loss for stats in epochs]
+    assert all(0 < stats.sampler["pool_size"] <= 23 and stats.instances_per_second > 0 for stats in epochs)
+
+
+def test_rates_rise_linearly_and_fall_to_zero(data: tuple[csr_matrix, csr_matrix]) -> None:
+    trainer = make_trainer(data, "training.warmup_fraction=0.2")
+    rates: list[list[float]] = []
+    step = trainer.optimizer.step
+
+    def recording(*arguments: Any) -> None:
+        rates.append([group["lr"] for group in trainer.optimizer.param_groups])
+        step(*arguments)
+
+    trainer.optimizer.step = recording  # type: ignore[method-assign]
+    for _ in range(3):
+        trainer.run_epoch(SilentReporter())
+    expected = [min((i + 1) / 3, 1.0) * (1 - i / 15) for i in range(15)]
+    np.testing.assert_allclose(rates, np.outer(expected, [0.04, 0.05]))
+
+
+@pytest.mark.parametrize(("every", "steps"), [("epoch", [0, 5, 10]), ("4", [0, 4, 8, 12])])
+def test_the_sampler_is_refreshed_when_due(
+    data: tuple[csr_matrix, csr_matrix], every: str, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(data, f"sampler.refresh_every={every}")
+    refreshed: list[int] = []
+    monkeypatch.setattr(trainer.softmax, "refresh", lambda: refreshed.append(trainer.step))
+    trainer.softmax.sampler.refresh(trainer.softmax.weight, trainer.softmax.bias)  # type: ignore[union-attr]
+    for _ in range(3):
+        trainer.run_epoch(SilentReporter())
+    assert refreshed == steps
+
+
+def test_the_first_refresh_fits_the_codebooks_to_the_start_of_training_not_to_a_random_table(
+    data: tuple[csr_matrix, csr_matrix],
+) -> None:
+    trainer = make_trainer(data)
+    table_LD = trainer.softmax.weight.detach().clone()
+    trainer._refresh()
+    used = trainer.softmax.sampler.state_dict()  # type: ignore[union-attr]
+    fresh = make_trainer(data).softmax.sampler
+    fresh.refresh(table_LD, trainer.softmax.bias)  # type: ignore[union-attr]
+    for name, tensor in fresh.state_dict().items():  # type: ignore[union-attr]
+        assert torch.equal(used[name], tensor), name
+
+
+def test_instances_without_labels_or_features_take_part_without_harm(data: tuple[csr_matrix, csr_matrix]) -> None:
+    features, labels = data
+    nothing = csr_matrix(labels.shape, dtype=np.float32)
+    for broken in ((features, nothing), (csr_matrix(features.shape, dtype=np.float32), labels)):
+        trainer = make_trainer(broken)
+        for _ in range(3):
+            assert np.isfinite(trainer.run_epoch(SilentReporter()).loss)
+        for tensor in trainer.model_tensors().values():
+            assert torch.isfinite(tensor).all()
+
+
+# ----------------------------------------------------------------------- divergence
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_instances(
+    data: tuple[csr_matrix, csr_matrix],
+) -> None:
+    features = data[0].copy()
+    trainer = make_trainer((features, data[1]), "sampler.name=full")
+    victim = int(next(trainer.stream.epoch(1, first_step=2)).instance_ids[0])
+    trainer.stream.features.data[
+        trainer.stream.features.indptr[victim] : trainer.stream.features.indptr[victim + 1]
+    ] = np.inf
+    snapshots: list[dict[str, torch.Tensor]] = []
+
+    def snapshot() -> None:
+        snapshots.append({name: tensor.clone() for name, tensor in trainer.model_tensors().items()})
+
+    with pytest.raises(DivergedError) as caught:
+        trainer.run_epoch(SilentReporter(), after_step=snapshot)
+    assert caught.value.exit_code == 6
+    assert "step 3" in str(caught.value) and f"{victim}" in str(caught.value)
+    assert trainer.step == 2
+    for name, tensor in trainer.model_tensors().items():
+        assert torch.equal(tensor, snapshots[-1][name]) and torch.isfinite(tensor).all()
+
+
+# ------------------------------------------------------------------------- resuming
+
+VARIANTS = (
+    (),
+    ("sampler.name=midx-rq", "sampler.prior=bias", "sampler.refresh_every=3"),
+    ("sampler.name=midx-pq", "sampler.estimator=instance", "sampler.prior=uniform"),
+    ("sampler.name=frequency", "model.num_hidden_layers=2"),
+    ("sampler.name=full", "training.precision=bfloat16", "model.label_bias=false"),
+)
+
+
+def finish(trainer: Trainer) -> dict[str, torch.Tensor]:
+    while trainer.step < trainer.total_steps:
+        trainer.run_epoch(SilentReporter())
+    return {**trainer.model_tensors(), **trainer.training_tensors()}
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_a_state_taken_at_any_step_continues_bit_for_bit(
+    data: tuple[csr_matrix, csr_matrix], options: tuple[str, ...]
+) -> None:
+    expected = {name: tensor.clone() for name, tensor in finish(make_trainer(data, *options)).items()}
+    for stop in (1, 4, 5, 7, 14):
+        trainer = make_trainer(data, *options)
+
+        def interrupt(trainer: Trainer = trainer, stop: int = stop) -> None:
+            if trainer.step == stop:
+                raise Interruption
+
+        with pytest.raises(Interruption):
+            while True:
+                trainer.run_epoch(SilentReporter(), after_step=interrupt)
+        model, training = (
+            {name: tensor.clone() for name, tensor in tensors.items()}
+            for tensors in (trainer.model_tensors(), trainer.training_tensors())
+        )
+        other = make_trainer(data, *options, initialize=False)
+        other.load(model, training, dict(trainer.counters()))
+        assert other.step == stop
+        found = finish(other)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), (stop, name)
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_training_leaves_the_global_generators_alone(
+    data: tuple[csr_matrix, csr_matrix], options: tuple[str, ...]
+) -> None:
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    trainer = make_trainer(data, *options)
+    trainer.run_epoch(SilentReporter())
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_the_seed_decides_the_model(data: tuple[csr_matrix, csr_matrix], options: tuple[str, ...]) -> None:
+    models = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(len(models))
+        models.append(finish(make_trainer(data, *options, f"training.seed={seed}")))
+    weights = [model["labels.weight"] for model in models]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])

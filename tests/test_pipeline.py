@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from scipy.sparse import csr_matrix, vstack
+from scipy.sparse import csr_matrix
 
 from xmc_midx import checkpoint as checkpoint_module
 from xmc_midx.checkpoint import CheckpointStore
@@ -36,6 +36,7 @@ OPTIONS = (
     "sampler.num_codewords=3",
     "sampler.num_draws=8",
     "data.validation_fraction=0.1",
+    "neighbors.enabled=false",
 )
 """288 training instances of 320: 9 steps an epoch, 36 in all."""
 STEPS, TOTAL = 9, 36
@@ -245,12 +246,10 @@ def test_a_reloaded_model_predicts_like_the_one_in_memory(
     features = load_split(topic_dir / "test.txt").features
     loaded = Predictor.load(tmp_path / "run").predict(features, k=6)
     softmax = session.trainer.softmax
-    scale = np.sqrt(features.multiply(features).sum(1).A1 if hasattr(features, "A1") else np.asarray(
-        features.multiply(features).sum(1)
-    ).ravel())
     rows = features.toarray()
     if "data.normalize=none" not in options:
-        rows = rows / np.where(scale > 0, scale, 1)[:, None]
+        length = np.linalg.norm(rows, axis=1, keepdims=True)
+        rows = rows / np.where(length > 0, length, 1)
     encoder = session.trainer.encoder.eval()
     with torch.no_grad():
         hidden = encoder.activation(torch.from_numpy(rows.astype(np.float32)) @ encoder.embedding + encoder.bias)
@@ -317,9 +316,6 @@ def assert_pointers_load(run: Path) -> None:
             store.load(pointer, ["model", "training"])
 
 
-POINTS = ("save", "point", "prune", "write_files")
-
-
 @pytest.fixture
 def kill_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """`kill_at(n)`: the n-th call from now to a step of the checkpoint's writing is the last; 0 lets all pass."""
@@ -353,7 +349,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
 def test_a_kill_anywhere_in_a_save_leaves_pointers_that_load_and_the_same_result(
     topic_dir: Path, tmp_path: Path, kill_at: Callable[[int], None]
 ) -> None:
-    config = make_config("training.epochs=2", "training.save_every_steps=4")
+    config = make_config("training.epochs=2", "training.save_every_steps=6")
     kill_at(0)
     train(topic_dir, output=tmp_path / "whole", config=config)
     expected = {pointer: model_bytes(tmp_path / "whole", pointer) for pointer in ("best", "latest")}
@@ -383,8 +379,8 @@ def test_a_kill_anywhere_in_a_save_leaves_pointers_that_load_and_the_same_result
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         assert [json.loads(line)["epoch"] for line in lines] == [1, 2], count
         shutil.rmtree(run)
-    # Six saves of two files, two or three pointers and a prune, and two histories.
-    assert num_calls > 25
+    # Four saves of two files and a prune, seven pointers or so, and two histories.
+    assert num_calls == 19
 
 
 def test_resuming_refuses_other_data(topic_dir: Path, tmp_path: Path) -> None:
@@ -465,7 +461,7 @@ def test_training_data_without_any_label_is_refused(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- divergence
 
 
-@pytest.mark.parametrize("rate", ["1e30", "1e300"])
+@pytest.mark.parametrize("rate", ["1e20", "1e30"])
 def test_a_divergent_training_stops_and_keeps_a_finite_checkpoint(topic_dir: Path, tmp_path: Path, rate: str) -> None:
     config = make_config(
         f"training.label_learning_rate={rate}",
@@ -545,11 +541,11 @@ TINY = {
 
 
 @pytest.mark.parametrize("text", TINY.values(), ids=TINY)
-@pytest.mark.parametrize("estimator", ["pool", "instance"])
-@pytest.mark.parametrize("sampler", ["midx-pq", "midx-rq", "uniform", "in-batch", "full"])
-def test_the_smallest_data_trains_without_nan(tmp_path: Path, text: str, estimator: str, sampler: str) -> None:
-    if (sampler, estimator) == ("in-batch", "instance"):
-        pytest.skip("refused, see above")
+@pytest.mark.parametrize(
+    ("sampler", "estimator"),
+    [("midx-pq", "pool"), ("midx-rq", "instance"), ("uniform", "instance"), ("in-batch", "pool"), ("full", "pool")],
+)
+def test_the_smallest_data_trains_without_nan(tmp_path: Path, text: str, sampler: str, estimator: str) -> None:
     data = write_xmc(tmp_path / "tiny.txt", text)
     config = load_config(
         assignments=[
@@ -589,5 +585,18 @@ def test_predicting_no_instances_gives_no_rows(trained: TrainResult, topic_dir: 
     features = load_split(topic_dir / "test.txt").features
     assert predictor.predict(features[:0], k=3).label_ids.shape == (0, 3)
     # A row does not depend on its company.
-    alone = vstack([predictor.predict(features[[i]], k=3).label_ids for i in (0, 4, 5)]).toarray()
+    alone = np.concatenate([predictor.predict(features[[i]], k=3).label_ids for i in (0, 4, 5)])
     np.testing.assert_array_equal(alone, predictor.predict(features[[0, 4, 5]], k=3).label_ids)
+
+
+def test_what_the_neighbours_add_is_chosen_again_alike_after_a_kill(topic_dir: Path, tmp_path: Path) -> None:
+    config = make_config("neighbors.enabled=true", "training.epochs=2", "data.validation_fraction=0.3")
+    whole = train(topic_dir, output=tmp_path / "whole", config=config)
+    choice = [name for name in tree(tmp_path / "whole") if "checkpoints" not in name and "neighbors" in name]
+    choice.append("interpolation.json")
+    for name, stop in (("early", 5), ("late", 14)):
+        interrupted(tmp_path / name, topic_dir, config, [stop])
+        for file in choice:
+            assert (tmp_path / name / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+        assert resume(tmp_path / name).validation == whole.validation
+    assert evaluate(tmp_path / "whole", data=topic_dir).report.metrics["P@1"] > 0.5

@@ -31,7 +31,8 @@ __all__ = [
 Auto = Literal["auto"]
 SamplerName = Literal["midx-pq", "midx-rq", "uniform", "frequency", "in-batch", "full"]
 PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+LearningRate = Annotated[float, Field(gt=0, le=1e30)]
+"""Any step that float32 can still express: a rate beyond reason diverges, and says so."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -97,8 +98,8 @@ class TrainingConfig(_Section):
 
     epochs: PositiveInt | Auto = "auto"
     batch_size: PositiveInt | Auto = "auto"
-    encoder_learning_rate: PositiveFloat | Auto = "auto"
-    label_learning_rate: PositiveFloat | Auto = "auto"
+    encoder_learning_rate: LearningRate | Auto = "auto"
+    label_learning_rate: LearningRate | Auto = "auto"
     warmup_fraction: Fraction = 0.05
     patience: PositiveInt | None = None
     """Epochs without a better validation score before training stops; None runs all epochs and keeps the best."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_matrix
 
-__all__ = ["NeighborIndex"]
+__all__ = ["NeighborIndex", "save_rows"]
 
 _MAX_SHARE = 0.1
 """A feature of more than this share of the rows is left out: such lists are long and say little (EXPERIMENTS.md,
@@ -41,7 +41,6 @@ class NeighborIndex:
         self.labels = csr_matrix(
             (np.ones(labels.nnz, dtype=np.float32), labels.indices, labels.indptr), shape=labels.shape
         )
-        self._features = features
         columns = features.tocsc()
         counts = np.diff(columns.indptr)
         if features.shape[0] > _SMALL:
@@ -59,21 +58,9 @@ class NeighborIndex:
     def num_instances(self) -> int:
         return int(self.labels.shape[0])
 
-    def save(self, path: Path) -> None:
-        """Write the training rows as safetensors: values in half precision, four bytes an id."""
-        arrays: dict[str, NDArray[Any]] = {
-            "features.values": self._features.data.astype(np.float16),
-            "features.ids": self._features.indices.astype(np.int32),
-            "features.offsets": self._features.indptr.astype(np.int64),
-            "labels.ids": self.labels.indices.astype(np.int32),
-            "labels.offsets": self.labels.indptr.astype(np.int64),
-            "num_features_and_labels": np.array([self.num_features, self.labels.shape[1]], dtype=np.int64),
-        }
-        save_file(arrays, path)
-
     @classmethod
     def load(cls, path: Path) -> NeighborIndex:
-        """Read what `save` wrote; the caller has verified the file."""
+        """The index over what `save_rows` wrote; the caller has verified the file."""
         arrays = load_file(path)
         num_features, num_labels = (int(n) for n in arrays["num_features_and_labels"])
         num_rows = arrays["labels.offsets"].shape[0] - 1
@@ -124,6 +111,19 @@ class NeighborIndex:
             shape=(rows_BK.shape[0], self.num_instances),
         )
         return csr_matrix(chosen @ self.labels)
+
+
+def save_rows(path: Path, features: csr_matrix, labels: csr_matrix) -> None:
+    """Write training rows (N, F) and their labels (N, L) as safetensors: values in half precision, four bytes an id."""
+    arrays: dict[str, NDArray[Any]] = {
+        "features.values": features.data.astype(np.float16),
+        "features.ids": features.indices.astype(np.int32),
+        "features.offsets": features.indptr.astype(np.int64),
+        "labels.ids": labels.indices.astype(np.int32),
+        "labels.offsets": labels.indptr.astype(np.int64),
+        "num_features_and_labels": np.array([features.shape[1], labels.shape[1]], dtype=np.int64),
+    }
+    save_file(arrays, path)
 
 
 @numba.njit(nogil=True, cache=True)

@@ -21,9 +21,11 @@ from xmc_midx.config import Config, dump_config, load_config
 from xmc_midx.data.files import sha256_of
 from xmc_midx.errors import DataError, ResourceError, UsageError
 from xmc_midx.interpolation import Interpolation
-from xmc_midx.neighbors import NeighborIndex
+from xmc_midx.neighbors import NeighborIndex, save_rows
 
 if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
     from xmc_midx.data.vocabulary import Vocabulary
 
 __all__ = ["RunDirectory"]
@@ -84,17 +86,16 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ResourceError(f"{path}: cannot be made: {error.strerror}.") from None
+        if not (path / "config.yaml").exists():
+            # Before the lock file is made: a directory that is not ours stays as it is.
+            _refuse_strangers(path)
         with cls.lock(path):
             if (path / "config.yaml").exists():
                 raise UsageError(
                     f"{path}: holds a run already.",
                     hint="Choose another --output, --resume to go on with it, or --force to replace it.",
                 )
-            strangers = [entry.name for entry in path.iterdir() if not entry.name.startswith(".")]
-            if strangers:
-                raise UsageError(
-                    f"{path}: is not empty ({strangers[0]}, ...).", hint="Choose a new --output directory."
-                )
+            _refuse_strangers(path)
             directory = cls(path, config)
             directory.write_text("config.yaml", dump_config(config))
             yield directory
@@ -154,20 +155,32 @@ class RunDirectory:
 
     # -------------------------------------------------------------- neighbours
 
-    def write_interpolation(self, interpolation: Interpolation, neighbors: NeighborIndex | None) -> None:
-        """Keep what is added to the model's scores, with the training rows where it needs them."""
-        values = interpolation.as_dict()
-        if neighbors is not None:
+    def write_interpolation(
+        self,
+        interpolation: Interpolation,
+        training_rows: tuple[csr_matrix, csr_matrix] | None,
+        validation: Mapping[str, float],
+    ) -> None:
+        """Keep what is added to the model's scores, the training rows (features, labels) if it needs them, and what it
+        gained."""
+        values = interpolation.as_dict() | {"validation": dict(validation)}
+        if training_rows is not None:
             path = self.path / _NEIGHBORS
             beside = path.with_name(f".{_NEIGHBORS}.{os.getpid()}")
             try:
-                neighbors.save(beside)
+                save_rows(beside, *training_rows)
                 values["neighbors_sha256"] = sha256_of(beside)
                 beside.replace(path)
             except OSError as error:
                 beside.unlink(missing_ok=True)
                 raise ResourceError(f"{path}: cannot be written: {error.strerror}.") from None
         self.write_json(_INTERPOLATION, values)
+
+    def interpolation_validation(self) -> dict[str, float] | None:
+        """The validation metrics with what `write_interpolation` kept; None where it was not called."""
+        if not (self.path / _INTERPOLATION).exists():
+            return None
+        return dict(self.read_json(_INTERPOLATION).get("validation", {}))
 
     def interpolation(self) -> tuple[Interpolation | None, NeighborIndex | None]:
         """What `write_interpolation` kept; None where it was not called, or had no neighbours.
@@ -211,3 +224,9 @@ class RunDirectory:
         from xmc_midx.data.vocabulary import Vocabulary
 
         return Vocabulary.load(path)
+
+
+def _refuse_strangers(path: Path) -> None:
+    strangers = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    if strangers:
+        raise UsageError(f"{path}: is not empty ({strangers[0]}, ...).", hint="Choose a new --output directory.")

@@ -89,26 +89,31 @@ class TrainingSession:
         if self.trainer.step == 0:
             self.reporter.start("initialize", None)
             self.trainer.initialize(self.config.model.label_init, self.config.training.seed)
+        if self.history:
+            # A kill may have come between the last checkpoint and its line.
+            self.run_directory.write_metrics(self.history)
         patience = self.config.training.patience
         while self.trainer.step < self.trainer.total_steps and (patience is None or self.stale < patience):
             self._announce_epoch()
             stats = self.trainer.run_epoch(self.reporter, after_step=lambda: self._save_inside_epoch(started))
             self._end_epoch(stats, started)
-        if (
-            self.config.neighbors.enabled
-            and self.held_out is not None
-            and self.run_directory.interpolation()[0] is None
-        ):
-            self._choose_interpolation()
-            self.seconds = time.perf_counter() - started
+        if self.config.neighbors.enabled and self.held_out is not None:
+            validation = self.run_directory.interpolation_validation()
+            if validation is not None:
+                self.validation = validation
+            else:
+                self._choose_interpolation()
+                self.seconds = time.perf_counter() - started
 
     def _choose_interpolation(self) -> None:
         """Let the held-out instances say how much the neighbours' labels and the frequency discount are worth."""
         assert self.held_out is not None
         self.reporter.start("neighbours", None)
         features, labels = self.held_out
-        predictor = Predictor.load(self.run_directory.path, device=self.config.training.device)
-        shortlist = predictor.predict(features, k=min(SHORTLIST, predictor.num_labels))
+        if self.best_step != self.trainer.step:
+            # Into the trainer's own tables: a second model beside them would be the peak of the whole training.
+            self.trainer.load_model(self.store.load("best", ["model"]).parts["model"])
+        shortlist = self._predictor().predict(features, k=min(SHORTLIST, labels.shape[1]))
         neighbors = NeighborIndex(self.trainer.stream.features, self.trainer.stream.labels)
         found = neighbors.search(features, self.config.neighbors.count)
         num_train = self.trainer.stream.num_instances
@@ -122,8 +127,8 @@ class TrainingSession:
             f"{100 * self.validation['P@1']:.2f}%"
         )
         # What is kept knows all training rows, the held-out ones too.
-        whole = NeighborIndex(*self._whole) if chosen.weight > 0 else None
-        self.run_directory.write_interpolation(chosen, whole)
+        rows = self._whole if chosen.weight > 0 else None
+        self.run_directory.write_interpolation(chosen, rows, self.validation)
 
     def _announce_epoch(self) -> None:
         steps = self.trainer.stream.steps_per_epoch
@@ -154,11 +159,13 @@ class TrainingSession:
         if self.held_out is None:
             return {}
         features, _ = self.held_out
+        return self._metrics(self._predictor().predict(features, k=max(DEFAULT_KS)))
+
+    def _predictor(self) -> Predictor:
+        """The model as it stands; its rows come normalised already."""
         softmax = self.trainer.softmax
         index = ExactIndex(softmax.weight.detach(), softmax.bias.detach())
-        top = Predictor(self.trainer.encoder, index, normalize="none").predict(features, k=max(DEFAULT_KS))
-        self.trainer.encoder.train()
-        return self._metrics(top)
+        return Predictor(self.trainer.encoder, index, normalize="none")
 
     def _metrics(self, top: TopK) -> dict[str, float]:
         assert self.held_out is not None

@@ -164,12 +164,16 @@ class Trainer:
         """The plain part of the state."""
         return {"step": self.step, "loss_sum": self._loss_sum, "pool_sum": self._pool_sum}
 
+    def load_model(self, model: dict[str, torch.Tensor]) -> None:
+        """Restore what `model_tensors` returned, into the tables that are there."""
+        self.encoder.load_state_dict(_part(model, "encoder."))
+        self.softmax.load_state_dict(_part(model, "labels."))
+
     def load(
         self, model: dict[str, torch.Tensor], training: dict[str, torch.Tensor], counters: dict[str, float]
     ) -> None:
         """Restore what `model_tensors`, `training_tensors` and `counters` returned."""
-        self.encoder.load_state_dict(_part(model, "encoder."))
-        self.softmax.load_state_dict(_part(model, "labels."))
+        self.load_model(model)
         self._bias_at_refresh = training["sampler.bias_at_refresh"].to(self.device)
         if self.softmax.sampler is not None:
             codes = {k: v.to(self.device) for k, v in _part(training, "sampler.").items() if k != "bias_at_refresh"}

@@ -16,6 +16,7 @@ the standard library alone, for the children's sake: Linux lets a child's peak m
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -43,6 +44,8 @@ NOTES = """\
   instance a call; making its input lists is not counted.
 - model MB: files of the saved model, for xmc-midx the best checkpoint's model file. peak GB: largest resident set of
   the training process, libraries and data included. MB and GB are powers of ten.
+- Take times from an idle machine alone. On a busy one OpenMP's spinning threads can multiply xmc-midx's training time;
+  OMP_WAIT_POLICY and the like reach every system's processes, and are stated above where they are set.
 - Seeds are 0, 1, ... over the repeats; Omikuji takes none."""
 
 
@@ -133,7 +136,7 @@ def explain_failure(code: int, stdout: str, log: Path) -> str:
 def run_system(bench: Bench, system: System, dataset: dict, data_dir: Path, seed: int) -> dict:
     """Train, predict and score once -> a record of raw figures; of a failure, `error` and what there was before it."""
     directory = data_dir / system.name
-    record: dict = {"system": system.name, "title": system.title, "seed": seed}
+    record: dict = {"system": system.name, "title": system.title, "seed": seed, "source": hash_source()}
     function = system.name.partition("-")[0] if system.is_peer else "xmc_midx"
     request = {
         "system": system.name,
@@ -166,7 +169,16 @@ def run_system(bench: Bench, system: System, dataset: dict, data_dir: Path, seed
         record["metrics"] = bench.call("score", request, directory)[0]["metrics"]
     except RunError as error:
         record["error"] = str(error)
+    record["source_changed"] = hash_source() != record["source"]
     return record
+
+
+def hash_source(package: Path = ROOT / "xmc_midx") -> str:
+    """Of xmc-midx's code: a median over runs of two versions is no figure of either."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def make_peers(work: Path, distributions: list[str]) -> tuple[str, dict[str, str]]:
@@ -194,6 +206,8 @@ def summarize(runs: list[dict]) -> dict:
     """The records of one system -> one row: the median of each figure over the runs that came to their end."""
     good = [run for run in runs if "error" not in run]
     row: dict = {"title": runs[0]["title"], "num_runs": len(good), "errors": [r["error"] for r in runs if "error" in r]}
+    row["sources"] = sorted({run["source"] for run in good if "source" in run})
+    row["one_source"] = len(row["sources"]) <= 1 and not any(run.get("source_changed") for run in good)
     if good:
         row |= {name: statistics.median(run["metrics"][name] for run in good) for name in METRICS}
         row |= {name: statistics.median(run[name] for run in good) for name in FIGURES}
@@ -228,7 +242,8 @@ def markdown_report(report: dict) -> str:
         "# xmc-midx and its peers",
         f"`{report['command']}`",
         f"{machine['cores']} cores, {machine['cpu']}, {machine['memory_bytes'] / 1e9:.0f} GB, {machine['system']}; "
-        f"{report['threads']} threads; load average at the start {machine['load']:.1f}; {versions}.",
+        f"{report['threads']} threads; load average at the start {machine['load']:.1f}; {versions}."
+        + "".join(f" {name}={value}." for name, value in machine["environment"].items()),
     ]
     for dataset in report["datasets"]:
         parts.append(f"## {dataset['name']}")
@@ -253,6 +268,8 @@ def markdown_report(report: dict) -> str:
                 remarks.append(
                     f"- {row['title']}: a run failed ({row['errors'][0]}), the median is of those before it."
                 )
+            if row["title"].startswith("xmc-midx") and not row["one_source"]:
+                remarks.append(f"- **{row['title']}: the code of xmc-midx changed meanwhile; measure this row again.**")
             if row["num_runs"] > 1:
                 (low, high), (least, most) = row["range"]["P@1"], row["range"]["train_seconds"]
                 spread = f"P@1 {100 * low:.2f} to {100 * high:.2f}, train s {least:,.2f} to {most:,.2f}"
@@ -271,6 +288,12 @@ def machine_facts() -> dict:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.machine()}",
         "load": os.getloadavg()[0],
+        # Waiting threads that spin make OpenMP programs many times slower where others want the cores.
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if re.match("OMP_(WAIT|PROC|PLACES)|GOMP_|KMP_", name)
+        },
     }
 
 

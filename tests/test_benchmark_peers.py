@@ -50,6 +50,17 @@ def test_row_is_the_median_of_the_runs_that_ended(bench: ModuleType) -> None:
     assert row["range"] == {"P@1": [0.1, 0.9], "train_seconds": [1.0, 9.0]}
 
 
+def test_row_over_two_versions_of_the_code_is_marked(bench: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = 1")
+    first = bench.hash_source(tmp_path)
+    (tmp_path / "a.py").write_text("x = 2")
+    second = bench.hash_source(tmp_path)
+    assert first != second
+    runs = [make_run(bench, 1.0, source=source) for source in (first, second)]
+    assert not bench.summarize(runs)["one_source"] and bench.summarize(runs[:1])["one_source"]
+    assert not bench.summarize([make_run(bench, 1.0, source=first, source_changed=True)])["one_source"]
+
+
 def test_table_shows_percent_megabytes_and_reasons(bench: ModuleType) -> None:
     good = make_run(bench, 1.0, model_bytes=2_500_000, peak_memory_bytes=1_230_000_000, us_per_instance=1234.56)
     table = bench.markdown_table(

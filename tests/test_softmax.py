@@ -363,10 +363,12 @@ EDGES: dict[str, tuple[int, list[list[int]]]] = {
 @pytest.mark.parametrize("decoupled", [True, False])
 @SPARSE
 @pytest.mark.parametrize("how", ["full", "midx pool", "midx instance", "uniform pool", "in-batch"])
-@pytest.mark.parametrize("scale", [1.0, 1e3])
+@pytest.mark.parametrize(("scale", "chunk"), [(1.0, None), (1e3, None), (1e3, 2)])
 def test_edges_have_a_finite_loss_and_finite_gradients(
-    edge: str, decoupled: bool, sparse: bool, how: str, scale: float
+    edge: str, decoupled: bool, sparse: bool, how: str, scale: float, chunk: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if chunk is not None:
+        monkeypatch.setattr(softmax_module, "_CHUNK_ELEMENTS", chunk * 3)
     num_labels, positives = EDGES[edge]
     sampler: Sampler | None = {
         "full": None,
@@ -425,6 +427,9 @@ def test_wrong_shapes_and_options_are_refused() -> None:
         softmax(make_queries(3), torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="3 offsets for 3 queries"):
         softmax(make_queries(3), (torch.tensor([1, 2]), torch.tensor([0, 1, 2])))
+    for wrong in (-1, -100, L):
+        with pytest.raises(ValueError, match=f"expected label ids 0 to {L - 1}"):
+            softmax(make_queries(2), torch.tensor([wrong, 3]))
     with pytest.raises(ValueError, match="estimator 'both'"):
         LabelSoftmax(3, 2, sampler=None, estimator="both")
     with pytest.raises(ValueError, match="weighting 'max'"):

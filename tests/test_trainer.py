@@ -10,8 +10,8 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix
 
-from xmc_midx.config import Config, load_config
 from xmc_midx.build import build_encoder, build_softmax
+from xmc_midx.config import Config, load_config
 from xmc_midx.data.batches import BatchStream
 from xmc_midx.data.features import normalize_rows
 from xmc_midx.errors import DivergedError
@@ -33,7 +33,7 @@ OPTIONS = (
 )
 
 
-class Interruption(Exception):
+class Interruption(BaseException):
     """Stands for a kill."""
 
 

@@ -7,9 +7,15 @@ torch nor scipy.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Read by the OpenMP runtime when torch is first imported. By default its threads spin while they wait; on a machine
+# that does anything else, a step of many small operations then takes 5 to 10 times as long (EXPERIMENTS.md, "Waiting
+# threads"). A setting of your own wins.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from xmc_midx.config import Config, load_config

@@ -52,17 +52,18 @@ def find_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library reuse large freed blocks instead of returning them to the kernel.
+    """Let the C library reuse freed blocks of up to 64 MiB instead of returning them to the kernel.
 
-    glibc maps and unmaps every block over 32 MiB at most, and each new map is zeroed page by page: a third of a
-    training step on gnd-tib (EXPERIMENTS.md, "Allocator"). Elsewhere than on glibc this does nothing.
+    By default glibc maps and unmaps every block over 32 MiB at most, and each new map is zeroed page by page: a third of a
+    training step on gnd-tib (EXPERIMENTS.md, "Allocator"). Larger blocks, the tables themselves, are still returned: kept,
+    they fragment the heap. Elsewhere than on glibc this does nothing.
     """
     if not sys.platform.startswith("linux"):
         return
     m_trim_threshold, m_mmap_threshold = -1, -3
     try:
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_mmap_threshold, 64 << 20)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
     except (OSError, AttributeError):  # musl and others: no such knob
         return

@@ -201,10 +201,8 @@ class TrainingSession:
             "training": self.trainer.training_tensors(),
         }
         self.store.save(step, parts, state)
-        # Also after a kill between the two pointers of an earlier save: `best` then names a checkpoint that the state
-        # resumed from does not know, and that prune would delete.
-        if self.best_step and self.store.step_of("best") != self.best_step:
-            self.store.point("best", self.best_step)
+        if self.best_step == step:
+            self.store.point("best", step)
         self.store.point("latest", step)
         self.store.prune({step, self.best_step})
 

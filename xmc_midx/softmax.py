@@ -118,6 +118,10 @@ class LabelSoftmax(nn.Module):
         targets = _Targets.build(positives, query_BD, self.weighting)
         if targets.label_ids.shape[0] == 0:
             return query_BD.sum() * 0.0
+        low, high = (int(label) for label in torch.aminmax(targets.label_ids))
+        if low < 0 or high >= self.num_labels:
+            # Unchecked, a search in the pool would take -1 (a padding label, elsewhere) for label 0.
+            raise ValueError(f"positives hold {low} to {high}: expected label ids 0 to {self.num_labels - 1}")
         if self.estimator == "instance" and self.sampler is not None and self.num_draws < self.num_labels:
             return self._instance_loss(query_BD, targets)
         return self._pool_loss(query_BD, targets)

@@ -54,9 +54,9 @@ def find_precision(name: str, device: torch.device) -> torch.dtype:
 def keep_freed_memory() -> None:
     """Let the C library reuse freed blocks of up to 64 MiB instead of returning them to the kernel.
 
-    By default glibc maps and unmaps every block over 32 MiB at most, and each new map is zeroed page by page: a third of a
-    training step on gnd-tib (EXPERIMENTS.md, "Allocator"). Larger blocks, the tables themselves, are still returned: kept,
-    they fragment the heap. Elsewhere than on glibc this does nothing.
+    By default glibc maps and unmaps every block over 32 MiB at most, and each new map is zeroed page by page: a third
+    of a training step on gnd-tib (EXPERIMENTS.md, "Allocator"). Larger blocks, the tables themselves, are still
+    returned: kept, they fragment the heap. Elsewhere than on glibc this does nothing.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -159,9 +159,13 @@ def train(
     dataset = load_dataset(data, test=test)
     training = _training_split(dataset, data)
     resolved = resolve(config or Config(), _shape(dataset, training))
-    with RunDirectory.create(output, resolved) as run:
-        run.write_json("run.json", _provenance(dataset, data, test))
-        run.write_names(dataset.label_names, dataset.vocabulary)
+    with RunDirectory.create(
+        output,
+        resolved,
+        provenance=_provenance(dataset, data, test),
+        label_names=dataset.label_names,
+        vocabulary=dataset.vocabulary,
+    ) as run:
         session = TrainingSession(run, training, reporter)
         session.run()
         return _train_result(session, dataset, has_test=test is not None)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from xmc_midx.config import Config, dump_config, load_config
 from xmc_midx.data.files import sha256_of
@@ -73,8 +74,23 @@ class RunDirectory:
 
     @classmethod
     @contextmanager
-    def create(cls, run: str | Path, config: Config) -> Iterator[RunDirectory]:
+    def create(
+        cls,
+        run: str | Path,
+        config: Config,
+        *,
+        provenance: Mapping[str, Any] | None = None,
+        label_names: Sequence[str] | None = None,
+        vocabulary: Vocabulary | None = None,
+    ) -> Iterator[RunDirectory]:
         """A new, locked run directory.
+
+        Parameters
+        ----------
+        run : its path; a directory that is there must be empty.
+        config : resolved.
+        provenance : what goes into `run.json`.
+        label_names, vocabulary : what turns ids into names and texts into features; None where unknown.
 
         Raises
         ------
@@ -97,6 +113,9 @@ class RunDirectory:
                 )
             _refuse_strangers(path)
             directory = cls(path, config)
+            directory.write_json("run.json", provenance or {})
+            directory.write_names(label_names, vocabulary)
+            # Last: a directory with a configuration is a run that can be resumed.
             directory.write_text("config.yaml", dump_config(config))
             yield directory
 
@@ -171,9 +190,10 @@ class RunDirectory:
                 save_rows(beside, *training_rows)
                 values["neighbors_sha256"] = sha256_of(beside)
                 beside.replace(path)
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 beside.unlink(missing_ok=True)
-                raise ResourceError(f"{path}: cannot be written: {error.strerror}.") from None
+                reason = getattr(error, "strerror", None) or error
+                raise ResourceError(f"{path}: cannot be written: {reason}.", hint="Is the disk full?") from None
         self.write_json(_INTERPOLATION, values)
 
     def interpolation_validation(self) -> dict[str, float] | None:
@@ -227,6 +247,10 @@ class RunDirectory:
 
 
 def _refuse_strangers(path: Path) -> None:
-    strangers = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    # A start that was killed before config.yaml leaves files of these names; the next start writes them anew.
+    ours = {"run.json", "labels.txt", "vocabulary.txt"}
+    strangers = sorted(
+        entry.name for entry in path.iterdir() if not entry.name.startswith(".") and entry.name not in ours
+    )
     if strangers:
         raise UsageError(f"{path}: is not empty ({strangers[0]}, ...).", hint="Choose a new --output directory.")

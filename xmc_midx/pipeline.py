@@ -67,6 +67,7 @@ class TrainResult:
     test: MetricReport | None
     """On the test file; None where none was given."""
     model_bytes: int
+    """What prediction reads: the best checkpoint's model, and the training rows where neighbours are used."""
     peak_memory_bytes: int
     config: Config
 
@@ -229,7 +230,7 @@ def _train_result(session: TrainingSession, dataset: XmcDataset, *, has_test: bo
         loss=session.loss,
         validation=session.validation,
         test=report,
-        model_bytes=(best / "model.safetensors").stat().st_size,
+        model_bytes=(best / "model.safetensors").stat().st_size + run.neighbors_bytes,
         peak_memory_bytes=peak_memory_bytes(),
         config=run.config,
     )

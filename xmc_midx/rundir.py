@@ -196,6 +196,12 @@ class RunDirectory:
                 raise ResourceError(f"{path}: cannot be written: {reason}.", hint="Is the disk full?") from None
         self.write_json(_INTERPOLATION, values)
 
+    @property
+    def neighbors_bytes(self) -> int:
+        """Bytes of the training rows that are kept for neighbours; 0 where none are."""
+        path = self.path / _NEIGHBORS
+        return path.stat().st_size if path.exists() else 0
+
     def interpolation_validation(self) -> dict[str, float] | None:
         """The validation metrics with what `write_interpolation` kept; None where it was not called."""
         if not (self.path / _INTERPOLATION).exists():

@@ -58,8 +58,9 @@ def test_the_instance_scores_average_to_the_report() -> None:
     labels = sp.csr_matrix((rng.random((40, 5)) < 0.3).astype(np.float32))
     top = shortlist_of(rng.normal(size=(40, 5)))
     report = evaluate_topk(top, labels, label_frequencies=FREQUENCIES, num_train=60)
-    mean = np.mean([report.metrics[f"{family}@{k}"] for family in ("P", "PSP") for k in (1, 3, 5)])
-    assert instance_scores(top, labels, FREQUENCIES, 60).mean() == pytest.approx(mean, rel=1e-9)
+    for scores, family in zip(instance_scores(top, labels, FREQUENCIES, 60), ("P", "PSP"), strict=True):
+        mean = np.mean([report.metrics[f"{family}@{k}"] for k in (1, 3, 5)])
+        assert scores.mean() == pytest.approx(mean, rel=1e-9)
 
 
 def fit(shortlist: TopK, rows: sp.csr_matrix, labels: sp.csr_matrix, queries: sp.csr_matrix, truth: sp.csr_matrix):  # type: ignore[no-untyped-def]
@@ -79,6 +80,16 @@ def test_neighbours_that_know_the_answer_get_weight_and_useless_ones_none() -> N
     right = shortlist_of(20.0 * labels.toarray())
     shuffled = labels[rng.permutation(num_rows)]
     assert fit(right, rows, shuffled, rows, labels).weight == 0.0
+
+
+def test_a_discount_that_gains_psp_at_the_price_of_p_is_not_chosen() -> None:
+    # The head label 0 is right three times in five, the tail label 1 twice; the logits prefer the head by one nat.
+    truth = np.zeros((500, 2), dtype=np.float32)
+    truth[:300, 0] = truth[300:, 1] = 1.0
+    frequencies = np.array([5000, 2])
+    shortlist = shortlist_of(np.tile([1.0, 0.0], (500, 1)))
+    chosen = fit_interpolation(shortlist, None, None, sp.csr_matrix(truth), frequencies, 5002)
+    assert chosen.discount == 0.0
 
 
 def test_settings_survive_their_dictionary_and_a_damaged_one_is_a_data_error() -> None:

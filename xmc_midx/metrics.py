@@ -167,8 +167,8 @@ def instance_scores(
     ks: Sequence[int] = DEFAULT_KS,
     A: float = 0.55,
     B: float = 1.5,
-) -> NDArray[np.float64]:
-    """What each instance adds to the mean of P@k and PSP@k over `ks`; for comparing two predictions in pairs.
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What each instance adds to the means of P@k and of PSP@k over `ks`; for comparing two predictions in pairs.
 
     Parameters
     ----------
@@ -176,7 +176,7 @@ def instance_scores(
 
     Returns
     -------
-    (N,) float64 whose mean is the mean of `P@k` and `PSP@k` of `evaluate_topk` over all k.
+    Two (N,) float64 arrays, whose means are those of `P@k` and of `PSP@k` of `evaluate_topk` over all k.
     """
     cuts = _checked_ks(ks)
     labels = _canonical(labels)
@@ -186,8 +186,7 @@ def instance_scores(
     gain_Nk = _at_cuts(np.where(hit_NK, weight_L[top.label_ids], 0.0), cuts)
     best_k = _at_cuts(_best_gains(labels, weight_L, int(cuts[-1])), cuts).mean(axis=0)
     propensity_scored_N = (gain_Nk / np.where(best_k > 0, best_k, 1.0)).mean(axis=1)
-    scores_N: NDArray[np.float64] = (precision_N + propensity_scored_N) / 2
-    return scores_N
+    return precision_N, propensity_scored_N
 
 
 def inverse_propensity(

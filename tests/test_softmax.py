@@ -46,6 +46,8 @@ def make_softmax(sampler: Sampler | None, num_labels: int = L, dim: int = D, **o
 class Fixed:
     """A sampler that returns what it is told to: `log_weight[label]` for each label in it."""
 
+    fitted = True
+
     def __init__(self, pool: dict[int, float], own: Sequence[Sequence[int]] = ()) -> None:
         self.pool, self.own = pool, own
 

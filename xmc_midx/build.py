@@ -11,6 +11,10 @@ from xmc_midx.config import Config
 from xmc_midx.device import find_precision
 from xmc_midx.encoder import SparseEncoder
 from xmc_midx.errors import UsageError
+from xmc_midx.samplers.dense import SoftmaxSampler
+from xmc_midx.samplers.dynamic import HardNegativeSampler
+from xmc_midx.samplers.kernel import QuadraticKernelSampler, RandomFeatureSampler
+from xmc_midx.samplers.lsh import LshSampler
 from xmc_midx.samplers.static import FrequencySampler, InBatchSampler, UniformSampler
 from xmc_midx.softmax import LabelSoftmax, MIDXSoftmax
 from xmc_midx.types import Sampler
@@ -78,4 +82,14 @@ def build_softmax(config: Config, frequencies: np.ndarray, num_instances: int, d
         if options.estimator != "pool":
             raise UsageError("sampler in-batch shares its negatives: it needs sampler.estimator=pool.")
         sampler = InBatchSampler(counts_L, num_instances=num_instances)
+    elif options.name == "quadratic-kernel":
+        sampler = QuadraticKernelSampler()
+    elif options.name == "rff":
+        sampler = RandomFeatureSampler(seed=seed)
+    elif options.name == "lsh":
+        sampler = LshSampler(seed=seed)
+    elif options.name == "hard-negatives":
+        sampler = HardNegativeSampler()
+    elif options.name == "softmax":
+        sampler = SoftmaxSampler()
     return LabelSoftmax(num_labels, model.dim, sampler=sampler, **common).to(device)

@@ -29,7 +29,19 @@ __all__ = [
 ]
 
 Auto = Literal["auto"]
-SamplerName = Literal["midx-pq", "midx-rq", "uniform", "frequency", "in-batch", "full"]
+SamplerName = Literal[
+    "midx-pq",
+    "midx-rq",
+    "uniform",
+    "frequency",
+    "in-batch",
+    "quadratic-kernel",
+    "rff",
+    "lsh",
+    "hard-negatives",
+    "softmax",
+    "full",
+]
 PositiveInt = Annotated[int, Field(ge=1)]
 LearningRate = Annotated[float, Field(gt=0, le=1e30)]
 """Any step that float32 can still express: a rate beyond reason diverges, and says so."""

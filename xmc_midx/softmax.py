@@ -171,7 +171,7 @@ class LabelSoftmax(nn.Module):
         """The sampler. One that was never refreshed is fitted now: at construction the table is still random, and
         codebooks of random rows are a poor start for the first refresh."""
         assert self.sampler is not None
-        if isinstance(self.sampler, MidxSampler) and self.sampler.codebook is None:
+        if not self.sampler.fitted:
             self.refresh()
         return self.sampler
 

@@ -148,6 +148,11 @@ class EpochStats:
 class Sampler(Protocol):
     """A proposal over the labels. `log_proposal` is normalised over all L labels for each query."""
 
+    @property
+    def fitted(self) -> bool:
+        """Whether labels can be drawn: `refresh` or `load_state_dict` gave all that a draw needs."""
+        ...
+
     def refresh(self, label_table_LD: torch.Tensor, bias_L: torch.Tensor) -> None:
         """Rebuild what depends on the label table."""
         ...

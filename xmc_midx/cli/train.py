@@ -40,7 +40,8 @@ def train(
         typer.Option(
             "--sampler",
             metavar="NAME",
-            help="Proposal of the negatives: midx-pq (default), midx-rq, uniform, frequency, in-batch, full.",
+            help="Proposal of the negatives: midx-pq (default), midx-rq, uniform, frequency, in-batch, "
+            "quadratic-kernel, rff, lsh, hard-negatives, softmax, full.",
         ),
     ] = None,
     estimator: Annotated[

@@ -62,6 +62,10 @@ class MidxSampler:
         if label_frequencies is not None:
             self._log_frequency = frequency_power * torch.log(label_frequencies.double() + 1.0)
 
+    @property
+    def fitted(self) -> bool:
+        return self.codebook is not None
+
     # ---------------------------------------------------------------- refresh
 
     @torch.no_grad()

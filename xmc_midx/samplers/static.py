@@ -15,6 +15,8 @@ __all__ = ["FrequencySampler", "InBatchSampler", "UniformSampler"]
 class UniformSampler:
     """`Q(i) = 1 / L`."""
 
+    fitted = True
+
     def __init__(self, num_labels: int) -> None:
         self.num_labels = num_labels
 

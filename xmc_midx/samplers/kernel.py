@@ -1,0 +1,212 @@
+"""Layer 3. Proposals whose density is a kernel of query and label row: quadratic (dense) and random features.
+
+The quadratic kernel is evaluated for every label: the tree of its paper costs O(D^2 log L) a draw, for D >= 256 more
+than the product with a label row for each of the batch's draws, and the dense evaluation is the same law. Random
+features make the exponential kernel a mixture of R query-free laws, so that a draw costs O(log L).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from xmc_midx.samplers.dense import DenseSampler
+from xmc_midx.samplers.draws import draw
+from xmc_midx.samplers.inclusion import log_inclusion
+from xmc_midx.types import LabelSample
+
+__all__ = ["QuadraticKernelSampler", "RandomFeatureSampler"]
+
+_SCORE_RANGE = 30.0
+"""Nats below its best that a log weight can lie: keeps every label reachable in float32."""
+_BLOCK = 32
+"""Labels whose feature mass is summed up in advance: a draw searches the blocks, then inside one."""
+_ROWS_AT_ONCE = 65_536
+"""Rows of the table whose features are evaluated at once."""
+_CHUNK_ELEMENTS = 1 << 24
+"""Elements of the largest temporary of a per-instance draw."""
+
+
+class QuadraticKernelSampler(DenseSampler):
+    """`Q(i|z) ~ alpha (z.w_i + b_i)^2 + 1` (Blanc and Rendle 2018, arXiv 1712.00527, section 3.3).
+
+    The kernel is even: a label of a large negative logit is as likely as one of a large positive logit. The paper
+    trains an absolute softmax to match; here it is the proposal alone, for the usual softmax.
+
+    Parameters
+    ----------
+    alpha : weight of the square; the paper's 100.
+    """
+
+    def __init__(self, *, alpha: float = 100.0) -> None:
+        super().__init__()
+        self.alpha = alpha
+
+    def _log_law(self, logits_BL: torch.Tensor) -> torch.Tensor:
+        weights_BL = logits_BL.square_().mul_(self.alpha).add_(1.0)
+        return weights_BL.div_(weights_BL.sum(1, keepdim=True)).log_()
+
+
+class RandomFeatureSampler:
+    """The exponential kernel by positive random features.
+
+    With x the scaled query, y_i the scaled row of label i and omega_r ~ N(0, I), `phi_r(x) = exp(omega_r.x - |x|^2/2)`
+    has `E[phi_r(x) phi_r(y)] = exp(x.y)` (Choromanski et al. 2021, arXiv 2009.14794, lemma 1), and
+
+        Q(i|z) ~ exp(b_i) sum_r phi_r(x) phi_r(y_i)
+               = sum_r g_r(z) p_ri,    g_r ~ phi_r(x) Phi_r,    p_ri = exp(b_i) phi_r(y_i) / Phi_r,
+        Phi_r  = sum_i exp(b_i) phi_r(y_i),
+
+    a mixture of R laws over the labels that do not depend on the query: draw r, then i. The trigonometric features of
+    the RF-softmax (Rawat et al. 2019, arXiv 1907.10747) can be negative, and are then no density.
+
+    **Scale.** The relative variance of a feature's product is `exp(|x + y|^2) - 1`: long vectors need many features.
+    The RF-softmax therefore normalises queries and rows and softens the kernel, and so does this. Rows are centred,
+    which changes no softmax, and scaled to a mean square length of `sharpness`; a query is scaled so that
+    `x.y_i = beta z.(w_i - mean)`, `beta = min(1, sharpness / (|z| s))`, s the root mean square of the rows' lengths.
+    The proposal is the softmax at temperature 1 / beta (with the whole bias), never sharper than the softmax itself.
+
+    Log weights are clamped to within `_SCORE_RANGE` nats of the best of their law: the clamped law is the one that is
+    drawn from and stated.
+
+    Parameters
+    ----------
+    num_features : R. The features of all labels are kept: 4 R L bytes.
+    sharpness : the largest product of a query's and a row's scaled (root mean square) length.
+    seed : of the random matrix, of which each refresh draws another.
+    """
+
+    def __init__(self, *, num_features: int = 512, sharpness: float = 2.0, seed: int = 0) -> None:
+        self.num_features = num_features
+        self.sharpness = sharpness
+        self.seed = seed
+        self._num_refreshes = 0
+        self._features_LR: torch.Tensor | None = None
+
+    @property
+    def fitted(self) -> bool:
+        return self._features_LR is not None
+
+    # ---------------------------------------------------------------- refresh
+
+    @torch.no_grad()
+    def refresh(self, label_table_LD: torch.Tensor, bias_L: torch.Tensor) -> None:
+        """Draw a random matrix and evaluate the features of all labels: O(L D R)."""
+        device, dtype = label_table_LD.device, label_table_LD.dtype
+        generator = torch.Generator(device).manual_seed(self.seed + self._num_refreshes)
+        num_labels, dim = label_table_LD.shape
+        omega_DR = torch.randn(dim, self.num_features, generator=generator, device=device).to(dtype)
+        features_LR = torch.zeros(-(-num_labels // _BLOCK) * _BLOCK, self.num_features, device=device, dtype=dtype)
+        weights_LR = features_LR[:num_labels]
+        mean_D, squares = label_table_LD.mean(0), []
+        for begin in range(0, num_labels, _ROWS_AT_ONCE):
+            centred_LD = label_table_LD[begin : begin + _ROWS_AT_ONCE] - mean_D
+            squares.append(centred_LD.square().sum(1))
+            torch.matmul(centred_LD, omega_DR, out=weights_LR[begin : begin + _ROWS_AT_ONCE])
+        squares_L = torch.cat(squares)
+        # Rows that differ by their rounding alone are equal: their differences are not to be stretched.
+        floor = 1e-6 * (squares_L.mean() + mean_D.square().sum()).sqrt() + 1e-12
+        length = torch.maximum(squares_L.mean().sqrt(), floor)
+        stretch = math.sqrt(self.sharpness) / length
+        weights_LR.mul_(stretch).add_((bias_L - squares_L * (stretch.square() / 2))[:, None])
+        peak_R = weights_LR.amax(0)
+        weights_LR.sub_(peak_R).clamp_(min=-_SCORE_RANGE).exp_()
+        mass_R = weights_LR.sum(0, dtype=torch.float64)
+        weights_LR.div_(mass_R.to(dtype))
+        self._num_refreshes += 1
+        self._use(features_LR, omega_DR, peak_R + mass_R.log().to(dtype), length)
+
+    def _use(
+        self, features_LR: torch.Tensor, omega_DR: torch.Tensor, log_mass_R: torch.Tensor, length: torch.Tensor
+    ) -> None:
+        """Take the features p_ri (padded by labels of no mass to whole blocks), and sum their blocks up."""
+        self._features_LR, self._omega_DR, self._log_mass_R, self._length = features_LR, omega_DR, log_mass_R, length
+        blocks_NR = features_LR.view(-1, _BLOCK, self.num_features).sum(1, dtype=torch.float64)
+        cumulative_RN = torch.cumsum(blocks_NR.T.contiguous(), 1)
+        cumulative_RN /= cumulative_RN[:, -1:].clone()
+        # One rising sequence, feature r from r to r + 1: a search needs no copy of a feature's row.
+        feature_R1 = torch.arange(self.num_features, dtype=torch.float64, device=features_LR.device)[:, None]
+        self._num_blocks = blocks_NR.shape[0]
+        self._cumulative = (cumulative_RN + feature_R1).flatten()
+
+    # ------------------------------------------------------------------ draws
+
+    @torch.no_grad()
+    def sample_pool(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
+        """Distinct labels of `num_draws` draws from the mean proposal of the batch: the mixture of the mean gate."""
+        gate_R = self._gate(query_BD).mean(0)
+        features = draw(torch.cumsum(gate_R.double(), 0), num_draws, generator)
+        label_ids = torch.unique(self._draw_labels(features, generator))
+        assert self._features_LR is not None
+        return LabelSample(
+            label_ids=label_ids, log_weight=log_inclusion(self._features_LR[label_ids] @ gate_R, num_draws)
+        )
+
+    @torch.no_grad()
+    def sample(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
+        """`num_draws` i.i.d. labels for each instance: a feature from its gate, a label from the feature."""
+        features_BM = draw(torch.cumsum(self._gate(query_BD).double(), 1), num_draws, generator)
+        label_ids = self._draw_labels(features_BM, generator)
+        log_weight = self.log_proposal(query_BD, label_ids) + math.log(num_draws)
+        return LabelSample(label_ids=label_ids, log_weight=log_weight)
+
+    @torch.no_grad()
+    def log_proposal(self, query_BD: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
+        """log Q(i|z), (B, P) for `label_ids` (P,), or (B, M) for `label_ids` (B, M); nats."""
+        gate_BR = self._gate(query_BD)
+        assert self._features_LR is not None
+        if label_ids.dim() == 1:
+            chunk = max(1, _CHUNK_ELEMENTS // self.num_features)
+            return torch.cat([gate_BR @ self._features_LR[ids].T for ids in torch.split(label_ids, chunk)], 1).log_()
+        chunk = max(1, _CHUNK_ELEMENTS // (label_ids.shape[1] * self.num_features))
+        parts = [
+            (self._features_LR[ids_bM] @ gate_bR[:, :, None])[..., 0]
+            for gate_bR, ids_bM in zip(torch.split(gate_BR, chunk), torch.split(label_ids, chunk), strict=True)
+        ]
+        return torch.cat(parts).log_()
+
+    # --------------------------------------------------------------- internals
+
+    def _gate(self, query_BD: torch.Tensor) -> torch.Tensor:
+        """(B, R) g_r(z), the law of the feature. The query's own `exp(-|x|^2/2)` cancels."""
+        assert self._features_LR is not None, "refresh before use"
+        query_BD = query_BD.to(self._omega_DR.dtype)
+        spread_B1 = query_BD.norm(dim=1, keepdim=True) * self._length
+        # x = z beta s / sqrt(sharpness), so that x.y = beta z.w.
+        factor_B1 = (self.sharpness / spread_B1.clamp(min=1e-12)).clamp(max=1.0) * self._length
+        scores_BR = torch.addmm(self._log_mass_R, query_BD * (factor_B1 / math.sqrt(self.sharpness)), self._omega_DR)
+        return torch.softmax((scores_BR - scores_BR.amax(1, keepdim=True)).clamp_(min=-_SCORE_RANGE), 1)
+
+    def _draw_labels(self, features: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """One label from the law of each given feature; same shape."""
+        assert self._features_LR is not None
+        flat = features.flatten()
+        uniform = torch.rand(flat.shape, dtype=torch.float64, generator=generator, device=flat.device)
+        position = torch.searchsorted(self._cumulative, flat + uniform, right=True)
+        block = (position - flat * self._num_blocks).clamp_(0, self._num_blocks - 1)
+        first = block * _BLOCK
+        members = first[:, None] + torch.arange(_BLOCK, device=flat.device)
+        inside = self._features_LR.flatten()[members * self.num_features + flat[:, None]]
+        return (first + draw(torch.cumsum(inside.double(), 1), 1, generator)[:, 0]).view_as(features)
+
+    # ------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The features of the labels at the last refresh, and what the queries' features need."""
+        if self._features_LR is None:
+            return {}
+        return {
+            "features": self._features_LR,
+            "omega": self._omega_DR,
+            "log_mass": self._log_mass_R,
+            "length": self._length,
+            "num_refreshes": torch.tensor(self._num_refreshes),
+        }
+
+    def load_state_dict(self, state: dict[str, torch.Tensor], bias_L: torch.Tensor) -> None:
+        """Restore `state_dict()`; the bias is part of the features."""
+        if state:
+            self._num_refreshes = int(state["num_refreshes"])
+            self.num_features = state["omega"].shape[1]
+            self._use(state["features"], state["omega"], state["log_mass"], state["length"])

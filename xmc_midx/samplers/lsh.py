@@ -1,0 +1,184 @@
+"""Layer 3. Locality-sensitive hashing: the labels that share a bucket with the query, at their true probability.
+
+SimHash (the signs of random projections) sees angles; the softmax wants inner products. So each label row gets its
+bias, against a query coordinate of 1, and a coordinate that completes its length to the largest of all, against a query
+coordinate of 0 (Neyshabur and Srebro 2015, arXiv 1410.5518, section 5): then the angle to the query orders the labels
+as their logits do. Rows and biases are centred first, which changes no softmax and spreads the rows over the buckets.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from xmc_midx.samplers.inclusion import log_inclusion
+from xmc_midx.types import LabelSample
+
+__all__ = ["LshSampler"]
+
+_ROWS_AT_ONCE = 65_536
+"""Rows of the table that are hashed at once."""
+
+
+class LshSampler:
+    """A table t of T hashes labels and query to K bits each; a draw picks a table, then a label of the query's bucket:
+
+        Q(i|z) = (1 - e) (1/T) sum_t [h_t(i) = h_t(z)] / n_t(z) + e / L,
+
+    n_t(z) the labels in the query's bucket of table t; a table where that bucket is empty draws from all labels. This
+    is the probability given the tables, which the draws follow; the probability over random tables, which is often
+    put in its place, is another law, of which no draw is made. Drawing costs O(T K D) a query and O(1) a draw.
+
+    Parameters
+    ----------
+    num_tables : T. Codes and order of all labels are kept: 8 T L bytes.
+    num_bits : K; None derives it from L, for buckets of 16 to 32 labels on average.
+    uniform_share : e > 0, drawn from all labels, which bounds every importance weight.
+    seed : of the projections, of which each refresh draws others.
+    """
+
+    def __init__(
+        self, *, num_tables: int = 16, num_bits: int | None = None, uniform_share: float = 0.1, seed: int = 0
+    ) -> None:
+        self.num_tables = num_tables
+        self.num_bits = num_bits
+        self.uniform_share = uniform_share
+        self.seed = seed
+        self._num_refreshes = 0
+        self._codes_TL: torch.Tensor | None = None
+
+    @property
+    def fitted(self) -> bool:
+        return self._codes_TL is not None
+
+    # ---------------------------------------------------------------- refresh
+
+    @torch.no_grad()
+    def refresh(self, label_table_LD: torch.Tensor, bias_L: torch.Tensor) -> None:
+        """Draw projections, hash all labels and sort them by bucket: O(L D T K)."""
+        device, (num_labels, dim) = label_table_LD.device, label_table_LD.shape
+        num_bits = self.num_bits or _auto_num_bits(num_labels)
+        generator = torch.Generator(device).manual_seed(self.seed + self._num_refreshes)
+        projections = torch.randn(dim + 2, self.num_tables * num_bits, generator=generator, device=device)
+        projections = projections.to(label_table_LD.dtype)
+        mean_D, centred_L = label_table_LD.mean(0), bias_L - bias_L.mean()
+        parts = torch.split(label_table_LD, _ROWS_AT_ONCE)
+        squares_L = torch.cat([(rows_LD - mean_D).square().sum(1) for rows_LD in parts]) + centred_L.square()
+        tails_L2 = torch.stack([centred_L, (squares_L.max() - squares_L).sqrt()], 1)
+        codes = [
+            self._hash(torch.cat([rows_LD - mean_D, tail_L2], 1) @ projections)
+            for rows_LD, tail_L2 in zip(parts, torch.split(tails_L2, _ROWS_AT_ONCE), strict=True)
+        ]
+        self._num_refreshes += 1
+        self._use(torch.cat(codes).T.int().contiguous(), projections[:-1])
+
+    def _use(self, codes_TL: torch.Tensor, projections: torch.Tensor) -> None:
+        """Take the labels' codes and the projections (D + 1, T K) of queries, and sort the labels into buckets."""
+        self._codes_TL, self._projections = codes_TL, projections
+        num_buckets = 1 << (projections.shape[1] // self.num_tables)
+        self._order = torch.argsort(codes_TL, dim=1, stable=True).int().flatten()
+        self._table_T = torch.arange(self.num_tables, device=codes_TL.device)
+        self._sizes = torch.bincount((codes_TL + num_buckets * self._table_T[:, None]).flatten())
+        self._sizes = torch.nn.functional.pad(self._sizes, (0, self.num_tables * num_buckets - self._sizes.shape[0]))
+        self._starts = torch.cumsum(self._sizes, 0) - self._sizes
+        self._num_buckets = num_buckets
+
+    def _hash(self, products: torch.Tensor) -> torch.Tensor:
+        """(N, T K) projections -> (N, T) int64 codes, one sign a bit."""
+        bits = (products > 0).view(products.shape[0], self.num_tables, -1)
+        return (bits << torch.arange(bits.shape[2], device=bits.device)).sum(2)
+
+    # ------------------------------------------------------------------ draws
+
+    @torch.no_grad()
+    def sample_pool(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
+        """Distinct labels of `num_draws` draws from the mean proposal of the batch, each of a random query's tables."""
+        assert self._codes_TL is not None, "refresh before use"
+        keys_BT = self._keys(query_BD)
+        device = keys_BT.device
+        pair = torch.randint(keys_BT.numel(), (num_draws,), generator=generator, device=device)
+        label_ids = torch.unique(self._draw_in_buckets(keys_BT.flatten()[pair], generator))
+        # Q(i) = sum over the T buckets of i: how often the batch asks for it / its size.
+        keys, counts = torch.unique(keys_BT, return_counts=True)
+        weight = counts.double() / keys_BT.numel()
+        size = self._sizes[keys]
+        filled = size > 0
+        spread = self.uniform_share + (1.0 - self.uniform_share) * weight[~filled].sum()
+        weight = torch.where(filled, weight / size.clamp(min=1), 0.0)
+        own_TP = self._codes_TL[:, label_ids] + self._num_buckets * self._table_T[:, None]
+        position = torch.searchsorted(keys, own_TP).clamp_(max=keys.shape[0] - 1)
+        share_P = torch.where(keys[position] == own_TP, weight[position], 0.0).sum(0)
+        probability = (1.0 - self.uniform_share) * share_P + spread / self._codes_TL.shape[1]
+        log_weight = log_inclusion(probability, num_draws).to(self._projections.dtype)
+        return LabelSample(label_ids=label_ids, log_weight=log_weight)
+
+    @torch.no_grad()
+    def sample(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
+        """`num_draws` i.i.d. labels for each instance."""
+        keys_BT = self._keys(query_BD)
+        shape = (query_BD.shape[0], num_draws)
+        table_BM = torch.randint(self.num_tables, shape, generator=generator, device=keys_BT.device)
+        label_ids = self._draw_in_buckets(keys_BT.gather(1, table_BM), generator)
+        log_weight = self._log_proposal(keys_BT, label_ids) + math.log(num_draws)
+        return LabelSample(label_ids=label_ids, log_weight=log_weight)
+
+    @torch.no_grad()
+    def log_proposal(self, query_BD: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
+        """log Q(i|z), (B, P) for `label_ids` (P,), or (B, M) for `label_ids` (B, M); nats."""
+        return self._log_proposal(self._keys(query_BD), label_ids)
+
+    # --------------------------------------------------------------- internals
+
+    def _keys(self, query_BD: torch.Tensor) -> torch.Tensor:
+        """(B, T) int64: the query's bucket in each table, numbered over all tables."""
+        assert self._codes_TL is not None, "refresh before use"
+        products = query_BD.to(self._projections.dtype) @ self._projections[:-1] + self._projections[-1]
+        return self._hash(products) + self._num_buckets * self._table_T
+
+    def _log_proposal(self, keys_BT: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
+        assert self._codes_TL is not None
+        sizes_BT = self._sizes[keys_BT].double()
+        rest = 1.0 - self.uniform_share
+        share_BT = torch.where(sizes_BT > 0, rest / self.num_tables / sizes_BT.clamp(min=1), 0.0)
+        spread_B1 = self.uniform_share + rest * (sizes_BT == 0).double().mean(1, keepdim=True)
+        share_BT, total = (x.to(self._projections.dtype) for x in (share_BT, spread_B1 / self._codes_TL.shape[1]))
+        for t in range(self.num_tables):
+            own = self._codes_TL[t][label_ids] + t * self._num_buckets
+            total = total + torch.where(own == keys_BT[:, t, None], share_BT[:, t, None], 0.0)
+        return total.log()
+
+    def _draw_in_buckets(self, keys: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """One label of each given bucket, or of all labels: where it is empty, and in `uniform_share` of the draws."""
+        assert self._codes_TL is not None
+        coin, uniform = torch.rand((2, *keys.shape), dtype=torch.float64, generator=generator, device=keys.device)
+        sizes = self._sizes[keys]
+        anywhere = (sizes == 0) | (coin < self.uniform_share)
+        size = torch.where(anywhere, self._codes_TL.shape[1], sizes)
+        position = torch.minimum((uniform * size).long(), size - 1)
+        inside = self._order[torch.where(anywhere, 0, self._starts[keys] + position)]
+        return torch.where(anywhere, position, inside.long())
+
+    # ------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The labels' codes at the last refresh and the projections; the buckets are rebuilt from them."""
+        if self._codes_TL is None:
+            return {}
+        return {
+            "codes": self._codes_TL,
+            "projections": self._projections,
+            "num_refreshes": torch.tensor(self._num_refreshes),
+        }
+
+    def load_state_dict(self, state: dict[str, torch.Tensor], bias_L: torch.Tensor) -> None:
+        """Restore `state_dict()`; the bias is part of the codes."""
+        if state:
+            self._num_refreshes = int(state["num_refreshes"])
+            self.num_tables = state["codes"].shape[0]
+            self._use(state["codes"], state["projections"])
+
+
+def _auto_num_bits(num_labels: int) -> int:
+    """K from L: the labels of a bucket are 16 to 32 on average, whatever L is."""
+    return max(1, int(math.log2(num_labels)) - 4)

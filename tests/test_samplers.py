@@ -1,4 +1,4 @@
-"""Samplers: one contract for every proposal that has a density, the bounds of MIDX, and the in-batch negatives."""
+"""Samplers: one contract for every proposal that has a density, what is particular to each, and those without one."""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ from scipy import stats
 from scipy.special import log_softmax, logsumexp
 
 from xmc_midx.codebook import Codebook
+from xmc_midx.samplers.dense import SoftmaxSampler
+from xmc_midx.samplers.draws import draw
+from xmc_midx.samplers.dynamic import HardNegativeSampler
+from xmc_midx.samplers.exact import ExactDecomposition, exact_decomposition
 from xmc_midx.samplers.inclusion import log_inclusion
+from xmc_midx.samplers.kernel import QuadraticKernelSampler, RandomFeatureSampler
+from xmc_midx.samplers.lsh import LshSampler
 from xmc_midx.samplers.midx import _SCORE_RANGE, MidxSampler
 from xmc_midx.samplers.static import FrequencySampler, InBatchSampler, UniformSampler
 from xmc_midx.types import Sampler
 
 MIDX = [f"midx-{quantizer}-{prior}" for quantizer in ("pq", "rq") for prior in ("uniform", "frequency", "bias")]
-SAMPLERS = [*MIDX, "uniform", "frequency-0.5", "frequency-1.0"]
+LIVE = ["softmax", "quadratic-kernel"]
+"""Those that read the table as it is at each step: they have no state of their own."""
+SAMPLERS = [*MIDX, "uniform", "frequency-0.5", "frequency-1.0", *LIVE, "rff", "lsh"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class Case:
         return self.table.shape[0]
 
 
-def make_case(name: str, shape: str = "ordinary", *, seed: int = 0) -> Case:
+def make_case(name: str, shape: str = "ordinary", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Case:
     generator = torch.Generator().manual_seed(100 + seed)
     num_labels, dim, codewords, num_queries, scale = {
         "ordinary": (53, 8, 4, 3, 1.0),
@@ -56,6 +64,7 @@ def make_case(name: str, shape: str = "ordinary", *, seed: int = 0) -> Case:
     bias_L = 2.0 * torch.randn(num_labels, generator=generator)
     frequency_L = torch.randint(0, 4, (num_labels,), generator=generator).pow(3)
     query_BD = scale * torch.randn(num_queries, dim, generator=generator)
+    table_LD, bias_L, query_BD = table_LD.to(dtype), bias_L.to(dtype), query_BD.to(dtype)
     sampler: Sampler
     if name.startswith("midx"):
         _, quantizer, prior = name.split("-")
@@ -66,10 +75,16 @@ def make_case(name: str, shape: str = "ordinary", *, seed: int = 0) -> Case:
             label_frequencies=frequency_L if prior == "frequency" else None,
             frequency_power=0.7,
         )
-    elif name == "uniform":
-        sampler = UniformSampler(num_labels)
-    else:
+    elif name.startswith("frequency"):
         sampler = FrequencySampler(frequency_L, power=float(name.split("-")[1]))
+    else:
+        sampler = {
+            "uniform": lambda: UniformSampler(num_labels),
+            "softmax": SoftmaxSampler,
+            "quadratic-kernel": QuadraticKernelSampler,
+            "rff": lambda: RandomFeatureSampler(num_features=12, seed=seed),
+            "lsh": lambda: LshSampler(num_tables=5, num_bits=4, seed=seed),
+        }[name]()
     sampler.refresh(table_LD, bias_L)
     return Case(sampler, table_LD, bias_L, frequency_L, query_BD)
 
@@ -81,6 +96,14 @@ def reference_law(name: str, case: Case) -> np.ndarray:
         law = np.zeros((case.query.shape[0], case.num_labels))
     elif name.startswith("frequency"):
         law = np.tile(float(name.split("-")[1]) * np.log(frequency_L + 1), (case.query.shape[0], 1))
+    elif name == "softmax":
+        law = exact_logits(case) + case.bias.double().numpy()
+    elif name == "quadratic-kernel":
+        law = np.log(100 * (exact_logits(case) + case.bias.double().numpy()) ** 2 + 1)
+    elif name == "rff":
+        law = random_feature_law(case)
+    elif name == "lsh":
+        law = lsh_law(case)
     else:
         assert isinstance(case.sampler, MidxSampler)
         codebook = case.sampler.codebook
@@ -100,6 +123,52 @@ def reference_law(name: str, case: Case) -> np.ndarray:
         }[name.split("-")[2]]
         law = scores[0][:, codebook.codes1.numpy()] + scores[1][:, codebook.codes2.numpy()] + prior
     return law - logsumexp(law, axis=1, keepdims=True)
+
+
+def exact_logits(case: Case) -> np.ndarray:
+    """(B, L) float64, without the bias."""
+    return case.query.double().numpy() @ case.table.double().numpy().T
+
+
+def random_feature_law(case: Case) -> np.ndarray:
+    """The mixture as it is defined: for each query and feature, the feature's weight times its law over the labels."""
+    omega = case.sampler.state_dict()["omega"].double().numpy()
+    table, bias = case.table.double().numpy(), case.bias.double().numpy()
+    length = math.sqrt(np.mean(np.sum(table**2, 1)))
+    laws, log_masses = [], []
+    for column in omega.T:
+        scaled = table * math.sqrt(2.0) / length
+        log_feature = bias + scaled @ column - np.sum(scaled**2, 1) / 2
+        log_feature = np.maximum(log_feature, log_feature.max() - 30)
+        log_masses.append(logsumexp(log_feature))
+        laws.append(np.exp(log_feature - log_masses[-1]))
+    mixtures = []
+    for query in case.query.double().numpy():
+        beta = min(1.0, 2.0 / max(np.linalg.norm(query) * length, 1e-30))
+        scaled = query * beta * length / math.sqrt(2.0)
+        log_gate = np.array(log_masses) + scaled @ omega
+        gate = np.exp(np.maximum(log_gate, log_gate.max() - 30))
+        mixtures.append(sum(g * law for g, law in zip(gate / gate.sum(), laws, strict=True)))
+    return np.log(mixtures)
+
+
+def lsh_law(case: Case) -> np.ndarray:
+    """The hashes and buckets of each table by hand."""
+    projections = case.sampler.state_dict()["projections"].double().numpy()
+    table, bias = case.table.double().numpy(), case.bias.double().numpy()
+    rows = np.column_stack([table, bias])
+    norms = np.sum(rows**2, 1)
+    rows = np.column_stack([rows, np.sqrt(norms.max() - norms)])
+    num_queries, num_labels = case.query.shape[0], case.num_labels
+    queries = np.column_stack([case.query.double().numpy(), np.ones(num_queries), np.zeros(num_queries)])
+    law = np.full((num_queries, num_labels), 0.1 / num_labels)
+    for t in range(5):
+        mine = projections[:, 4 * t : 4 * t + 4]
+        for i, query in enumerate(queries):
+            matches = ((rows @ mine > 0) == (query @ mine > 0)).all(1)
+            matches = matches if matches.any() else np.ones(num_labels, dtype=bool)
+            law[i] += 0.9 / 5 * matches / matches.sum()
+    return np.log(law)
 
 
 def pooled_chi_square(counts: np.ndarray, expected: np.ndarray) -> tuple[float, int]:
@@ -149,15 +218,18 @@ class TestContract:
         torch.testing.assert_close(case.sampler.log_proposal(case.query, own), shared.gather(1, own))
 
     def test_draws_of_an_instance_follow_its_proposal(self, name: str) -> None:
-        p_values = []
-        for seed in range(40):
+        """10^6 draws at each of 20 seeds, of which every one is another table with three other queries."""
+        num_draws, p_values = 10**6 // 3, []
+        for seed in range(20):
             case = make_case(name, seed=seed)
             law = np.exp(reference_law(name, case))
-            draws = case.sampler.sample(case.query, 20_000, torch.Generator().manual_seed(seed)).label_ids
+            draws = case.sampler.sample(case.query, num_draws, torch.Generator().manual_seed(seed)).label_ids
             for row, probability in zip(draws.numpy(), law, strict=True):
                 counts = np.bincount(row, minlength=case.num_labels)
-                p_values.append(stats.chi2.sf(*pooled_chi_square(counts, 20_000 * probability)))
-        # Of a right law p is uniform: 120 values of it, not only one that is not too small.
+                p_values.append(stats.chi2.sf(*pooled_chi_square(counts, num_draws * probability)))
+        # 60 tests of one claim, each of which misses p > 1e-3 by chance once in a thousand times. Fisher's method sees
+        # a p that is far too small, the other test many that are somewhat too small or too large.
+        assert stats.combine_pvalues(p_values, method="fisher").pvalue > 1e-3
         assert stats.kstest(p_values, "uniform").pvalue > 1e-3
 
     @pytest.mark.parametrize("shape", ["ordinary", *EDGES])
@@ -212,8 +284,18 @@ class TestContract:
         assert draw(5) == draw(5)
         assert draw(5) != draw(6)
 
+    @pytest.mark.parametrize("shape", ["ordinary", "odd size", "more codewords than labels"])
+    def test_float32_and_float64_state_the_same_law(self, name: str, shape: str) -> None:
+        single, double = (make_case(name, shape, dtype=dtype) for dtype in (torch.float32, torch.float64))
+        labels = torch.arange(single.num_labels)
+        laws = [case.sampler.log_proposal(case.query, labels).double() for case in (single, double)]
+        np.testing.assert_allclose(laws[0].numpy(), laws[1].numpy(), atol=2e-5)
+
     def test_the_state_restores_the_law_whatever_the_table_has_become(self, name: str) -> None:
         case = make_case(name)
+        if name in LIVE:
+            assert case.sampler.state_dict() == {}, "the restored table is the whole state"
+            return
         labels = torch.arange(case.num_labels)
         other = make_case(name, seed=1).sampler
         if isinstance(other, FrequencySampler):
@@ -237,10 +319,6 @@ def test_midx_draws_follow_the_law_where_cells_are_empty_and_queries_extreme(nam
             statistic, freedom = statistic + part[0], freedom + part[1]
         if freedom:
             assert stats.chi2.sf(statistic, freedom) > 1e-3, shape
-
-
-def exact_logits(case: Case) -> np.ndarray:
-    return case.query.double().numpy() @ case.table.double().numpy().T
 
 
 @pytest.mark.parametrize("quantizer", ["pq", "rq"])
@@ -356,6 +434,247 @@ def test_the_inclusion_probability_keeps_its_digits_from_rare_to_certain() -> No
     probability = torch.tensor([1e-30, 1e-12, 1e-3, 0.5, 1.0])
     expected = [math.log(-math.expm1(100 * math.log1p(-float(q)))) if q < 1 else 0.0 for q in probability]
     np.testing.assert_allclose(log_inclusion(probability, 100).numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "shape", ["ordinary", "one label", "more codewords than labels", "many empty cells", "odd size"]
+)
+@pytest.mark.parametrize("quantizer", ["pq", "rq"])
+class TestExactDecomposition:
+    """Three multinomials that multiply out to the softmax, whatever the codebook."""
+
+    def decompose(self, quantizer: str, shape: str) -> tuple[Case, Codebook, ExactDecomposition]:
+        case = make_case(f"midx-{quantizer}-uniform", shape, dtype=torch.float64)
+        assert isinstance(case.sampler, MidxSampler) and case.sampler.codebook is not None
+        codebook = case.sampler.codebook
+        return case, codebook, exact_decomposition(codebook, case.query, case.table, case.bias)
+
+    def test_multiplied_out_it_is_the_softmax(self, quantizer: str, shape: str) -> None:
+        case, codebook, parts = self.decompose(quantizer, shape)
+        codes1, codes2 = codebook.codes1.long(), codebook.codes2.long()
+        product = parts.log_first[:, codes1] + parts.log_second[:, codes1, codes2] + parts.log_label
+        softmax = log_softmax(exact_logits(case) + case.bias.numpy(), axis=1)
+        np.testing.assert_allclose(product.numpy(), softmax, atol=1e-10)
+
+    def test_each_stage_is_a_law(self, quantizer: str, shape: str) -> None:
+        _, codebook, parts = self.decompose(quantizer, shape)
+        cells, num_codewords = codebook.cells(), codebook.num_codewords
+        occupied = torch.bincount(cells, minlength=num_codewords**2).view(num_codewords, -1) > 0
+        np.testing.assert_allclose(parts.log_first.exp().sum(1).numpy(), 1.0)
+        used = occupied.any(1)
+        np.testing.assert_allclose(parts.log_second[:, used].exp().sum(2).numpy(), 1.0)
+        assert torch.isneginf(parts.log_first[:, ~used]).all() and torch.isneginf(parts.log_second[:, ~occupied]).all()
+        for cell in cells.unique():
+            np.testing.assert_allclose(parts.log_label[:, cells == cell].exp().sum(1).numpy(), 1.0)
+        assert shape != "many empty cells" or not used.all() or not occupied.all()
+
+
+class TestLive:
+    """Proposals evaluated for every label read the table as it is."""
+
+    @pytest.mark.parametrize("name", LIVE)
+    def test_the_law_follows_the_table_without_a_refresh(self, name: str) -> None:
+        case = make_case(name)
+        case.table.mul_(-0.5).add_(0.3)
+        case.bias.sub_(1.0)
+        log_q = case.sampler.log_proposal(case.query, torch.arange(case.num_labels))
+        np.testing.assert_allclose(log_q.numpy(), reference_law(name, case), atol=2e-5)
+
+    @pytest.mark.parametrize("name", LIVE)
+    def test_the_law_does_not_depend_on_how_the_batch_is_cut(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        case, labels = make_case(name, "odd size"), torch.arange(31)
+        whole = case.sampler.log_proposal(case.query, labels)
+        for rows in (1, 2):
+            monkeypatch.setattr("xmc_midx.samplers.dense._CHUNK_ELEMENTS", rows * 31)
+            torch.testing.assert_close(case.sampler.log_proposal(case.query, labels), whole)
+            sample = case.sampler.sample(case.query, 19, torch.Generator().manual_seed(0))
+            own = case.sampler.log_proposal(case.query, sample.label_ids)
+            torch.testing.assert_close(own, whole.gather(1, sample.label_ids))
+            torch.testing.assert_close(sample.log_weight, own + math.log(19))
+            pool = case.sampler.sample_pool(case.query, 19, torch.Generator().manual_seed(0))
+            probability = whole.exp().mean(0)[pool.label_ids]
+            torch.testing.assert_close(pool.log_weight, log_inclusion(probability, 19))
+
+    def test_the_quadratic_kernel_weighs_a_square_by_alpha(self) -> None:
+        case = make_case("quadratic-kernel")
+        sampler = QuadraticKernelSampler(alpha=3.0)
+        sampler.refresh(case.table, case.bias)
+        weights = 3.0 * (case.query @ case.table.T + case.bias).square() + 1.0
+        expected = torch.log(weights / weights.sum(1, keepdim=True))
+        torch.testing.assert_close(sampler.log_proposal(case.query, torch.arange(case.num_labels)), expected)
+
+
+class TestRandomFeatures:
+    """Positive features: an estimate of the softmax at a bearable temperature, and an exact mixture."""
+
+    def test_many_features_approach_the_softmax_at_its_temperature(self) -> None:
+        case = make_case("rff", seed=3)
+        sampler = RandomFeatureSampler(num_features=100_000)
+        sampler.refresh(case.table, case.bias)
+        length = case.table.square().sum(1).mean().sqrt()
+        beta = (2.0 / (case.query.norm(dim=1, keepdim=True) * length)).clamp(max=1.0)
+        expected = torch.log_softmax(beta * (case.query @ case.table.T) + case.bias, 1)
+        log_q = sampler.log_proposal(case.query, torch.arange(case.num_labels))
+        assert (beta < 1).all()
+        # In total variation: the features of the few longest rows, which are improbable, vary most.
+        assert (log_q.exp() - expected.exp()).abs().sum(1).max() / 2 < 0.02
+
+    def test_a_short_query_is_not_sharpened(self) -> None:
+        case = make_case("rff", seed=3)
+        sampler = RandomFeatureSampler(num_features=100_000)
+        sampler.refresh(case.table, case.bias)
+        query_BD = 0.05 * case.query
+        log_q = sampler.log_proposal(query_BD, torch.arange(case.num_labels))
+        assert (log_q - torch.log_softmax(query_BD @ case.table.T + case.bias, 1)).abs().max() < 0.05
+
+    def test_a_label_far_below_the_others_stays_reachable_at_its_stated_chance(self) -> None:
+        case = make_case("rff")
+        case.bias[::2] = -200.0
+        case.sampler.refresh(case.table, case.bias)
+        log_q = case.sampler.log_proposal(case.query, torch.arange(case.num_labels))
+        assert torch.isfinite(log_q).all() and -45 < log_q.min() < -25
+        np.testing.assert_allclose(log_q.numpy(), reference_law("rff", case), atol=2e-5)
+
+    def test_a_refresh_draws_one_matrix_and_the_next_another(self) -> None:
+        case = make_case("rff")
+        first = case.sampler.state_dict()["omega"].clone()
+        case.sampler.sample_pool(case.query, 10, torch.Generator())
+        assert torch.equal(case.sampler.state_dict()["omega"], first)
+        case.sampler.refresh(case.table, case.bias)
+        second = case.sampler.state_dict()
+        assert not torch.equal(second["omega"], first)
+        # A restored sampler goes on with the matrix that would have come next.
+        other = RandomFeatureSampler()
+        other.load_state_dict(second, case.bias)
+        for sampler in (case.sampler, other):
+            sampler.refresh(case.table, case.bias)
+        assert torch.equal(other.state_dict()["omega"], case.sampler.state_dict()["omega"])
+
+    def test_the_law_does_not_depend_on_how_the_batch_is_cut(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        case, labels = make_case("rff", "odd size"), torch.arange(31)
+        whole = case.sampler.log_proposal(case.query, labels)
+        monkeypatch.setattr("xmc_midx.samplers.kernel._CHUNK_ELEMENTS", 64)
+        torch.testing.assert_close(case.sampler.log_proposal(case.query, labels), whole)
+        sample = case.sampler.sample(case.query, 5000, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(sample.log_weight, whole.gather(1, sample.label_ids) + math.log(5000))
+        for row, log_q in zip(sample.label_ids.numpy(), whole, strict=True):
+            expected = 5000 * log_q.double().exp().numpy()
+            assert stats.chi2.sf(*pooled_chi_square(np.bincount(row, minlength=31), expected)) > 1e-3 / 5
+
+
+class TestLsh:
+    """SimHash of inner products."""
+
+    def test_a_label_collides_with_a_query_by_the_angle_that_its_logit_gives(self) -> None:
+        case = make_case("lsh", seed=1)
+        table_LD = case.table * 3 * torch.rand(53, 1, generator=torch.Generator().manual_seed(0))
+        sampler = LshSampler(num_tables=20_000, num_bits=1)
+        sampler.refresh(table_LD, case.bias)
+        state = sampler.state_dict()
+        query_bits = torch.nn.functional.pad(case.query, (0, 1), value=1.0) @ state["projections"][:-1] > 0
+        collisions = (query_bits[:, :, None] == state["codes"].bool()).double().mean(1)
+        query_BD, rows_LD, bias_L = case.query.double(), table_LD.double(), case.bias.double()
+        longest = (rows_LD.square().sum(1) + bias_L.square()).max().sqrt()
+        cosines = (query_BD @ rows_LD.T + bias_L) / (query_BD.square().sum(1, keepdim=True) + 1).sqrt() / longest
+        expected = 1 - torch.acos(cosines) / math.pi
+        assert ((collisions - expected).abs() < 4.5 * (expected * (1 - expected) / 20_000).sqrt()).all()
+        # The order of the angles is the order of the logits.
+        logits = case.query @ table_LD.T + case.bias
+        assert torch.equal(expected.argsort(1), logits.argsort(1))
+
+    def test_every_label_keeps_its_uniform_share(self) -> None:
+        case = make_case("lsh", "odd size")
+        log_q = case.sampler.log_proposal(case.query, torch.arange(31))
+        np.testing.assert_allclose(log_q.min().item(), math.log(0.1 / 31), atol=1e-6)
+
+    def test_queries_whose_buckets_are_all_empty_draw_from_all_labels(self) -> None:
+        case = make_case("lsh", "two labels, one codeword")
+        sampler = LshSampler(num_tables=3, num_bits=20)
+        sampler.refresh(case.table, case.bias)
+        log_q = sampler.log_proposal(case.query, torch.arange(2))
+        np.testing.assert_allclose(log_q.numpy(), math.log(0.5), atol=1e-6)
+        draws = sampler.sample(case.query, 4000, torch.Generator().manual_seed(0)).label_ids
+        assert (draws.double().mean(1) - 0.5).abs().max() < 4 * 0.5 / math.sqrt(4000)
+
+    def test_bits_come_from_the_number_of_labels(self) -> None:
+        for num_labels, bits in ((1, 1), (300, 2), (41_218, 3)):
+            sampler = LshSampler(num_tables=2)
+            sampler.refresh(
+                torch.randn(num_labels, 2, generator=torch.Generator().manual_seed(0)), torch.zeros(num_labels)
+            )
+            assert sampler.state_dict()["projections"].shape == (4, 2 * bits)
+
+    def test_the_tables_do_not_depend_on_how_the_rows_are_cut(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        whole = make_case("lsh").sampler.state_dict()
+        monkeypatch.setattr("xmc_midx.samplers.lsh._ROWS_AT_ONCE", 7)
+        cut = make_case("lsh").sampler.state_dict()
+        assert all(torch.equal(cut[name], whole[name]) for name in whole)
+
+    def test_a_refresh_draws_other_projections(self) -> None:
+        case = make_case("lsh")
+        before = case.sampler.state_dict()["projections"]
+        case.sampler.refresh(case.table, case.bias)
+        assert not torch.equal(case.sampler.state_dict()["projections"], before)
+
+
+class TestHardNegatives:
+    """The best of random candidates: no weight, no density."""
+
+    def make(self, candidates_per_draw: int) -> tuple[HardNegativeSampler, Case]:
+        case = make_case("uniform")
+        sampler = HardNegativeSampler(candidates_per_draw=candidates_per_draw)
+        sampler.refresh(case.table, case.bias)
+        return sampler, case
+
+    def test_of_all_labels_the_hardest_are_kept(self) -> None:
+        sampler, case = self.make(400)
+        logits = case.query @ case.table.T + case.bias
+        generator = torch.Generator().manual_seed(0)
+        own = sampler.sample(case.query, 5, generator)
+        assert torch.equal(own.label_ids, torch.topk(logits, 5).indices)
+        pool = sampler.sample_pool(case.query, 5, generator)
+        assert torch.equal(pool.label_ids, torch.topk(logits.amax(0), 5).indices.sort().values)
+        assert not own.log_weight.any() and own.log_weight.shape == own.label_ids.shape
+        assert not pool.log_weight.any() and pool.log_weight.shape == pool.label_ids.shape
+
+    def test_the_table_is_read_as_it_is(self) -> None:
+        sampler, case = self.make(400)
+        case.table.neg_()
+        case.bias.neg_()
+        own = sampler.sample(case.query, 5, torch.Generator().manual_seed(0))
+        assert torch.equal(own.label_ids, torch.topk(case.query @ case.table.T + case.bias, 5).indices)
+
+    def test_with_one_candidate_a_draw_it_is_uniform(self) -> None:
+        sampler, case = self.make(1)
+        generator = torch.Generator().manual_seed(0)
+        pools = [sampler.sample_pool(case.query, 20, generator).label_ids for _ in range(500)]
+        counts = torch.bincount(torch.cat(pools), minlength=case.num_labels).double()
+        chance = 1 - (1 - 1 / case.num_labels) ** 20
+        assert ((counts - 500 * chance).abs() < 4.5 * math.sqrt(500 * chance * (1 - chance))).all()
+
+    def test_labels_are_distinct_and_fewer_where_there_are_fewer(self) -> None:
+        sampler, case = self.make(4)
+        own = sampler.sample(case.query, 50, torch.Generator().manual_seed(0)).label_ids
+        assert own.shape == (3, 50) and all(len(set(row)) == 50 for row in own.tolist())
+        assert sampler.sample(case.query, 60, torch.Generator().manual_seed(0)).label_ids.shape[1] <= case.num_labels
+        assert (sampler.sample_pool(case.query, 60, torch.Generator().manual_seed(0)).label_ids.diff() > 0).all()
+
+    def test_a_density_is_refused(self) -> None:
+        sampler, case = self.make(4)
+        with pytest.raises(NotImplementedError, match="no density"):
+            sampler.log_proposal(case.query, torch.arange(5))
+
+
+def test_a_draw_never_takes_an_index_without_mass_and_reaches_beyond_2_to_the_24() -> None:
+    generator = torch.Generator().manual_seed(0)
+    law = torch.tensor([[0.0, 2.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0, 3.0]], dtype=torch.float64)
+    found = draw(torch.cumsum(law, 1), 3000, generator)
+    assert set(found[0].tolist()) == {1, 3} and set(found[1].tolist()) == {4}
+    assert abs((found[0] == 1).double().mean() - 2 / 3) < 4 * math.sqrt(2 / 9 / 3000)
+    many = torch.ones((1 << 24) + 1000, dtype=torch.float64)
+    many[: 1 << 24] = 0.0
+    found = draw(torch.cumsum(many, 0), 3000, generator) - (1 << 24)
+    assert found.min() >= 0 and found.max() < 1000 and found.unique().shape[0] > 900
 
 
 class TestInBatch:

@@ -13,6 +13,9 @@ import torch
 from torch import nn
 
 from xmc_midx import softmax as softmax_module
+from xmc_midx.samplers.dense import SoftmaxSampler
+from xmc_midx.samplers.kernel import QuadraticKernelSampler, RandomFeatureSampler
+from xmc_midx.samplers.lsh import LshSampler
 from xmc_midx.samplers.midx import MidxSampler
 from xmc_midx.samplers.static import FrequencySampler, InBatchSampler, UniformSampler
 from xmc_midx.softmax import LabelSoftmax, MIDXSoftmax
@@ -280,16 +283,20 @@ def test_a_second_batch_adds_its_gradient_to_the_first() -> None:
 
 # ------------------------------------------------------------------- unbiasedness
 
-SAMPLERS: dict[str, Callable[[], Sampler]] = {
+SAMPLERS: dict[str, Callable[[int], Sampler]] = {
     **{
-        f"midx-{quantizer}-{prior}": lambda quantizer=quantizer, prior=prior: MidxSampler(  # type: ignore[misc]
-            quantizer=quantizer, num_codewords=3, prior=prior, label_frequencies=torch.arange(L)
+        f"midx-{quantizer}-{prior}": lambda num_labels, quantizer=quantizer, prior=prior: MidxSampler(  # type: ignore[misc]
+            quantizer=quantizer, num_codewords=3, prior=prior, label_frequencies=torch.arange(num_labels)
         )
         for quantizer in ("pq", "rq")
         for prior in ("uniform", "frequency", "bias")
     },
-    "uniform": lambda: UniformSampler(L),
-    "frequency": lambda: FrequencySampler(torch.arange(L)),
+    "uniform": UniformSampler,
+    "frequency": lambda num_labels: FrequencySampler(torch.arange(num_labels)),
+    "softmax": lambda _: SoftmaxSampler(),
+    "quadratic-kernel": lambda _: QuadraticKernelSampler(),
+    "rff": lambda _: RandomFeatureSampler(num_features=20),
+    "lsh": lambda _: LshSampler(num_tables=4, num_bits=2),
 }
 
 
@@ -302,7 +309,7 @@ def assert_unbiased(estimates: torch.Tensor, truth: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_pools_estimate_of_the_partition_function_is_unbiased(name: str) -> None:
-    softmax = make_softmax(SAMPLERS[name](), num_draws=6)
+    softmax = make_softmax(SAMPLERS[name](L), num_draws=6)
     query_BD = make_queries(len(RAGGED), scale=0.4).detach()
     ids, offsets = offsets_of(RAGGED)
     logits_BL = (query_BD @ softmax.weight.T + softmax.bias).detach().double()
@@ -320,7 +327,7 @@ def test_the_pools_estimate_of_the_partition_function_is_unbiased(name: str) -> 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_loss_estimates_the_partition_function_without_bias(name: str, estimator: str) -> None:
     # One instance with positives: decoupled, exp(loss of p) - 1 is exp(S - o_p). The other queries only draw.
-    softmax = make_softmax(SAMPLERS[name](), num_draws=6, estimator=estimator)
+    softmax = make_softmax(SAMPLERS[name](L), num_draws=6, estimator=estimator)
     query_BD = make_queries(3, scale=0.4).detach()
     positives = offsets_of([[], [4], []])
     logits_L = (query_BD[1] @ softmax.weight.T + softmax.bias).detach().double()
@@ -331,9 +338,10 @@ def test_the_loss_estimates_the_partition_function_without_bias(name: str, estim
 
 
 @pytest.mark.parametrize("estimator", ["pool", "instance"])
-def test_the_gradient_of_the_estimated_partition_function_is_unbiased(estimator: str) -> None:
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_gradient_of_the_estimated_partition_function_is_unbiased(name: str, estimator: str) -> None:
     # d exp(S - o_p) = exp(loss) d loss.
-    softmax = make_softmax(SAMPLERS["midx-pq-frequency"](), num_draws=8, estimator=estimator)
+    softmax = make_softmax(SAMPLERS[name](L), num_draws=8, estimator=estimator)
     query_BD = make_queries(3, scale=0.7)
     positives = offsets_of([[], [4], []])
     reference = query_BD.detach()[1].double().requires_grad_()
@@ -348,6 +356,28 @@ def test_the_gradient_of_the_estimated_partition_function_is_unbiased(estimator:
     error = estimates.std(0) / math.sqrt(500)
     assert ((estimates.mean(0) - reference.grad).abs() < 4 * error).all()
     assert (error < 0.15 * reference.grad.norm()).all()
+
+
+@pytest.mark.parametrize("estimator", ["pool", "instance"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_with_enough_draws_the_mean_gradient_is_the_full_softmaxs(name: str, estimator: str) -> None:
+    """The loss is the log of an unbiased estimate, its gradient a ratio of two: biased by O(1 / draws), which these
+    draws put well below the error of the mean."""
+    num_labels, repetitions = 2000, 64
+    softmax = make_softmax(SAMPLERS[name](num_labels), num_labels, num_draws=1999, estimator=estimator)
+    full = make_softmax(None, num_labels)
+    query_BD, positives = make_queries(4, scale=0.4), offsets_of([[7], [], [3, 250], [7, 9]])
+    # A label's own row is touched by few draws; sums over the labels, with these signs, are near to normal.
+    signs = torch.randn(3, num_labels, generator=torch.Generator().manual_seed(3))
+
+    def gradients(module: LabelSoftmax) -> torch.Tensor:
+        query, rows, bias = torch.autograd.grad(module(query_BD, positives), (query_BD, module.weight, module.bias))
+        return torch.cat([query.flatten(), (signs @ rows).flatten(), signs @ bias]).double()
+
+    estimates, truth = torch.stack([gradients(softmax) for _ in range(repetitions)]), gradients(full)
+    error = estimates.std(0) / math.sqrt(repetitions)
+    assert ((estimates.mean(0) - truth).abs() < 4 * error + 1e-7).all()
+    assert error.norm() < 0.02 * truth.norm()
 
 
 # ------------------------------------------------------------------------- edges

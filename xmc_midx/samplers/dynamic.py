@@ -36,8 +36,8 @@ class HardNegativeSampler:
 
     @torch.no_grad()
     def sample_pool(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
-        """The `num_draws` distinct candidates that have the highest logit with any query of the batch."""
-        candidates = torch.unique(self._candidates(num_draws, generator))
+        """The `num_draws` candidates that have the highest logit with any query of the batch."""
+        candidates = self._candidates(num_draws, generator)
         hardest = self._logits(query_BD, candidates).amax(0)
         kept = torch.topk(hardest, min(num_draws, candidates.shape[0])).indices
         label_ids = torch.sort(candidates[kept]).values
@@ -45,9 +45,10 @@ class HardNegativeSampler:
 
     @torch.no_grad()
     def sample(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
-        """Of candidates that the batch shares, the `num_draws` with the highest logits of each instance."""
+        """Of candidates that the batch shares, the `num_draws` with the highest logits of each instance; all of them,
+        where fewer are distinct."""
         candidates = self._candidates(num_draws, generator)
-        kept = torch.topk(self._logits(query_BD, candidates), num_draws)
+        kept = torch.topk(self._logits(query_BD, candidates), min(num_draws, candidates.shape[0]))
         return LabelSample(label_ids=candidates[kept.indices], log_weight=torch.zeros_like(kept.values))
 
     def log_proposal(self, query_BD: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
@@ -61,10 +62,13 @@ class HardNegativeSampler:
         """Nothing: `refresh` with the restored table restores the sampler."""
 
     def _candidates(self, num_draws: int, generator: torch.Generator) -> torch.Tensor:
+        """Distinct rising labels: a label that is drawn twice would count twice, without a weight to correct it."""
         assert self._table is not None, "refresh before use"
         bias_L = self._table[1]
         count = num_draws * self.candidates_per_draw
-        return torch.randint(bias_L.shape[0], (count,), generator=generator, device=bias_L.device)
+        label_ids = torch.randint(bias_L.shape[0], (count,), generator=generator, device=bias_L.device)
+        distinct: torch.Tensor = torch.unique(label_ids)
+        return distinct
 
     def _logits(self, query_BD: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
         assert self._table is not None

@@ -11,9 +11,12 @@ drawn from and the law that `log_proposal` states, so nothing underflows and not
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from xmc_midx.codebook import Codebook, fit_codebook
+from xmc_midx.samplers.draws import draw
 from xmc_midx.samplers.inclusion import log_inclusion
 from xmc_midx.types import LabelSample
 
@@ -99,8 +102,9 @@ class MidxSampler:
         self._cell_ends = ends
         self._mass_before_cell = mass_before
         self._cumulative_mass = cumulative_L
-        self._log_prior_of_label = log_prior_L.float()
-        self._cell_mass_CC = mass_before.diff().float().view(codebook.num_codewords, codebook.num_codewords)
+        dtype = codebook.codewords1.dtype
+        self._log_prior_of_label = log_prior_L.to(dtype)
+        self._cell_mass_CC = mass_before.diff().to(dtype).view(codebook.num_codewords, codebook.num_codewords)
 
     def _log_prior(self, num_labels: int, bias_L: torch.Tensor) -> torch.Tensor:
         if self.prior == "uniform":
@@ -121,7 +125,7 @@ class MidxSampler:
         """
         ratio_CC = self._mean_ratio(query_BD)
         cell_mass = (ratio_CC * self._cell_mass_CC).flatten().double()
-        cells = _draw(torch.cumsum(cell_mass, 0), num_draws, generator)
+        cells = draw(torch.cumsum(cell_mass, 0), num_draws, generator)
         label_ids = torch.unique(self._draw_in_cells(cells, generator))
         probability = self._log_prior_of_label[label_ids].exp() * ratio_CC.flatten()[self._cell_of_label[label_ids]]
         return LabelSample(label_ids=label_ids, log_weight=log_inclusion(probability, num_draws))
@@ -135,12 +139,12 @@ class MidxSampler:
         for begin in range(0, query_BD.shape[0], chunk):
             factor1_BC, factor2_BC = self._factors(query_BD[begin : begin + chunk])
             psi_BC = factor2_BC @ self._cell_mass_CC.T
-            first_BM = _draw(torch.cumsum((factor1_BC * psi_BC).double(), 1), num_draws, generator)
+            first_BM = draw(torch.cumsum((factor1_BC * psi_BC).double(), 1), num_draws, generator)
             second_BMC = self._cell_mass_CC[first_BM] * factor2_BC[:, None, :]
-            second_BM = _draw(torch.cumsum(second_BMC.double(), 2), 1, generator)[..., 0]
+            second_BM = draw(torch.cumsum(second_BMC.double(), 2), 1, generator)[..., 0]
             parts.append(self._draw_in_cells(first_BM * codewords + second_BM, generator))
         label_ids = torch.cat(parts)
-        log_weight = self.log_proposal(query_BD, label_ids) + torch.log(torch.tensor(float(num_draws)))
+        log_weight = self.log_proposal(query_BD, label_ids) + math.log(num_draws)
         return LabelSample(label_ids=label_ids, log_weight=log_weight)
 
     @torch.no_grad()
@@ -161,7 +165,7 @@ class MidxSampler:
 
     def _log_factors(self, query_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.codebook is not None, "refresh before use"
-        scores1_BC, scores2_BC = self.codebook.scores(query_BD.float())
+        scores1_BC, scores2_BC = self.codebook.scores(query_BD.to(self.codebook.codewords1.dtype))
         return tuple(  # type: ignore[return-value]
             (scores - scores.amax(1, keepdim=True)).clamp_(min=-_SCORE_RANGE) for scores in (scores1_BC, scores2_BC)
         )
@@ -197,20 +201,3 @@ class MidxSampler:
         """Restore `state_dict()`; `bias_L` is the bias at the time of the refresh (read by the bias prior alone)."""
         if state:
             self.set_codebook(Codebook(quantizer=self.quantizer, **state), bias_L)
-
-
-def _draw(cumulative: torch.Tensor, num_draws: int, generator: torch.Generator) -> torch.Tensor:
-    """`num_draws` indices from each unnormalised cumulative law (..., C) float64 -> (..., num_draws) int64.
-
-    Never an index of zero mass: the search is for the first cumulative value above the uniform draw.
-    """
-    uniform = torch.rand(
-        (*cumulative.shape[:-1], num_draws),
-        dtype=torch.float64,
-        generator=generator,
-        device=cumulative.device,
-    )
-    position = torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True)
-    last = torch.searchsorted(cumulative, cumulative[..., -1:].contiguous())
-    # The clamp matters for a law of NaN alone: the loss will be NaN and say so, where an index error would not.
-    return torch.minimum(position, last).clamp_(max=cumulative.shape[-1] - 1)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-from xmc_midx.config import Config
+from xmc_midx.config import Config, SamplerConfig
 from xmc_midx.device import find_precision
 from xmc_midx.encoder import SparseEncoder
 from xmc_midx.errors import UsageError
@@ -15,11 +16,12 @@ from xmc_midx.samplers.dense import SoftmaxSampler
 from xmc_midx.samplers.dynamic import HardNegativeSampler
 from xmc_midx.samplers.kernel import QuadraticKernelSampler, RandomFeatureSampler
 from xmc_midx.samplers.lsh import LshSampler
+from xmc_midx.samplers.midx import MidxSampler
 from xmc_midx.samplers.static import FrequencySampler, InBatchSampler, UniformSampler
 from xmc_midx.softmax import LabelSoftmax, MIDXSoftmax
 from xmc_midx.types import Sampler
 
-__all__ = ["build_encoder", "build_softmax"]
+__all__ = ["build_encoder", "build_sampler", "build_softmax"]
 
 
 def build_encoder(config: Config, num_features: int) -> SparseEncoder:
@@ -46,8 +48,9 @@ def build_softmax(config: Config, frequencies: np.ndarray, num_instances: int, d
     num_instances : N, of those that train the model.
     device : of training.
     """
-    model, options, seed = config.model, config.sampler, config.training.seed
+    model, options = config.model, config.sampler
     assert isinstance(model.dim, int) and isinstance(options.num_draws, int), "the configuration is resolved"
+    frequency_L = torch.from_numpy(frequencies).to(device)
     common: dict[str, Any] = {
         "estimator": options.estimator,
         "num_draws": options.num_draws,
@@ -56,40 +59,54 @@ def build_softmax(config: Config, frequencies: np.ndarray, num_instances: int, d
         "decoupled": config.loss.decoupled,
         "sparse": True,
         "precision": find_precision(config.training.precision, device),
-        "seed": seed,
+        "seed": config.training.seed,
     }
-    counts_L = torch.from_numpy(frequencies).to(device)
     num_labels = frequencies.shape[0]
     if options.name.startswith("midx-"):
-        assert isinstance(options.num_codewords, int), "the configuration is resolved"
-        softmax: LabelSoftmax = MIDXSoftmax(
-            num_labels,
-            model.dim,
-            num_codewords=options.num_codewords,
-            quantizer=options.name.removeprefix("midx-"),
-            prior=options.prior,
-            label_frequencies=counts_L,
-            frequency_power=options.frequency_power,
-            **common,
-        )
-        return softmax.to(device)
-    sampler: Sampler | None = None
-    if options.name == "uniform":
-        sampler = UniformSampler(num_labels)
-    elif options.name == "frequency":
-        sampler = FrequencySampler(counts_L, power=options.frequency_power)
-    elif options.name == "in-batch":
-        if options.estimator != "pool":
-            raise UsageError("sampler in-batch shares its negatives: it needs sampler.estimator=pool.")
-        sampler = InBatchSampler(counts_L, num_instances=num_instances)
-    elif options.name == "quadratic-kernel":
-        sampler = QuadraticKernelSampler()
-    elif options.name == "rff":
-        sampler = RandomFeatureSampler(seed=seed)
-    elif options.name == "lsh":
-        sampler = LshSampler(seed=seed)
-    elif options.name == "hard-negatives":
-        sampler = HardNegativeSampler()
-    elif options.name == "softmax":
-        sampler = SoftmaxSampler()
-    return LabelSoftmax(num_labels, model.dim, sampler=sampler, **common).to(device)
+        return MIDXSoftmax(num_labels, model.dim, **_midx_options(options, frequency_L), **common).to(device)
+    return LabelSoftmax(num_labels, model.dim, sampler=build_sampler(config, frequency_L, num_instances), **common).to(
+        device
+    )
+
+
+def build_sampler(config: Config, frequency_L: torch.Tensor, num_instances: int) -> Sampler | None:
+    """The sampler that a resolved configuration names, not yet fitted to a table; None for the full softmax.
+
+    Parameters
+    ----------
+    frequency_L : (L,) instances of each label, on the device of training.
+    num_instances : N.
+
+    Raises
+    ------
+    UsageError : the sampler does not go with the estimator.
+    """
+    options, seed, num_labels = config.sampler, config.training.seed, frequency_L.shape[0]
+    if options.name.startswith("midx-"):
+        return MidxSampler(**_midx_options(options, frequency_L), seed=seed)
+    if options.name == "in-batch" and options.estimator != "pool":
+        raise UsageError("sampler in-batch shares its negatives: it needs sampler.estimator=pool.")
+    samplers: dict[str, Callable[[], Sampler | None]] = {
+        "uniform": lambda: UniformSampler(num_labels),
+        "frequency": lambda: FrequencySampler(frequency_L, power=options.frequency_power),
+        "in-batch": lambda: InBatchSampler(frequency_L, num_instances=num_instances),
+        "quadratic-kernel": QuadraticKernelSampler,
+        "rff": lambda: RandomFeatureSampler(seed=seed),
+        "lsh": lambda: LshSampler(seed=seed),
+        "hard-negatives": HardNegativeSampler,
+        "softmax": SoftmaxSampler,
+        "full": lambda: None,
+    }
+    return samplers[options.name]()
+
+
+def _midx_options(options: SamplerConfig, frequency_L: torch.Tensor) -> dict[str, Any]:
+    """What `MIDXSoftmax` and `MidxSampler` take alike."""
+    assert isinstance(options.num_codewords, int), "the configuration is resolved"
+    return {
+        "quantizer": options.name.removeprefix("midx-"),
+        "num_codewords": options.num_codewords,
+        "prior": options.prior,
+        "label_frequencies": frequency_L,
+        "frequency_power": options.frequency_power,
+    }

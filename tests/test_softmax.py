@@ -1,19 +1,26 @@
-"""The label softmax: loss and gradients against autograd in float64, unbiased estimates, edges, training."""
+"""The label softmax: loss and gradients against autograd in float64, unbiased estimates, edges, training; and what
+PyTorch expects of a module: state, dtypes, autocast, compile, optimisers, devices."""
 
 from __future__ import annotations
 
 import copy
 import math
+import re
+import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 from xmc_midx import softmax as softmax_module
+from xmc_midx.optim import RowAdam
 from xmc_midx.samplers.dense import SoftmaxSampler
+from xmc_midx.samplers.dynamic import HardNegativeSampler
 from xmc_midx.samplers.kernel import QuadraticKernelSampler, RandomFeatureSampler
 from xmc_midx.samplers.lsh import LshSampler
 from xmc_midx.samplers.midx import MidxSampler
@@ -111,14 +118,20 @@ def dense(gradient: torch.Tensor | None) -> torch.Tensor:
 
 
 def assert_same_loss_and_gradients(
-    softmax: LabelSoftmax, query_BD: torch.Tensor, positives: Any, reference: Reference, expected: torch.Tensor
+    softmax: LabelSoftmax,
+    query_BD: torch.Tensor,
+    positives: Any,
+    reference: Reference,
+    expected: torch.Tensor,
+    *,
+    tolerance: float = 3e-6,
 ) -> None:
     # A factor, so that the incoming gradient is not 1.
     loss = softmax(query_BD, positives)
-    assert loss.shape == () and loss.dtype == torch.float32
+    assert loss.shape == () and loss.dtype == softmax.weight.dtype
     (3.0 * loss).backward()
     (3.0 * expected).backward()
-    np.testing.assert_allclose(loss.item(), expected.item(), rtol=2e-6)
+    np.testing.assert_allclose(loss.item(), expected.item(), rtol=tolerance)
     pairs = [
         (query_BD.grad, reference.query.grad),
         (dense(softmax.weight.grad), reference.weight.grad),
@@ -126,7 +139,7 @@ def assert_same_loss_and_gradients(
     ]
     for found, wanted in pairs:
         assert found is not None and wanted is not None
-        np.testing.assert_allclose(found.numpy(), wanted.numpy(), atol=3e-6)
+        np.testing.assert_allclose(found.numpy(), wanted.numpy(), atol=tolerance)
     assert softmax.weight.grad is not None and softmax.weight.grad.is_sparse == softmax.sparse
 
 
@@ -255,10 +268,36 @@ def test_leading_dimensions_are_rows(estimator: str) -> None:
     queries = make_queries(6)
     target = torch.tensor([3, 3, 0, 16, 8, 1])
     flat = make()(queries, target)
-    assert torch.equal(make()(queries.view(2, 3, D), target.view(2, 3)), flat)
-    assert torch.equal(make()(queries.view(2, 3, D), (target, torch.arange(7))), flat)
-    # One target a query is a pair with one label a row.
-    assert make()(queries[0], target[:1]).shape == ()
+    for shape in ((2, 3), (1, 6, 1), (3, 1, 2)):
+        shaped = queries.view(*shape, D)
+        assert torch.equal(make()(shaped, target.view(shape)), flat)
+        # One target a query is a pair with one label a row.
+        assert torch.equal(make()(shaped, (target, torch.arange(7))), flat)
+    ids, offsets = offsets_of(RAGGED[:6])
+    assert torch.equal(make()(queries.view(2, 3, D), (ids, offsets)), make()(queries, (ids, offsets)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+@pytest.mark.parametrize("name", ["full", "uniform", "in-batch"])
+def test_label_ids_may_be_any_integers(dtype: torch.dtype, name: str) -> None:
+    def loss(positives: Any) -> torch.Tensor:
+        found: torch.Tensor = make_softmax(STATEFUL[name](L), num_draws=8, seed=5)(make_queries(), positives)
+        return found
+
+    ids, offsets = offsets_of(RAGGED)
+    assert torch.equal(loss((ids.to(dtype), offsets.to(dtype))), loss((ids, offsets)))
+    assert torch.equal(loss(ids[:7].to(dtype)), loss(ids[:7]))
+
+
+@pytest.mark.parametrize("estimator", ["pool", "instance"])
+def test_a_single_query_is_a_batch_of_one(estimator: str) -> None:
+    def make() -> LabelSoftmax:
+        return make_softmax(UniformSampler(L), num_draws=8, estimator=estimator, seed=5)
+
+    query = make_queries(1)
+    expected = make()(query, torch.tensor([4]))
+    assert torch.equal(make()(query[0], torch.tensor(4)), expected)
+    assert torch.equal(make()(query[0], (torch.tensor([4]), torch.tensor([0, 1]))), expected)
 
 
 def test_a_label_without_bias_has_none() -> None:
@@ -440,8 +479,12 @@ def test_a_batch_without_positives_has_no_loss_and_no_gradient(estimator: str, s
 @pytest.mark.parametrize("estimator", ["pool", "instance"])
 def test_no_queries_have_no_loss(estimator: str) -> None:
     softmax = make_softmax(UniformSampler(L), num_draws=4, estimator=estimator)
-    assert softmax(torch.zeros(0, D), torch.zeros(0, dtype=torch.int64)) == 0
-    assert softmax(torch.zeros(0, D), offsets_of([])) == 0
+    for shape in ((0,), (2, 0), (0, 3)):
+        queries = torch.zeros(*shape, D, requires_grad=True)
+        for positives in (torch.zeros(shape, dtype=torch.int64), offsets_of([])):
+            loss = softmax(queries, positives)
+            loss.backward()
+            assert loss == 0 and loss.shape == ()
 
 
 def test_an_instance_without_positives_gets_no_gradient() -> None:
@@ -466,6 +509,24 @@ def test_wrong_shapes_and_options_are_refused() -> None:
         LabelSoftmax(3, 2, sampler=None, estimator="both")
     with pytest.raises(ValueError, match="weighting 'max'"):
         LabelSoftmax(3, 2, sampler=None, weighting="max")
+    with pytest.raises(ValueError, match=r"precision torch.float16: expected"):
+        LabelSoftmax(3, 2, sampler=None, precision=torch.float16)
+    # As many numbers as two rows of five, but no rows of five.
+    for use in (
+        lambda q: softmax(q, torch.zeros(2, dtype=torch.int64)),
+        softmax.log_prob,
+        lambda q: softmax.topk(q, 1),
+    ):
+        with pytest.raises(ValueError, match=r"queries of shape \(5, 2\): expected \(\.\.\., 5\)"):
+            use(torch.zeros(5, 2))
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
+    query_BD = make_queries()
+    loss = make_softmax(None)(query_BD, offsets_of(RAGGED))
+    (gradient,) = torch.autograd.grad(loss, query_BD, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        gradient.sum().backward()
 
 
 # --------------------------------------------------------------------- precision
@@ -490,24 +551,216 @@ def test_bfloat16_products_stay_close_to_float32(weighting: str, decoupled: bool
         assert (coarse - fine).norm() < 0.02 * fine.norm()
 
 
-def test_half_precision_queries_get_gradients_of_their_own_type() -> None:
-    softmax = make_softmax(None)
-    query_BD = make_queries().detach().bfloat16().requires_grad_()
-    softmax(query_BD, offsets_of(RAGGED)).backward()
-    assert query_BD.grad is not None and query_BD.grad.dtype == torch.bfloat16
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("estimator", ["pool", "instance"])
+def test_queries_of_any_dtype_get_gradients_in_it(dtype: torch.dtype, estimator: str) -> None:
+    query_BD = make_queries().detach().to(dtype).requires_grad_()
+    single_BD = query_BD.detach().float().requires_grad_()
+    losses = []
+    for queries in (query_BD, single_BD):
+        softmax = make_softmax(UniformSampler(L), num_draws=8, estimator=estimator)
+        losses.append(softmax(queries, offsets_of(RAGGED)))
+        losses[-1].backward()
+    assert losses[0].dtype == torch.float32 and torch.equal(losses[0], losses[1])
+    assert query_BD.grad is not None and single_BD.grad is not None
+    assert query_BD.grad.dtype == dtype and torch.equal(query_BD.grad, single_BD.grad.to(dtype))
+
+
+class Recorder:
+    """Another sampler, and what it drew."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+        self.drawn: list[LabelSample] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sampler, name)
+
+    def sample_pool(self, *arguments: Any) -> LabelSample:
+        self.drawn.append(self.sampler.sample_pool(*arguments))
+        return self.drawn[-1]
+
+    def sample(self, *arguments: Any) -> LabelSample:
+        self.drawn.append(self.sampler.sample(*arguments))
+        return self.drawn[-1]
+
+
+def law_of(name: str, sampler: Any, query_BD: torch.Tensor) -> np.ndarray:
+    """(B, L) float64 Q(i|z), from the formula."""
+    if name == "midx":
+        codebook, half = sampler.codebook, D // 2
+        queries = query_BD.detach().numpy()
+        scores1 = queries[:, :half] @ codebook.codewords1.numpy().T
+        scores2 = queries[:, half:] @ codebook.codewords2.numpy().T
+        law = np.exp(scores1[:, codebook.codes1.numpy()] + scores2[:, codebook.codes2.numpy()])
+    else:
+        law = np.tile(np.ones(L) if name == "uniform" else np.sqrt(np.arange(L) + 1.0), (query_BD.shape[0], 1))
+    return law / law.sum(1, keepdims=True)
+
+
+@pytest.mark.usefixtures("chunks")
+@SPARSE
+@pytest.mark.parametrize("estimator", ["pool", "instance"])
+@pytest.mark.parametrize("name", ["midx", "uniform", "frequency", "full"])
+def test_a_module_in_float64_is_exact_to_float64(name: str, estimator: str, sparse: bool) -> None:
+    sampler: Sampler = {
+        "midx": lambda: MidxSampler(quantizer="pq", num_codewords=3, prior="uniform"),
+        "uniform": lambda: UniformSampler(L),
+        "frequency": lambda: FrequencySampler(torch.arange(L), power=0.5),
+        "full": lambda: UniformSampler(L),
+    }[name]()
+    num_draws = L if name == "full" else 6
+    recorder = Recorder(sampler)
+    softmax = make_softmax(recorder, num_draws=num_draws, estimator=estimator, sparse=sparse).double()
+    query_BD = make_queries().detach().double().requires_grad_()
+    start = softmax.generator.get_state()
+    softmax(query_BD, offsets_of(RAGGED))
+    softmax.generator.set_state(start)
+    if name == "full":
+        negatives = [[(label, 0.0) for label in range(L)]] * len(RAGGED)
+    else:
+        law = law_of(name, sampler, query_BD)
+        ids = recorder.drawn[0].label_ids
+        if estimator == "instance":
+            negatives = [[(label, math.log(6 * law[i, label])) for label in row] for i, row in enumerate(ids.tolist())]
+        else:
+            certain = {label for row in RAGGED for label in row}
+            chance = 1 - (1 - law.mean(0)) ** 6
+            drawn = [(label, math.log(chance[label])) for label in ids.tolist() if label not in certain]
+            negatives = [[*((label, 0.0) for label in certain), *drawn]] * len(RAGGED)
+    reference = Reference(softmax, query_BD)
+    expected = reference.loss(RAGGED, negatives, weighting="mean", decoupled=True)
+    assert_same_loss_and_gradients(softmax, query_BD, offsets_of(RAGGED), reference, expected, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("estimator", ["pool", "instance"])
+def test_a_half_precision_table_is_read_in_float32_and_gets_gradients_of_its_own_type(
+    dtype: torch.dtype, estimator: str
+) -> None:
+    half = MIDXSoftmax(
+        60, D, num_codewords=4, num_draws=8, prior="bias", estimator=estimator, precision=torch.float32
+    ).to(dtype)
+    single = copy.deepcopy(half).float()
+    query_BD = make_queries()
+    losses = [softmax(query_BD, offsets_of(RAGGED)) for softmax in (half, single)]
+    assert losses[0].dtype == torch.float32 and torch.equal(losses[0], losses[1])
+    for loss in losses:
+        loss.backward()
+    for table, reference in zip(half.parameters(), single.parameters(), strict=True):
+        assert table.grad is not None and reference.grad is not None and table.grad.dtype == dtype
+        # Two bits more than the type has: a row's gradients are added up in it.
+        torch.testing.assert_close(table.grad.float(), reference.grad, rtol=4 * torch.finfo(dtype).eps, atol=1e-4)
+    assert half.sampler.codebook.codewords1.dtype == torch.float32  # type: ignore[union-attr]
+    assert torch.equal(half.log_prob(query_BD), single.log_prob(query_BD))
+    np.testing.assert_array_equal(half.topk(query_BD, 5).scores, single.topk(query_BD, 5).scores)
+
+
+# ------------------------------------------------------------------------ autocast
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("backward", ["inside", "outside"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("estimator", ["pool", "instance"])
+@SPARSE
+def test_autocast_gives_its_bfloat16_to_the_products_of_the_pool_and_changes_nothing_else(
+    backward: str, dtype: torch.dtype, estimator: str, sparse: bool
+) -> None:
+    def make(precision: torch.dtype | None) -> tuple[MIDXSoftmax, torch.Tensor, Recorder]:
+        softmax = MIDXSoftmax(
+            60, D, num_codewords=4, num_draws=8, estimator=estimator, sparse=sparse, precision=precision
+        )
+        assert softmax.sampler is not None
+        softmax.sampler = recorder = Recorder(softmax.sampler)
+        return softmax, make_queries(), recorder
+
+    low = dtype == torch.bfloat16 and estimator == "pool"
+    expected, expected_BD, expected_drawn = make(torch.bfloat16 if low else torch.float32)
+    expected_loss = expected(expected_BD, offsets_of(RAGGED))
+    expected_loss.backward()
+    softmax, query_BD, drawn = make(None)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = softmax(query_BD, offsets_of(RAGGED))
+        if backward == "inside":
+            loss.backward()
+    if backward == "outside":
+        loss.backward()
+    assert loss.dtype == torch.float32 and torch.equal(loss, expected_loss)
+    # The codebooks were fitted inside of autocast too.
+    for name, tensor in expected_drawn.state_dict().items():
+        assert torch.equal(drawn.state_dict()[name], tensor), name
+    assert torch.equal(drawn.drawn[0].label_ids, expected_drawn.drawn[0].label_ids)
+    assert torch.equal(drawn.drawn[0].log_weight, expected_drawn.drawn[0].log_weight)
+    assert drawn.drawn[0].log_weight.dtype == torch.float32
+    for found, wanted in zip((query_BD, *softmax.parameters()), (expected_BD, *expected.parameters()), strict=True):
+        assert found.grad is not None and found.grad.dtype == torch.float32
+        if estimator == "pool" or backward == "outside":
+            assert torch.equal(dense(found.grad), dense(wanted.grad))
+        else:  # the products of torch's own backward pass are autocast
+            torch.testing.assert_close(dense(found.grad), dense(wanted.grad), rtol=0.02, atol=0.01)
+
+
+def test_an_explicit_precision_stands_under_autocast() -> None:
+    losses = []
+    for enabled in (False, True):
+        softmax = make_softmax(None, precision=torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            losses.append(softmax(make_queries(), offsets_of(RAGGED)))
+    assert torch.equal(*losses)
+
+
+def test_a_model_under_autocast_gets_gradients_in_the_dtype_of_its_parameters() -> None:
+    torch.manual_seed(0)
+    encoder, softmax = nn.Linear(4, D), MIDXSoftmax(60, D, num_codewords=4, num_draws=8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        queries = encoder(torch.ones(3, 4))
+        loss = softmax(queries, torch.tensor([1, 2, 59]))
+    loss.backward()
+    assert queries.dtype == torch.bfloat16
+    for parameter in (*encoder.parameters(), *softmax.parameters()):
+        assert parameter.grad is not None and parameter.grad.dtype == torch.float32
+        assert torch.isfinite(parameter.grad).all() and parameter.grad.any()
+
+
+def test_refresh_log_prob_and_topk_are_as_exact_under_autocast() -> None:
+    sampler = MidxSampler(quantizer="rq", num_codewords=16, prior="uniform")
+    softmax, queries = make_softmax(sampler, 500), make_queries()
+    twin = copy.deepcopy(softmax)
+    twin.refresh()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        softmax.refresh()
+        log_prob, top = softmax.log_prob(queries), softmax.topk(queries, 5)
+    for name, tensor in twin.state_dict().items():
+        assert torch.equal(softmax.state_dict()[name], tensor), name
+    assert torch.equal(log_prob, softmax.log_prob(queries))
+    np.testing.assert_array_equal(top.scores, softmax.topk(queries, 5).scores)
 
 
 # ------------------------------------------------------------- the rest of the module
 
 
-def test_log_prob_is_the_full_softmax_and_sums_to_one() -> None:
+@pytest.mark.parametrize("shape", [(), (6,), (2, 3), (0,), (2, 0, 3)])
+def test_log_prob_is_the_full_softmax_and_sums_to_one(shape: tuple[int, ...]) -> None:
     softmax = make_softmax(UniformSampler(L), num_draws=3)
-    queries = make_queries(6).detach().view(2, 3, D)
-    log_prob = softmax.log_prob(queries)
-    assert log_prob.shape == (2, 3, L) and not log_prob.requires_grad
-    np.testing.assert_allclose(log_prob.double().exp().sum(-1).numpy(), 1.0, atol=1e-5)
-    logits = queries.double() @ softmax.weight.detach().double().T + softmax.bias.detach().double()
+    queries = make_queries(math.prod(shape)).view(*shape, D)
+    log_prob = softmax.log_prob(queries).detach()
+    assert log_prob.shape == (*shape, L)
+    np.testing.assert_allclose(log_prob.double().exp().sum(-1).numpy(), np.ones(shape), atol=1e-5)
+    logits = (queries.double() @ softmax.weight.double().T + softmax.bias.double()).detach()
     np.testing.assert_allclose(log_prob.numpy(), torch.log_softmax(logits, -1).numpy(), atol=1e-5)
+
+
+def test_log_prob_differentiates_like_log_softmax() -> None:
+    softmax = make_softmax(None).double()
+    queries = make_queries().detach().double().requires_grad_()
+    reference = Reference(softmax, queries)
+    factors = torch.randn(len(RAGGED), L, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    (factors * softmax.log_prob(queries)).sum().backward()
+    (factors * torch.log_softmax(reference.query @ reference.weight.T + reference.bias, 1)).sum().backward()
+    pairs = [(queries, reference.query), (softmax.weight, reference.weight), (softmax.bias, reference.bias)]
+    for found, wanted in pairs:
+        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-10, atol=1e-12)
 
 
 def test_topk_is_the_sorted_log_prob() -> None:
@@ -517,15 +770,6 @@ def test_topk_is_the_sorted_log_prob() -> None:
     logits = (queries @ softmax.weight.T + softmax.bias).detach().numpy()
     np.testing.assert_array_equal(found.label_ids, np.argsort(-logits, axis=1, kind="stable")[:, :4])
     np.testing.assert_allclose(found.scores, -np.sort(-logits, axis=1)[:, :4], rtol=1e-5)
-
-
-def test_the_state_dict_restores_the_softmax() -> None:
-    softmax = make_softmax(UniformSampler(L), num_draws=3)
-    other = LabelSoftmax(L, D, sampler=UniformSampler(L), num_draws=3, seed=9)
-    assert set(softmax.state_dict()) == {"weight", "bias"}
-    other.load_state_dict(softmax.state_dict())
-    queries = make_queries().detach()
-    assert torch.equal(other.log_prob(queries), softmax.log_prob(queries))
 
 
 def test_the_seed_decides_table_and_draws_and_the_global_generator_is_left_alone() -> None:
@@ -538,14 +782,6 @@ def test_the_seed_decides_table_and_draws_and_the_global_generator_is_left_alone
     assert torch.equal(torch.get_rng_state(), before)
     assert loss(1) == first and loss(2) != first
     assert len(set(first)) == 3, "each step draws anew"
-
-
-def test_a_copied_softmax_goes_on_like_the_original() -> None:
-    softmax = MIDXSoftmax(60, D, num_draws=8, num_codewords=4)
-    twin = copy.deepcopy(softmax)
-    queries = make_queries().detach()
-    losses = [[s(queries, offsets_of(RAGGED)).item() for _ in range(3)] for s in (softmax, twin)]
-    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("quantizer", ["pq", "rq"])
@@ -597,3 +833,321 @@ def test_midx_softmax_trains_a_linear_classifier(sparse: bool, estimator: str, q
     assert np.mean(losses[-15:]) < 0.25 * losses[0]
     top = softmax.topk(encoder(inputs), 1)
     assert np.mean(top.label_ids[:, 0] == classes.numpy()) > 0.9
+
+
+# --------------------------------------------------------------------------- state
+
+STATEFUL: dict[str, Callable[[int], Sampler | None]] = {
+    **SAMPLERS,
+    "in-batch": lambda num_labels: InBatchSampler(torch.arange(num_labels), num_instances=400),
+    "hard-negatives": lambda _: HardNegativeSampler(),
+    "full": lambda _: None,
+}
+"""All samplers, by the number of labels."""
+
+
+def make_fresh(name: str, *, seed: int, **options: Any) -> LabelSoftmax:
+    """As constructed: never refreshed."""
+    return LabelSoftmax(40, D, sampler=STATEFUL[name](40), num_draws=6, seed=seed, **options)
+
+
+def go_on(softmax: LabelSoftmax, *, first_step: int = 0, refresh_at: int | None = None) -> list[float]:
+    """The losses of four steps, with a refresh before one of them."""
+    optimizer = torch.optim.SGD([p for p in softmax.parameters() if p.requires_grad], lr=0.5)
+    losses = []
+    for step in range(first_step, first_step + 4):
+        if step == refresh_at:
+            softmax.refresh()
+        loss = softmax(make_queries(seed=step), offsets_of(RAGGED))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def from_disk(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Through safetensors, which takes plain tensors that share no memory, and nothing else."""
+    return safetensors.torch.load(safetensors.torch.save(state))
+
+
+@pytest.mark.parametrize("into", ["a fresh module", "a module fitted to another table", "a parent", "a copy"])
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_restored_module_goes_on_draw_for_draw(name: str, into: str) -> None:
+    softmax = make_fresh(name, seed=1)
+    go_on(softmax, refresh_at=1)  # the table has moved since the refresh
+    other = make_fresh(name, seed=2)
+    if into == "a copy":
+        other = copy.deepcopy(softmax)
+    elif into == "a parent":
+        parents = [nn.ModuleDict({"encoder": nn.Linear(2, 2), "head": head}) for head in (softmax, other)]
+        state = parents[0].state_dict()
+        assert {key.partition(".")[0] for key in state} == {"encoder", "head"}
+        parents[1].load_state_dict(from_disk(state))
+    else:
+        if into == "a module fitted to another table":
+            go_on(other, refresh_at=2)
+        other.load_state_dict(from_disk(softmax.state_dict()))
+    assert other.state_dict().keys() == softmax.state_dict().keys()
+    expected = go_on(softmax, first_step=10, refresh_at=12)
+    assert go_on(other, first_step=10, refresh_at=12) == expected and len(set(expected)) == 4
+
+
+def test_the_state_is_table_generator_and_what_the_last_refresh_made() -> None:
+    softmax = MIDXSoftmax(40, D, num_draws=6, num_codewords=3, prior="bias")
+    assert set(softmax.state_dict()) == {"weight", "bias", "generator"}
+    softmax.refresh()
+    codes = {f"sampler.{name}" for name in ("codewords1", "codewords2", "codes1", "codes2")}
+    assert set(softmax.state_dict()) == {"weight", "bias", "generator", "bias_at_refresh"} | codes
+    assert softmax.state_dict()["generator"].dtype == torch.uint8
+    with torch.no_grad():
+        softmax.bias += 1
+    assert not softmax.state_dict()["bias_at_refresh"].any()
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_state_of_before_the_first_refresh_is_one_too(name: str) -> None:
+    softmax, other = make_fresh(name, seed=1), make_fresh(name, seed=2)
+    other.load_state_dict(from_disk(softmax.state_dict()))
+    assert go_on(other) == go_on(softmax)
+
+
+@pytest.mark.parametrize("keys", [("weight", "bias"), ("weight", "bias", "generator")])
+def test_a_table_without_a_state_of_the_sampler_is_fitted_at_the_first_use(keys: tuple[str, ...]) -> None:
+    softmax, other = (MIDXSoftmax(40, D, num_draws=6, num_codewords=3, seed=seed) for seed in (1, 2))
+    go_on(other)
+    old = other.sampler.state_dict()  # type: ignore[union-attr]
+    state = {key: tensor for key, tensor in softmax.state_dict().items() if key in keys}
+    assert other.load_state_dict(state, strict=True) == ([], [])
+    assert not {key for key in other.state_dict() if key.startswith("sampler.")}, (
+        "another table's codes are not its own"
+    )
+    fitted = MidxSampler(quantizer="pq", num_codewords=3, prior="uniform")
+    fitted.load_state_dict(old, softmax.bias)
+    fitted.refresh(softmax.weight, softmax.bias)
+    other(make_queries(), offsets_of(RAGGED))
+    for key, tensor in fitted.state_dict().items():
+        assert torch.equal(other.state_dict()[f"sampler.{key}"], tensor)
+    # Once: the next use has nothing to fit.
+    with torch.no_grad():
+        other.weight.zero_()
+    other(make_queries(), offsets_of(RAGGED))
+    assert torch.equal(other.state_dict()["sampler.codewords1"], fitted.state_dict()["codewords1"])
+
+
+def test_a_state_without_this_table_leaves_the_sampler_alone() -> None:
+    softmax = make_softmax(MidxSampler(quantizer="pq", num_codewords=3, prior="uniform"), num_draws=6)
+    parent = nn.ModuleDict({"encoder": nn.Linear(2, 2), "head": softmax})
+    before = dict(softmax.state_dict())
+    parent.load_state_dict(nn.ModuleDict({"encoder": nn.Linear(2, 2)}).state_dict(), strict=False)
+    assert softmax.state_dict().keys() == before.keys() and "sampler.codes1" in before
+
+
+def test_keys_of_no_use_are_unexpected_and_a_state_of_another_sampler_is_refused() -> None:
+    midx, lsh = make_fresh("midx-pq-uniform", seed=1), make_fresh("lsh", seed=1)
+    for softmax in (midx, lsh):
+        softmax.refresh()
+    for name in ("full", "uniform"):
+        other = make_fresh(name, seed=2)
+        with pytest.raises(RuntimeError, match=r"Unexpected key.*sampler\.codewords1"):
+            other.load_state_dict(midx.state_dict())
+        other.load_state_dict(midx.state_dict(), strict=False)
+        assert torch.equal(other.weight, midx.weight)
+    with pytest.raises(RuntimeError, match=r"`sampler\.\*` is no state of a MidxSampler"):
+        make_fresh("midx-pq-uniform", seed=2).load_state_dict(lsh.state_dict())
+    with pytest.raises(RuntimeError, match=r"Missing key.*weight"):
+        midx.load_state_dict({"bias": midx.bias})
+
+
+def test_a_loaded_state_is_copied() -> None:
+    softmax, other = make_fresh("midx-pq-bias", seed=1), make_fresh("midx-pq-bias", seed=2)
+    softmax.refresh()
+    state = {name: tensor.clone() for name, tensor in softmax.state_dict().items()}
+    other.load_state_dict(state)
+    for tensor in state.values():
+        tensor.zero_()
+    for name, tensor in softmax.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+
+
+def test_the_state_of_another_devices_generator_is_left_out() -> None:
+    softmax, other = make_fresh("uniform", seed=1), make_fresh("uniform", seed=1)
+    state = softmax.state_dict() | {"generator": torch.zeros(16, dtype=torch.uint8)}  # CUDA's has 16 bytes
+    other.load_state_dict(state)
+    assert go_on(other) == go_on(softmax)
+
+
+@pytest.mark.parametrize("name", ["midx-pq-bias", "softmax", "rff"])
+def test_an_assigned_table_is_the_one_that_is_used(name: str) -> None:
+    softmax, other = make_fresh(name, seed=1), make_fresh(name, seed=2)
+    go_on(other)
+    go_on(softmax)
+    other.load_state_dict({key: tensor.clone() for key, tensor in softmax.state_dict().items()}, assign=True)
+    assert go_on(other, first_step=10) == go_on(softmax, first_step=10)
+
+
+def test_the_representation_names_the_sizes() -> None:
+    assert repr(MIDXSoftmax(40, D, num_draws=6)) == (
+        "MIDXSoftmax(40, 5, sampler=MidxSampler, estimator='pool', num_draws=6, bias=True, sparse=False)"
+    )
+
+
+# ------------------------------------------------------------------ devices and dtypes
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", STATEFUL)
+def test_all_that_a_sampler_holds_follows_the_module_to_a_device(name: str, device: str) -> None:
+    for fitted in (False, True):
+        softmax = make_fresh(name, seed=1)
+        if fitted:
+            softmax.refresh()
+        softmax.to(device)
+        query_BD = make_queries().detach().to(device).requires_grad_()
+        ids, offsets = offsets_of(RAGGED)
+        loss = softmax(query_BD, (ids.to(device), offsets.to(device)))
+        loss.backward()
+        assert loss.device.type == device and torch.isfinite(loss)
+        assert go_on(softmax.cpu()) and softmax.generator.device.type == "cpu"
+
+
+@pytest.mark.parametrize("way", ["refresh", "load"])
+def test_the_frequencies_of_a_sampler_follow_the_table(way: str) -> None:
+    # The meta device stands for another one, where there is no other.
+    table_LD, bias_L = torch.empty(L, D, device="meta"), torch.empty(L, device="meta")
+    for sampler in (FrequencySampler(torch.arange(L)), InBatchSampler(torch.arange(L), num_instances=9)):
+        if way == "refresh":
+            sampler.refresh(table_LD, bias_L)
+        else:
+            sampler.load_state_dict({}, bias_L)
+        held = [value for value in vars(sampler).values() if isinstance(value, torch.Tensor)]
+        assert held and all(tensor.device.type == "meta" for tensor in held)
+
+
+def test_another_dtype_keeps_the_law_of_the_last_refresh() -> None:
+    sampler = MidxSampler(quantizer="pq", num_codewords=3, prior="bias")
+    softmax = make_softmax(sampler, num_draws=6)
+    queries, labels = make_queries().detach(), torch.arange(L)
+    before = sampler.log_proposal(queries, labels)
+    with torch.no_grad():
+        softmax.bias += torch.arange(L)
+    softmax.double()
+    after = sampler.log_proposal(queries.double(), labels)
+    assert after.dtype == torch.float64
+    np.testing.assert_allclose(after.numpy(), before.numpy(), atol=1e-5)
+    assert "bias_at_refresh" in softmax.state_dict() and softmax.state_dict()["bias_at_refresh"].dtype == torch.float64
+
+
+# ------------------------------------------------------------------------- optimisers
+
+OPTIMIZERS: dict[str, tuple[bool, Callable[[Any], torch.optim.Optimizer]]] = {
+    "AdamW": (False, lambda tables: torch.optim.AdamW(tables, lr=0.05)),
+    "SGD": (False, lambda tables: torch.optim.SGD(tables, lr=2.0, momentum=0.5)),
+    "RowAdam, dense": (False, lambda tables: RowAdam(tables, lr=0.05)),
+    "SparseAdam": (True, lambda tables: torch.optim.SparseAdam(list(tables), lr=0.05)),
+    "SGD, sparse": (True, lambda tables: torch.optim.SGD(tables, lr=2.0)),
+    "RowAdam": (True, lambda tables: RowAdam(tables, lr=0.05)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("estimator", ["pool", "instance"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimizer_trains_the_table_however_gradients_are_cleared(
+    name: str, bias: bool, estimator: str, dtype: torch.dtype
+) -> None:
+    sparse, make_optimizer = OPTIMIZERS[name]
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(60, 8, generator=generator, dtype=dtype)
+    classes = torch.arange(60) % 40
+    tables = []
+    for set_to_none in (True, False):
+        softmax = MIDXSoftmax(40, 8, num_codewords=4, num_draws=8, bias=bias, sparse=sparse, estimator=estimator)
+        softmax.to(dtype)
+        optimizer = make_optimizer(softmax.parameters())
+        before = -softmax.log_prob(queries)[torch.arange(60), classes].mean()
+        for step in range(40):
+            loss = softmax(queries[step % 3 :: 3], classes[step % 3 :: 3])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+        assert softmax.weight.grad is None or not softmax.weight.grad.to_dense().any()
+        after = -softmax.log_prob(queries)[torch.arange(60), classes].mean()
+        assert after < 0.6 * before
+        assert bias == bool(softmax.bias.any())
+        tables.append(softmax.weight.detach())
+    torch.testing.assert_close(*tables)
+
+
+# --------------------------------------------------------------------------- compile
+
+
+class Classifier(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(6, 8)
+        self.head = MIDXSoftmax(300, 8, num_draws=16, num_codewords=4, **options)
+
+    def forward(self, inputs: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = self.head(torch.relu(self.encoder(inputs)), label_ids)
+        return loss
+
+
+COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own
+@pytest.mark.parametrize("options", [{}, {"sparse": True}, {"sparse": True, "estimator": "instance"}])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=COMPILER)])
+def test_a_compiled_model_draws_and_learns_as_the_eager_one(backend: str, options: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    eager = Classifier(**options)
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, backend=backend)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(4):
+        inputs = torch.randn(12, 6, generator=generator)
+        label_ids = torch.randint(300, (12,), generator=generator)
+        losses = [run(inputs, label_ids) for run in (eager, compiled)]
+        torch.testing.assert_close(*losses)
+        for loss in losses:
+            loss.backward()
+        # The same draws: another pool would have other rows.
+        assert eager.head.pool_size == model.head.pool_size
+        assert torch.equal(eager.head.generator.get_state(), model.head.generator.get_state())
+        for found, wanted in zip(model.parameters(), eager.parameters(), strict=True):
+            assert found.grad is not None and wanted.grad is not None and found.grad.is_sparse == wanted.grad.is_sparse
+            torch.testing.assert_close(dense(found.grad), dense(wanted.grad))
+        if step == 1:
+            eager.head.refresh()
+            model.head.refresh()
+    # One break, at the module, and one graph: the steps after the first compile nothing.
+    (reason,) = torch._dynamo.utils.counters["graph_break"]
+    assert "LabelSoftmax.forward" in reason
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+# ---------------------------------------------------------------------------- README
+
+
+def test_the_loop_in_the_readme_trains() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "MIDXSoftmax(" in block]
+    for large, small in (("num_labels=1_000_000, dim=128", "num_labels=5_000, dim=16"), ("lr=1e-3", "lr=0.1")):
+        assert code.count(large) == 1
+        code = code.replace(large, small)
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randn(32, 16, generator=generator), torch.randint(5_000, (32,), generator=generator)) for _ in range(8)
+    ]
+    found: dict[str, Any] = {"batches": batches}
+    exec(code, found)
+    softmax = found["softmax"]
+    assert 32 < softmax.pool_size < 5_000, "the negatives were drawn"
+    for queries, label_ids in batches:
+        assert -softmax.log_prob(queries)[torch.arange(32), label_ids].mean() < 0.5 * math.log(5_000)

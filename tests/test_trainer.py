@@ -192,7 +192,7 @@ def test_the_first_refresh_fits_the_codebooks_to_the_start_of_training_not_to_a_
 ) -> None:
     trainer = make_trainer(data)
     table_LD = trainer.softmax.weight.detach().clone()
-    trainer._refresh()
+    trainer.softmax.refresh()
     used = trainer.softmax.sampler.state_dict()  # type: ignore[union-attr]
     fresh = make_trainer(data).softmax.sampler
     fresh.refresh(table_LD, trainer.softmax.bias)  # type: ignore[union-attr]
@@ -280,6 +280,18 @@ def test_a_state_taken_at_any_step_continues_bit_for_bit(
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), (stop, name)
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_the_model_is_the_encoder_and_the_table_and_the_rest_is_of_training(
+    data: tuple[csr_matrix, csr_matrix], options: tuple[str, ...]
+) -> None:
+    trainer = make_trainer(data, *options)
+    trainer.run_epoch(SilentReporter())
+    model, training = trainer.model_tensors(), trainer.training_tensors()
+    encoder = {f"encoder.{name}" for name in trainer.encoder.state_dict()}
+    assert model.keys() == encoder | {"labels.weight", "labels.bias"} and not model.keys() & training.keys()
+    assert {f"labels.{name}" for name in trainer.softmax.state_dict()} <= model.keys() | training.keys()
 
 
 @pytest.mark.parametrize("options", VARIANTS)

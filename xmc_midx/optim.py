@@ -57,10 +57,11 @@ class RowAdam(torch.optim.Optimizer):
         row_ids, rows = _rising_rows(parameter.grad)
         state = self.state[parameter]
         if not state:
-            state["second_moment"] = torch.zeros(parameter.shape[0], device=parameter.device)
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            state["second_moment"] = parameter.new_zeros(parameter.shape[0], dtype=dtype)
             # Optimizer.load_state_dict gives every state the parameter's dtype: with float from the start, a resumed
             # state is the uninterrupted one. Exact to 2^24 steps, where the bias correction has long been 1.
-            state["count"] = torch.zeros(parameter.shape[0], device=parameter.device)
+            state["count"] = parameter.new_zeros(parameter.shape[0], dtype=dtype)
         beta2 = group["betas"][1]
         # The mean square through the norm: one pass and no (U, D) temporary.
         square = torch.linalg.vector_norm(rows, dim=1).square() / rows.shape[1] if rows.dim() > 1 else rows.square()

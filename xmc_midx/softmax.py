@@ -9,8 +9,8 @@ With logits o_i = z.W_i + b_i and the positives Y of an instance, the loss of a 
 and the estimators replace S by a sum over sampled labels, each logit less its log weight (METHOD.md, section 2):
 
 - `pool`: positives of the whole batch (weight 1) and the labels drawn for it (weight: the chance to have been drawn),
-every
-  instance scored against all of them by one matrix product. A stratified Horvitz-Thompson estimate: exp(S) is unbiased.
+  every instance scored against all of them by one matrix product. A stratified Horvitz-Thompson estimate: exp(S) is
+  unbiased.
 - `instance`: M draws of each instance's own proposal, weighted by M Q(i|z); accidental hits on Y are left out, which
   keeps exp(S) unbiased. This is the paper's estimator, with its positives exact.
 """
@@ -18,12 +18,14 @@ every
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from xmc_midx.recipe import auto_num_codewords, auto_num_draws
 from xmc_midx.rows import gather_rows
@@ -43,22 +45,32 @@ Positives = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 class LabelSoftmax(nn.Module):
     """The label table, its bias, and a loss estimated with any sampler.
 
+    `state_dict()` holds, besides `weight` and `bias`, what the next draws depend on, as plain tensors: the sampler's
+    own state (`sampler.*`), the bias that it was fitted with (`bias_at_refresh`) and the state of the draws'
+    `generator`. Loaded into another module it goes on as this one would, draw for draw. A state without sampler is
+    loaded too: the sampler is then fitted to the loaded table at its first use. The generator's state is taken over
+    from the same kind of device only.
+
     Parameters
     ----------
     num_labels, dim : L and D.
     sampler : where the negatives come from; None scores all labels (the full softmax, in chunks).
     estimator : `"pool"` or `"instance"`.
     num_draws : labels drawn for a batch (pool) or for each instance (instance). A pool of `num_draws >= num_labels`
-    holds
-        every label once, so that the loss is the full softmax's.
+        holds every label once, so that the loss is the full softmax's.
     bias : whether labels have a bias.
     weighting : weight of a positive: `"mean"` 1/|Y| of its instance, `"sum"` 1.
     decoupled : whether an instance's other positives are masked.
-    sparse : row-sparse gradients of table and bias, for `RowAdam` or `torch.optim.SparseAdam`; off, the gradients are
-    dense
-        and any optimiser will do, at a cost that grows with L.
-    precision : dtype of the three matrix products; the table stays float32.
+    sparse : row-sparse gradients of table and bias, for `RowAdam`, `torch.optim.SparseAdam` or `torch.optim.SGD`; off,
+        the gradients are dense and any optimiser will do, at a cost that grows with L.
+    precision : dtype of the pool's three matrix products. None: bfloat16 where the table or an enclosing
+        `torch.autocast` has it, else the table's, float32 at the least. Never float16: a slope is a share of 1/Y, for
+        most labels of a pool below the smallest float16 (6e-8).
     seed : of the draws and of the table's start.
+
+    Raises
+    ------
+    ValueError : an option is none of those above.
     """
 
     def __init__(
@@ -73,7 +85,7 @@ class LabelSoftmax(nn.Module):
         weighting: str = "mean",
         decoupled: bool = True,
         sparse: bool = False,
-        precision: torch.dtype = torch.float32,
+        precision: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -81,6 +93,8 @@ class LabelSoftmax(nn.Module):
             raise ValueError(f"estimator {estimator!r}: expected 'pool' or 'instance'")
         if weighting not in ("mean", "sum"):
             raise ValueError(f"weighting {weighting!r}: expected 'mean' or 'sum'")
+        if precision not in (None, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"precision {precision}: expected None, bfloat16, float32 or float64")
         self.num_labels, self.dim = num_labels, dim
         self.sampler, self.estimator, self.num_draws = sampler, estimator, num_draws
         self.weighting, self.decoupled, self.sparse, self.precision = weighting, decoupled, sparse, precision
@@ -90,49 +104,76 @@ class LabelSoftmax(nn.Module):
         self.generator = torch.Generator().manual_seed(seed)
         self.pool_size = 0
         """Labels in the last pool: a diagnostic."""
+        self._bias_at_refresh = self.bias.detach().clone()
+        self._outdated = False
+        """Whether the table was loaded without a state of the sampler."""
         with torch.no_grad():
             self.weight.normal_(0.0, 1.0 / math.sqrt(dim), generator=torch.Generator().manual_seed(seed))
 
-    def _apply(self, fn: Any, recurse: bool = True) -> LabelSoftmax:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.generator.device != self.weight.device:
-            self.generator = torch.Generator(self.weight.device).manual_seed(self.seed)
-            if self.sampler is not None:
-                state = {name: tensor.to(self.weight.device) for name, tensor in self.sampler.state_dict().items()}
-                self.sampler.load_state_dict(state, self.bias.detach())
-        return self
+    def extra_repr(self) -> str:
+        sampler = None if self.sampler is None else type(self.sampler).__name__
+        return (
+            f"{self.num_labels}, {self.dim}, sampler={sampler}, estimator={self.estimator!r}, "
+            f"num_draws={self.num_draws}, bias={self.bias.requires_grad}, sparse={self.sparse}"
+        )
 
     # ------------------------------------------------------------------- loss
 
+    # Draws, ragged targets and sparse gradients do not fit a graph: one clean break, instead of one at each of them.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, queries: torch.Tensor, positives: Positives) -> torch.Tensor:
-        """The loss in nats per positive, a scalar.
+        """The loss in nats per positive, a scalar of the table's dtype (float32 at the least), under autocast too.
 
         Parameters
         ----------
-        queries : (..., D) float.
-        positives : label ids of the leading shape (one a query), or a pair `(label_ids (Y,), offsets (B+1,))` for B =
-        the
+        queries : (..., D) float of any dtype; the gradient is returned in it.
+        positives : label ids of the leading shape (one a query), or a pair `(label_ids (Y,), offsets (B+1,))` for B the
             product of the leading shape: query i owns `label_ids[offsets[i]:offsets[i+1]]`, which may be empty.
-        """
-        query_BD = queries.reshape(-1, self.dim).float()
-        targets = _Targets.build(positives, query_BD, self.weighting)
-        if targets.label_ids.shape[0] == 0:
-            return query_BD.sum() * 0.0
-        low, high = (int(label) for label in torch.aminmax(targets.label_ids))
-        if low < 0 or high >= self.num_labels:
-            # Unchecked, a search in the pool would take -1 (a padding label, elsewhere) for label 0.
-            raise ValueError(f"positives hold {low} to {high}: expected label ids 0 to {self.num_labels - 1}")
-        if self.estimator == "instance" and self.sampler is not None and self.num_draws < self.num_labels:
-            return self._instance_loss(query_BD, targets)
-        return self._pool_loss(query_BD, targets)
+            Integers. Without any positive the loss is 0.
 
-    def _pool_loss(self, query_BD: torch.Tensor, targets: _Targets) -> torch.Tensor:
+        Raises
+        ------
+        ValueError : shapes that do not fit, or a label id outside 0..L-1.
+        """
+        precision = self._product_dtype(queries.device.type)
+        with _no_autocast(queries):
+            query_BD = self._typed(queries).reshape(-1, self.dim)
+            targets = _Targets.build(positives, query_BD, self.weighting)
+            if targets.label_ids.shape[0] == 0:
+                return query_BD.sum() * 0.0
+            low, high = (int(label) for label in torch.aminmax(targets.label_ids))
+            if low < 0 or high >= self.num_labels:
+                # Unchecked, a search in the pool would take -1 (a padding label, elsewhere) for label 0.
+                raise ValueError(f"positives hold {low} to {high}: expected label ids 0 to {self.num_labels - 1}")
+            if self.estimator == "instance" and self.sampler is not None and self.num_draws < self.num_labels:
+                return self._instance_loss(query_BD, targets)
+            return self._pool_loss(query_BD, targets, precision)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the loss and of the sampler's law: the table's, float32 at the least."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    def _product_dtype(self, device_type: str) -> torch.dtype:
+        if self.precision is not None:
+            return self.precision
+        autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+        if self._dtype == torch.float32 and torch.bfloat16 in (self.weight.dtype, autocast):
+            return torch.bfloat16
+        return self._dtype
+
+    def _typed(self, queries: torch.Tensor) -> torch.Tensor:
+        if queries.shape[-1:] != (self.dim,):
+            raise ValueError(f"queries of shape {tuple(queries.shape)}: expected (..., {self.dim})")
+        return queries.to(self._dtype)
+
+    def _pool_loss(self, query_BD: torch.Tensor, targets: _Targets, precision: torch.dtype) -> torch.Tensor:
         label_ids, log_weight_P = self._pool(query_BD, targets.label_ids)
         self.pool_size = label_ids.shape[0]
         rows_PD, bias_P = self._rows(label_ids)
         positions_Y = torch.searchsorted(label_ids, targets.label_ids)
         loss: torch.Tensor = _PoolLoss.apply(  # type: ignore[no-untyped-call]
-            query_BD, rows_PD, bias_P, log_weight_P, positions_Y, targets, self.decoupled, self.precision
+            query_BD, rows_PD, bias_P, log_weight_P, positions_Y, targets, self.decoupled, precision
         )
         return loss
 
@@ -140,12 +181,13 @@ class LabelSoftmax(nn.Module):
         """Rising label ids (P,) of the pool and their log weights (P,)."""
         if self.sampler is None or (self.num_draws >= self.num_labels and not isinstance(self.sampler, InBatchSampler)):
             label_ids = torch.arange(self.num_labels, device=query_BD.device)
-            return label_ids, torch.zeros(self.num_labels, device=query_BD.device)
+            return label_ids, query_BD.new_zeros(self.num_labels)
         certain = torch.unique(positives_Y)
         sample = self._fitted_sampler().sample_pool(query_BD.detach(), self.num_draws, self.generator)
         if isinstance(self.sampler, InBatchSampler):
-            return certain, self.sampler.log_weight_of_positives(certain, query_BD.shape[0])
-        return _union(certain, sample)
+            return certain, self.sampler.log_weight_of_positives(certain, query_BD.shape[0]).to(query_BD.dtype)
+        label_ids, log_weight_P = _union(certain, sample)
+        return label_ids, log_weight_P.to(query_BD.dtype)
 
     def _instance_loss(self, query_BD: torch.Tensor, targets: _Targets) -> torch.Tensor:
         sample = self._fitted_sampler().sample(query_BD.detach(), self.num_draws, self.generator)
@@ -156,7 +198,8 @@ class LabelSoftmax(nn.Module):
         rows_PD, bias_P = self._rows(label_ids)
         positives_Y, drawn_BM = inverse.split([targets.label_ids.shape[0], sample.label_ids.numel()])
         drawn_BM = drawn_BM.view_as(sample.label_ids)
-        logits_BM = torch.einsum("bd,bmd->bm", query_BD, rows_PD[drawn_BM]) + bias_P[drawn_BM] - sample.log_weight
+        log_weight_BM = sample.log_weight.to(query_BD.dtype)
+        logits_BM = torch.einsum("bd,bmd->bm", query_BD, rows_PD[drawn_BM]) + bias_P[drawn_BM] - log_weight_BM
         logits_BM = logits_BM.masked_fill(targets.hits(sample.label_ids, self.num_labels), -torch.inf)
         log_negatives_B = _logsumexp_or_empty(logits_BM)
         logits_Y = (query_BD[targets.instance] * rows_PD[positives_Y]).sum(1) + bias_P[positives_Y]
@@ -171,46 +214,158 @@ class LabelSoftmax(nn.Module):
         """The sampler. One that was never refreshed is fitted now: at construction the table is still random, and
         codebooks of random rows are a poor start for the first refresh."""
         assert self.sampler is not None
-        if not self.sampler.fitted:
+        if self._outdated or not self.sampler.fitted:
             self.refresh()
         return self.sampler
 
     def _rows(self, label_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.sparse:
-            return self.weight[label_ids], self.bias[label_ids]
-        return gather_rows(self.weight, label_ids), gather_rows(self.bias, label_ids)
+        tables = self.weight, self.bias
+        rows, bias = (gather_rows(t, label_ids) if self.sparse else t[label_ids] for t in tables)
+        return rows.to(self._dtype), bias.to(self._dtype)
 
     # ---------------------------------------------------------------- the rest
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Bring the sampler up to date with the table; call it now and again, such as at the start of each epoch."""
-        if self.sampler is not None:
-            self.sampler.refresh(self.weight, self.bias)
+        """Bring the sampler up to date with the table; call it now and again, such as at the start of each epoch.
 
-    @torch.no_grad()
+        An old sampler's estimate of the partition function is without bias too, but noisier the further the table has
+        moved. The first use refreshes by itself.
+        """
+        if self.sampler is not None:
+            with _no_autocast(self.weight):
+                self.sampler.refresh(self.weight.to(self._dtype), self.bias.to(self._dtype))
+            self._bias_at_refresh = self.bias.detach().clone()
+            self._outdated = False
+
     def log_prob(self, queries: torch.Tensor) -> torch.Tensor:
-        """The full softmax: (..., D) queries -> (..., L) log probabilities in nats. Allocates the whole result."""
-        return torch.log_softmax(queries @ self.weight.T + self.bias, dim=-1)
+        """The full softmax: (..., D) queries -> (..., L) log probabilities in nats. Allocates the whole result.
+
+        Equals `log_softmax(queries @ weight.T + bias)` and differentiates like it; in the table's dtype (float32 at the
+        least), under autocast too.
+        """
+        with _no_autocast(queries):
+            logits = F.linear(self._typed(queries), self.weight.to(self._dtype), self.bias.to(self._dtype))
+            return torch.log_softmax(logits, dim=-1)
 
     def topk(self, queries: torch.Tensor, k: int) -> TopK:
-        """The k best labels of each query by a full scan: (N, D) queries (leading dimensions are flattened)."""
-        return exact_topk(queries.detach().reshape(-1, self.dim).float(), self.weight, self.bias, k)
+        """The k best labels of each query by a full scan: (..., D) queries -> (N, K), N the product of the leading
+        shape."""
+        with _no_autocast(queries):
+            query_ND = self._typed(queries.detach()).reshape(-1, self.dim)
+            return exact_topk(query_ND, self.weight.to(self._dtype), self.bias.to(self._dtype), k)
+
+    # ------------------------------------------------------------------- state
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}generator"] = self.generator.get_state()
+        state = {} if self.sampler is None or self._outdated else self.sampler.state_dict()
+        if state:
+            destination[f"{prefix}bias_at_refresh"] = self._bias_at_refresh
+            destination.update({f"{prefix}sampler.{name}": tensor for name, tensor in state.items()})
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        generator, bias_L = state_dict.get(f"{prefix}generator"), state_dict.get(f"{prefix}bias_at_refresh")
+        start = f"{prefix}sampler."
+        state = {key.removeprefix(start): tensor for key, tensor in state_dict.items() if key.startswith(start)}
+        ours = {f"{prefix}generator", f"{prefix}bias_at_refresh", *(start + name for name in state)}
+        others = {key: value for key, value in state_dict.items() if key not in ours}
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._place_generator()
+        if generator is not None and generator.shape == self.generator.get_state().shape:
+            self.generator.set_state(generator.cpu())
+        if f"{prefix}weight" not in state_dict:
+            return
+        self._outdated = True
+        if state and self.sampler is not None:
+            try:
+                self._restore_sampler(state, self.bias.detach() if bias_L is None else bias_L)
+                self._outdated = False
+            except (KeyError, TypeError, RuntimeError) as error:
+                error_msgs.append(f"`{start}*` is no state of a {type(self.sampler).__name__}: {error}")
+        if strict:
+            known = {} if self.sampler is None else self.sampler.state_dict()
+            unexpected_keys += [start + name for name in state if name not in known]
+
+    def _restore_sampler(self, state: dict[str, torch.Tensor], bias_L: torch.Tensor) -> None:
+        """Give the sampler copies on the table's device and in its dtype."""
+        assert self.sampler is not None
+        device, dtype = self.weight.device, self._dtype
+        bias_L = bias_L.to(device, dtype, copy=True)
+        own = {
+            name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+            for name, tensor in state.items()
+        }
+        self.sampler.load_state_dict(own, bias_L)
+        self._bias_at_refresh = bias_L
+
+    def _place_generator(self) -> None:
+        """On the table's device, from the seed: the state of one kind of generator says nothing to another."""
+        if self.generator.device != self.weight.device:
+            self.generator = torch.Generator(self.weight.device).manual_seed(self.seed)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LabelSoftmax:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._place_generator()
+        before, self._bias_at_refresh = self._bias_at_refresh, fn(self._bias_at_refresh)
+        after = self._bias_at_refresh
+        if self.sampler is not None and (after.device, after.dtype) != (before.device, before.dtype):
+            self._restore_sampler(self.sampler.state_dict(), after)
+        return self
 
 
 class MIDXSoftmax(LabelSoftmax):
     """A softmax over many labels whose training step does not grow with their number.
 
-    Equals, up to the sampling of the negatives, `-(log_softmax(queries @ weight.T + bias)[positives]).mean()`.
+    With one label a query, `loss = softmax(queries, label_ids)` equals, up to the sampling of the negatives,
+
+        log_prob = torch.log_softmax(queries @ weight.T + bias, dim=-1)
+        loss = -log_prob[torch.arange(len(queries)), label_ids].mean()
+
+    and is exactly that, gradients included, where `num_draws >= num_labels`. With several labels a query, given ragged,
+    each positive is told from the labels that are not its query's positives (`decoupled`), and each query counts as one
+    (`weighting`); the formulas stand at the head of this module.
+
+    `weight` (L, D) and `bias` (L,) are parameters like those of a linear layer. `softmax(queries, positives)` takes
+    queries (..., D) of any float dtype and returns a scalar; `log_prob(queries)` is the full softmax (..., L) and
+    `topk(queries, k)` the best labels (N, K). Both read the table alone, as it is.
+
+    **Refresh.** Negatives are drawn from the softmax of a quantised table: two codebooks, fitted by `refresh()` in
+    O(L C D) and not changed by the steps after it. The first loss fits them by itself; from then on call `refresh()`
+    as often as the table moves much, such as at the start of each epoch. Old codebooks leave the estimate of the
+    partition function without bias, only noisier.
 
     Parameters
     ----------
     num_labels, dim : L and D (D >= 2).
     num_codewords : C in each of the two codebooks; `"auto"`: sqrt(L) / 2.
     quantizer : `"pq"` or `"rq"`.
-    estimator, bias, weighting, decoupled, sparse, precision, seed : as in `LabelSoftmax`.
+    estimator, bias, weighting, decoupled, sparse, precision, seed : as in `LabelSoftmax`, which also says what
+        `state_dict()` holds.
     num_draws : `"auto"`: 2,048 a batch, or all labels where they are few; 64 for each instance.
     prior, label_frequencies, frequency_power : as in `MidxSampler`; frequencies are (L,) counts.
+
+    Raises
+    ------
+    ValueError : an option is none of those named, or the frequency prior has no frequencies.
+
+    Examples
+    --------
+    >>> softmax = MIDXSoftmax(num_labels=50_000, dim=64)
+    >>> queries, label_ids = torch.randn(32, 64, requires_grad=True), torch.arange(32)
+    >>> softmax(queries, label_ids).backward()
+    >>> softmax.topk(queries, 5).label_ids.shape
+    (32, 5)
     """
 
     def __init__(
@@ -229,7 +384,7 @@ class MIDXSoftmax(LabelSoftmax):
         weighting: str = "mean",
         decoupled: bool = True,
         sparse: bool = False,
-        precision: torch.dtype = torch.float32,
+        precision: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
         codewords = auto_num_codewords(num_labels) if isinstance(num_codewords, str) else num_codewords
@@ -266,25 +421,25 @@ class _Targets:
     instance: torch.Tensor
     """(Y,) int64: the row of the batch that owns the positive."""
     weight: torch.Tensor
-    """(Y,) float32."""
+    """(Y,), in the queries' dtype."""
 
     @classmethod
     def build(cls, positives: Positives, query_BD: torch.Tensor, weighting: str) -> _Targets:
         num_rows, device = query_BD.shape[0], query_BD.device
         if isinstance(positives, torch.Tensor):
-            label_ids = positives.reshape(-1)
+            label_ids = positives.reshape(-1).long().contiguous()
             if label_ids.shape[0] != num_rows:
                 raise ValueError(f"{label_ids.shape[0]} positives for {num_rows} queries: expected one a query")
-            weight = torch.full((num_rows,), 1.0 / max(num_rows, 1), device=device)
+            weight = query_BD.new_full((num_rows,), 1.0 / max(num_rows, 1))
             return cls(label_ids, torch.arange(num_rows, device=device), weight)
-        label_ids, offsets = positives
+        label_ids, offsets = positives[0].long().contiguous(), positives[1].long()
         if offsets.shape[0] != num_rows + 1:
             raise ValueError(f"{offsets.shape[0]} offsets for {num_rows} queries: expected one more than queries")
         counts = offsets.diff()
         instance = torch.repeat_interleave(
             torch.arange(num_rows, device=device), counts, output_size=label_ids.shape[0]
         )
-        weight = torch.ones(label_ids.shape[0], device=device)
+        weight = query_BD.new_ones(label_ids.shape[0])
         if weighting == "mean":
             weight = weight / counts[instance]
         return cls(label_ids, instance, weight / weight.sum())
@@ -298,9 +453,9 @@ class _Targets:
 
     def logsumexp(self, logits_Y: torch.Tensor, num_rows: int) -> torch.Tensor:
         """(B,): log of the summed exponentials of each instance's positives; -inf for one without."""
-        peak_B = torch.full((num_rows,), -torch.inf, device=logits_Y.device)
+        peak_B = logits_Y.new_full((num_rows,), -torch.inf)
         peak_B = peak_B.scatter_reduce(0, self.instance, logits_Y.detach(), "amax")
-        total_B = torch.zeros(num_rows, device=logits_Y.device)
+        total_B = logits_Y.new_zeros(num_rows)
         total_B = total_B.index_add(0, self.instance, torch.exp(logits_Y - peak_B[self.instance]))
         return torch.where(total_B > 0, torch.log(total_B.clamp(min=1e-38)) + peak_B, -torch.inf)
 
@@ -329,8 +484,8 @@ class _PoolLoss(torch.autograd.Function):
         query = query_BD.to(precision)
         num_rows, pool_size = query_BD.shape[0], rows_PD.shape[0]
         chunk = max(1, min(pool_size, _CHUNK_ELEMENTS // num_rows))
-        log_negatives_B = torch.full((num_rows,), -torch.inf, device=query_BD.device)
-        logits_Y = torch.empty(positions_Y.shape[0], device=query_BD.device)
+        log_negatives_B = query_BD.new_full((num_rows,), -torch.inf)
+        logits_Y = query_BD.new_empty(positions_Y.shape[0])
         whole = None
         for begin in range(0, pool_size, chunk):
             logits, mine, column = _chunk_logits(
@@ -355,6 +510,7 @@ class _PoolLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query_BD, rows_PD, bias_P, log_weight_P, positions_Y, log_negatives_B, share_B, slope_Y, whole = (
             ctx.saved_tensors
@@ -362,19 +518,21 @@ class _PoolLoss(torch.autograd.Function):
         query = query_BD.to(ctx.precision)
         grad_query = torch.zeros_like(query_BD)
         grad_rows, grad_bias = torch.empty_like(rows_PD), torch.empty_like(bias_P)
-        for begin in range(0, rows_PD.shape[0], ctx.chunk):
-            end = min(begin + ctx.chunk, rows_PD.shape[0])
-            if whole is not None:
-                slopes = whole
-            else:
-                logits, mine, column = _chunk_logits(
-                    query, rows_PD, bias_P - log_weight_P, positions_Y, begin, end, ctx.precision
-                )
-                softmax = logits.sub_(_finite(log_negatives_B)[:, None]).exp_()
-                slopes = _slopes(softmax, share_B, slope_Y[mine], ctx.targets.instance[mine], column).to(ctx.precision)
-            grad_query += slopes @ rows_PD[begin:end].to(ctx.precision)
-            grad_rows[begin:end] = slopes.T @ query
-            grad_bias[begin:end] = slopes.sum(0, dtype=torch.float32)
+        with _no_autocast(query_BD):
+            for begin in range(0, rows_PD.shape[0], ctx.chunk):
+                end = min(begin + ctx.chunk, rows_PD.shape[0])
+                if whole is not None:
+                    slopes = whole
+                else:
+                    logits, mine, column = _chunk_logits(
+                        query, rows_PD, bias_P - log_weight_P, positions_Y, begin, end, ctx.precision
+                    )
+                    softmax = logits.sub_(_finite(log_negatives_B)[:, None]).exp_()
+                    slopes = _slopes(softmax, share_B, slope_Y[mine], ctx.targets.instance[mine], column)
+                    slopes = slopes.to(ctx.precision)
+                grad_query += slopes @ rows_PD[begin:end].to(ctx.precision)
+                grad_rows[begin:end] = slopes.T @ query
+                grad_bias[begin:end] = slopes.sum(0, dtype=bias_P.dtype)
         return (grad * grad_query, grad * grad_rows, grad * grad_bias, *(None,) * 5)
 
 
@@ -387,13 +545,12 @@ def _chunk_logits(
     end: int,
     precision: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Corrected logits (B, chunk) float32 of the pool's labels begin..end, which positives lie there, and in which
-    column."""
+    """Corrected logits (B, chunk) of the pool's labels begin..end, which positives lie there, and in which column."""
     offset = offset_P[begin:end]
-    if precision == torch.float32:
+    if precision == offset.dtype:
         logits = torch.addmm(offset, query, rows_PD[begin:end].T)
     else:
-        logits = (query @ rows_PD[begin:end].to(precision).T).float().add_(offset)
+        logits = (query @ rows_PD[begin:end].to(precision).T).to(offset.dtype).add_(offset)
     if begin == 0 and end >= rows_PD.shape[0]:
         return logits, torch.arange(positions_Y.shape[0], device=query.device), positions_Y
     mine = torch.nonzero((positions_Y >= begin) & (positions_Y < end)).flatten()
@@ -444,10 +601,15 @@ def _logsumexp_or_empty(logits_BM: torch.Tensor) -> torch.Tensor:
     return torch.where(empty_B, -torch.inf, torch.logsumexp(safe_BM, 1))
 
 
+def _no_autocast(like: torch.Tensor) -> torch.autocast:
+    """Leave autocast for a while: sampler, loss and slopes choose the dtypes of their products themselves."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
 def _union(certain: torch.Tensor, sample: LabelSample) -> tuple[torch.Tensor, torch.Tensor]:
     """Rising ids of the batch's positives (log weight 0) and of the drawn labels that are not among them."""
     position = torch.searchsorted(certain, sample.label_ids).clamp_(max=certain.shape[0] - 1)
     fresh = certain[position] != sample.label_ids
     label_ids, order = torch.sort(torch.cat([certain, sample.label_ids[fresh]]))
-    log_weight = torch.cat([torch.zeros(certain.shape[0], device=certain.device), sample.log_weight[fresh]])
+    log_weight = torch.cat([sample.log_weight.new_zeros(certain.shape[0]), sample.log_weight[fresh]])
     return label_ids, log_weight[order]

@@ -57,7 +57,6 @@ class Trainer:
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self._loss_sum = 0.0
         self._pool_sum = 0
-        self._bias_at_refresh = softmax.bias.detach().clone()
         encoder.dropout.generator = torch.Generator(self.device).manual_seed(config.seed + 1)
 
     # ------------------------------------------------------------------ start
@@ -90,7 +89,7 @@ class Trainer:
         self.encoder.train()
         for batch in self.stream.epoch(epoch + 1, first_step=first_step):
             if self._refresh_is_due():
-                self._refresh()
+                self.softmax.refresh()
             self._loss_sum += self._train_step(batch.to(self.device))
             self._pool_sum += self.softmax.pool_size
             num_instances += batch.num_instances
@@ -138,25 +137,20 @@ class Trainer:
     def _refresh_is_due(self) -> bool:
         return self.step % (self.refresh_every or self.stream.steps_per_epoch) == 0
 
-    def _refresh(self) -> None:
-        self.softmax.refresh()
-        self._bias_at_refresh = self.softmax.bias.detach().clone()
-
     # ------------------------------------------------------------------ state
 
     def model_tensors(self) -> dict[str, torch.Tensor]:
         """What a prediction needs."""
         tensors = {f"encoder.{name}": tensor for name, tensor in self.encoder.state_dict().items()}
-        return tensors | {f"labels.{name}": tensor for name, tensor in self.softmax.state_dict().items()}
+        return tensors | {f"labels.{name}": table.detach() for name, table in self.softmax.named_parameters()}
 
     def training_tensors(self) -> dict[str, torch.Tensor]:
-        """What training needs besides the model to go on: optimiser, sampler, random streams."""
-        tensors = {"sampler.bias_at_refresh": self._bias_at_refresh}
-        if self.softmax.sampler is not None:
-            tensors |= {f"sampler.{name}": tensor for name, tensor in self.softmax.sampler.state_dict().items()}
+        """What training needs besides the model to go on: sampler, optimiser, random streams."""
+        model = self.model_tensors()
+        tensors = {f"labels.{name}": tensor for name, tensor in self.softmax.state_dict().items()}
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in model}
         for index, entry in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in entry.items()}
-        tensors["generator.draws"] = self.softmax.generator.get_state()
         tensors["generator.dropout"] = self._dropout_generator().get_state()
         return tensors
 
@@ -165,7 +159,8 @@ class Trainer:
         return {"step": self.step, "loss_sum": self._loss_sum, "pool_sum": self._pool_sum}
 
     def load_model(self, model: dict[str, torch.Tensor]) -> None:
-        """Restore what `model_tensors` returned, into the tables that are there."""
+        """Restore what `model_tensors` returned, into the tables that are there; without the training tensors, the
+        sampler is fitted anew."""
         self.encoder.load_state_dict(_part(model, "encoder."))
         self.softmax.load_state_dict(_part(model, "labels."))
 
@@ -173,18 +168,13 @@ class Trainer:
         self, model: dict[str, torch.Tensor], training: dict[str, torch.Tensor], counters: dict[str, float]
     ) -> None:
         """Restore what `model_tensors`, `training_tensors` and `counters` returned."""
-        self.load_model(model)
-        self._bias_at_refresh = training["sampler.bias_at_refresh"].to(self.device)
-        if self.softmax.sampler is not None:
-            codes = {k: v.to(self.device) for k, v in _part(training, "sampler.").items() if k != "bias_at_refresh"}
-            self.softmax.sampler.load_state_dict(codes, self._bias_at_refresh)
+        self.load_model(model | training)
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in _part(training, "optimizer.").items():
             index, _, key = name.partition(".")
             state.setdefault(int(index), {})[key] = tensor
         whole = self.optimizer.state_dict()
         self.optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
-        self.softmax.generator.set_state(training["generator.draws"])
         self._dropout_generator().set_state(training["generator.dropout"])
         self.step = int(counters["step"])
         self._loss_sum, self._pool_sum = float(counters["loss_sum"]), int(counters["pool_sum"])

@@ -33,8 +33,10 @@ __all__ = [
     "MetricReport",
     "Reporter",
     "Sampler",
+    "SamplerDiagnosis",
     "SilentReporter",
     "SparseRows",
+    "Spread",
     "TopK",
 ]
 
@@ -94,7 +96,7 @@ class LabelSample:
     label_ids: torch.Tensor
     """(P,) int64 distinct labels shared by the batch, or (B, M) int64 draws of each instance, repeats kept."""
     log_weight: torch.Tensor
-    """Same shape as `label_ids`, float32, in nats: log inclusion probability of a shared label, or `log(M Q)`."""
+    """Same shape as `label_ids`, float, in nats: log inclusion probability of a shared label, or `log(M Q)`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +147,51 @@ class EpochStats:
     """Sampler diagnostics: mean pool size, largest cell, and the like."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """A figure that every instance has: its mean over the instances, and its 10th and 90th percentile."""
+
+    mean: float
+    p10: float
+    p90: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerDiagnosis:
+    """A sampler against the full softmax, on a trained model; the definitions are `xmc_midx.diagnostics`'s.
+
+    The first five figures are None for a sampler without a density. P is the softmax over all labels, Q the proposal.
+    """
+
+    name: str
+    kl_from_softmax: Spread | None
+    """KL(Q||P) in nats."""
+    kl_to_softmax: Spread | None
+    """KL(P||Q) in nats; infinite where Q leaves out a label."""
+    kl_bound: Spread | None
+    """What theory says that KL(Q||P) is at most, in nats; None also where it says nothing of this sampler."""
+    effective_share: Spread | None
+    """Effective sample size of importance-weighted draws, as a share of the draws, in [0, 1]."""
+    log10_max_weight: Spread | None
+    """log10 of the largest importance weight, `max_i P_i / Q_i`."""
+    gradient_bias: float
+    """Length of (mean gradient of the repeats - full softmax's gradient), as a share of the latter's length."""
+    gradient_noise: float
+    """What `gradient_bias` is for an estimator without bias: the standard error of the mean gradient, same unit."""
+    gradient_deviation: float
+    """Standard deviation of one repeat's gradient, same unit."""
+    gradient_error: float
+    """Root mean square distance of one repeat's gradient to the full softmax's, same unit: bias and deviation."""
+    pool_size: float
+    """Distinct labels that a batch is scored against, positives included; mean over the repeats."""
+    refresh_seconds: float
+    """Of one fit to the label table."""
+    draw_microseconds: float
+    """Of the draws alone, for each instance of a batch; median."""
+    draw_share: float
+    """The draws' part of the time of a batch's loss and its gradient."""
+
+
 class Sampler(Protocol):
     """A proposal over the labels. `log_proposal` is normalised over all L labels for each query."""
 
@@ -174,7 +221,7 @@ class Sampler(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, torch.Tensor], bias_L: torch.Tensor) -> None:
-        """Restore `state_dict()`; `bias_L` is the bias at the time of the refresh."""
+        """Restore `state_dict()`; `bias_L` is the bias at the time of the refresh, on the device to work on."""
         ...
 
 

@@ -13,7 +13,7 @@ __all__ = ["FrequencySampler", "InBatchSampler", "UniformSampler"]
 
 
 class UniformSampler:
-    """`Q(i) = 1 / L`."""
+    """`Q(i) = 1 / L`. Log weights are in the queries' dtype."""
 
     fitted = True
 
@@ -21,11 +21,12 @@ class UniformSampler:
         self.num_labels = num_labels
 
     def refresh(self, label_table_LD: torch.Tensor, bias_L: torch.Tensor) -> None:
-        """Nothing depends on the table."""
+        """Nothing depends on the table but the device."""
+        self._follow(bias_L.device)
 
     def sample_pool(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
         label_ids = torch.unique(self._draw((num_draws,), query_BD, generator))
-        probability = torch.full(label_ids.shape, 1.0 / self.num_labels, device=query_BD.device)
+        probability = torch.full(label_ids.shape, 1.0 / self.num_labels, dtype=query_BD.dtype, device=query_BD.device)
         return LabelSample(label_ids=label_ids, log_weight=log_inclusion(probability, num_draws))
 
     def sample(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
@@ -35,13 +36,17 @@ class UniformSampler:
 
     def log_proposal(self, query_BD: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
         shape = label_ids.shape if label_ids.dim() == 2 else (query_BD.shape[0], label_ids.shape[0])
-        return torch.full(shape, -math.log(self.num_labels), device=query_BD.device)
+        return torch.full(shape, -math.log(self.num_labels), dtype=query_BD.dtype, device=query_BD.device)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {}
 
     def load_state_dict(self, state: dict[str, torch.Tensor], bias_L: torch.Tensor) -> None:
-        pass
+        """Nothing to restore; only the device may have changed."""
+        self._follow(bias_L.device)
+
+    def _follow(self, device: torch.device) -> None:
+        """Move what the constructor was given to the device of the table."""
 
     def _draw(self, shape: tuple[int, ...], query_BD: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return torch.randint(self.num_labels, shape, generator=generator, device=query_BD.device)
@@ -59,21 +64,25 @@ class FrequencySampler(UniformSampler):
     def __init__(self, label_frequencies: torch.Tensor, *, power: float = 1.0) -> None:
         super().__init__(label_frequencies.shape[0])
         weight_L = (label_frequencies.double() + 1.0).pow(power)
-        self._probability_L = (weight_L / weight_L.sum()).float()
-        self._cumulative_L = torch.cumsum(weight_L / weight_L.sum(), 0)
+        self._probability_L = weight_L / weight_L.sum()
+        self._cumulative_L = torch.cumsum(self._probability_L, 0)
 
     def sample_pool(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
         label_ids = torch.unique(self._draw((num_draws,), query_BD, generator))
-        return LabelSample(label_ids=label_ids, log_weight=log_inclusion(self._probability_L[label_ids], num_draws))
+        log_weight = log_inclusion(self._probability_L[label_ids], num_draws).to(query_BD.dtype)
+        return LabelSample(label_ids=label_ids, log_weight=log_weight)
 
     def log_proposal(self, query_BD: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
-        log_probability = torch.log(self._probability_L[label_ids])
+        log_probability = torch.log(self._probability_L[label_ids]).to(query_BD.dtype)
         return log_probability if label_ids.dim() == 2 else log_probability.expand(query_BD.shape[0], -1)
 
     def _draw(self, shape: tuple[int, ...], query_BD: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         uniform = torch.rand(shape, dtype=torch.float64, generator=generator, device=query_BD.device)
         position = torch.searchsorted(self._cumulative_L, uniform * self._cumulative_L[-1], right=True)
         return position.clamp_(max=self.num_labels - 1)
+
+    def _follow(self, device: torch.device) -> None:
+        self._probability_L, self._cumulative_L = self._probability_L.to(device), self._cumulative_L.to(device)
 
 
 class InBatchSampler(UniformSampler):
@@ -91,7 +100,7 @@ class InBatchSampler(UniformSampler):
 
     def __init__(self, label_frequencies: torch.Tensor, *, num_instances: int) -> None:
         super().__init__(label_frequencies.shape[0])
-        self._share_L = (label_frequencies.double() / num_instances).float()
+        self._share_L = label_frequencies.double() / num_instances
 
     def sample_pool(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
         nothing = torch.empty(0, device=query_BD.device)
@@ -107,3 +116,6 @@ class InBatchSampler(UniformSampler):
 
     def log_proposal(self, query_BD: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError("in-batch negatives have no density over the labels")
+
+    def _follow(self, device: torch.device) -> None:
+        self._share_L = self._share_L.to(device)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import types
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,10 @@ import xmc_midx
 from xmc_midx.cli import app, render
 from xmc_midx.config import SAMPLER_NAMES, Config
 from xmc_midx.errors import DataError, DivergedError, DownloadError, ResourceError, UsageError, XmcMidxError
-from xmc_midx.types import EpochStats, MetricReport, TopK
+from xmc_midx.types import EpochStats, MetricReport, SamplerDiagnosis, Spread, TopK
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("train", "evaluate", "predict", "check", "datasets", "demo")
+COMMANDS = ("train", "evaluate", "predict", "diagnose", "check", "datasets", "demo")
 ESCAPE = "\x1b"
 METRICS = {f"{family}@{k}": 0.1 * k for family in ("P", "nDCG", "R", "PSP", "PSnDCG") for k in (1, 3, 5)}
 REPORT = MetricReport(metrics=METRICS, num_instances=2515, num_without_labels=14, propensity_a=0.55, propensity_b=1.5)
@@ -81,6 +81,48 @@ class FakeDemo:
     training: FakeTraining
     evaluation: FakeEvaluation
     examples: list[tuple[str, list[tuple[str, float]]]]
+
+
+KL = Spread(mean=3.25, p10=1.0, p90=123.4)
+MIDX = SamplerDiagnosis(
+    name="midx-pq",
+    kl_from_softmax=KL,
+    kl_to_softmax=Spread(mean=float("inf"), p10=2.0, p90=float("inf")),
+    kl_bound=Spread(mean=1234.5, p10=1.0, p90=2.0),
+    effective_share=Spread(mean=0.0212, p10=0.0, p90=0.5),
+    log10_max_weight=Spread(mean=2.885, p10=2.0, p90=3.0),
+    gradient_bias=0.2845,
+    gradient_noise=0.06,
+    gradient_deviation=0.337,
+    gradient_error=0.4371,
+    pool_size=12991.6,
+    refresh_seconds=1234.5,
+    draw_microseconds=12345.6,
+    draw_share=1.0,
+)
+NO_DENSITY: dict[str, Any] = {"kl_from_softmax": None, "kl_to_softmax": None, "kl_bound": None}
+NO_DENSITY |= {"effective_share": None, "log10_max_weight": None, "gradient_bias": float("nan")}
+
+
+@dataclass(frozen=True)
+class FakeDiagnosis:
+    plot: str | None
+    samplers: tuple[SamplerDiagnosis, ...] = (
+        MIDX,
+        replace(MIDX, name="quadratic-kernel", kl_bound=None, effective_share=Spread(mean=1e-6, p10=0.0, p90=1.0)),
+        replace(MIDX, name="hard-negatives", **NO_DENSITY),
+    )
+    num_labels: int = 1_234_567
+    num_instances: int = 1_256
+    batch_size: int = 1_024
+    estimator: str = "instance"
+    num_draws: int = 2_048
+    repeats: int = 32
+    dropout: float = 0.6
+    seconds: float = 83.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"samplers": [asdict(one) for one in self.samplers], "num_draws": self.num_draws}
 
 
 def fake_pipeline(calls: list[dict[str, Any]]) -> types.ModuleType:
@@ -148,13 +190,21 @@ def fake_pipeline(calls: list[dict[str, Any]]) -> types.ModuleType:
         )
         return FakePrediction(top=top, label_names=module.names)
 
+    def diagnose(run: str, *, reporter: Any, **options: Any) -> FakeDiagnosis:
+        calls.append({"name": "diagnose", "run": run, **options})
+        reporter.start("diagnose", 10)
+        reporter.step(1)
+        if module.failure is not None:
+            raise module.failure
+        return FakeDiagnosis(options["plot"])
+
     def demo(*, output: Path, reporter: Any) -> FakeDemo:
         calls.append({"name": "demo", "output": output})
         work(reporter)
         examples = [("A sentence about trees.", [("botany", 3.5), ("décor", -0.25)])]
         return FakeDemo(FakeTraining(run="demo"), FakeEvaluation(), examples)
 
-    for function in (train, resume, evaluate, predict, demo):
+    for function in (train, resume, evaluate, predict, diagnose, demo):
         setattr(module, function.__name__, function)
     return module
 
@@ -327,6 +377,11 @@ def test_the_help_of_train_names_every_sampler(cli: Any) -> None:
         (["evaluate", "r", "d", "--A", "x"], "'--A'"),
         (["evaluate", "-", "d"], "nothing to evaluate. Give a run directory or --predictions"),
         (["evaluate", "-", "d", "--predictions", "/nowhere"], "--predictions /nowhere: is no file"),
+        (["diagnose", "r"], "Missing argument 'DATA'"),
+        (["diagnose", "r", "d", "--num-draws", "0"], "'--num-draws'"),
+        (["diagnose", "r", "d", "--instances", "x"], "'--instances'"),
+        (["diagnose", "r", "d", "--repeats", "1"], "'--repeats'"),
+        (["diagnose", "r", "d", "--seed", "-1"], "'--seed'"),
         (["predict", "r", "-", "--k", "0"], "'--k'"),
         (["predict", "r", "-", "--format", "csv"], "Invalid value for '--format': 'csv' is not one of 'tsv'"),
         (["predict", "r", "-", "--format", "npz"], "expected --output FILE"),
@@ -628,6 +683,56 @@ def test_evaluate_passes_its_options_on(cli: Any, pipeline: Any, calls: Any, tmp
         | {"device": "cpu"}
     ]
     assert cli("evaluate", "r", "d", "--json").document == {"metrics": METRICS, "num_instances": 2515}
+
+
+# ------------------------------------------------------------------ diagnose
+
+
+def test_the_tables_of_diagnose_with_their_definitions(cli: Any, pipeline: Any) -> None:
+    text = cli("diagnose", "r", "d").out
+    assert re.search(r"^midx-pq +3\.25 +1\.00-123 +1,234 +inf +2\.12 +2\.9$", text, re.M)
+    assert re.search(r"^quadratic-kernel +3\.25 +1\.00-123 +inf +1e-04 +2\.9$", text, re.M)
+    assert re.search(r"^hard-negatives$", text, re.M), "no density: an empty row"
+    assert re.search(r"^midx-pq +12,992 +28\.4 +6\.00 +33\.7 +43\.7 +1,234\.5 +12,346 +100\.0$", text, re.M)
+    assert re.search(r"^hard-negatives +12,992 +6\.00 ", text, re.M), "a bias that is no number is left out"
+    for expected in ("1,256 instances", "1,024 instances at 2,048 draws for each instance", "dropout 0.6", "in 1:23."):
+        assert expected in text
+    for head in ("KL", "at most", "ESS", "log10 w", "pool", "bias", "noise", "dev.", "error", "fit", "draw"):
+        assert head in text.partition("\nP  ")[2], f"{head} is defined"
+    assert "Figure" not in text
+    assert cli("diagnose", "r", "d", "--plot", "x.png").out.endswith("Figure: x.png\n")
+
+
+def test_a_run_that_draws_as_many_labels_as_there_are_is_told_so(
+    cli: Any, pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "every label" not in cli("diagnose", "r", "d").out
+    monkeypatch.setattr(pipeline, "diagnose", lambda *_, **__: FakeDiagnosis(None, num_labels=2048, estimator="pool"))
+    assert "a pool holds every label" in cli("diagnose", "r", "d").out
+
+
+def test_diagnose_fits_a_terminal_of_80_columns() -> None:
+    text = in_terminal("diagnose", "r", "d", columns=80, NO_COLOR="1")
+    assert max(len(line) for line in text.splitlines()) <= 80
+    for head in ("log10 w", "draw %"):
+        assert any(line.endswith(head) for line in text.splitlines()), "a table's head is one line"
+
+
+def test_diagnose_passes_its_options_on_and_prints_one_document(cli: Any, pipeline: Any, calls: Any) -> None:
+    words = ["--samplers", "midx-rq, rff", "--num-draws", "7", "--instances", "9", "--repeats", "5", "--dropout"]
+    shown = cli("diagnose", "r", "d", *words, "--seed", "3", "--plot", "x.svg", "--device", "cpu", "--json")
+    assert shown.code == 0 and shown.err == ""
+    first, _, last = shown.document["samplers"]
+    assert first["kl_from_softmax"] == {"mean": 3.25, "p10": 1.0, "p90": 123.4}
+    assert first["kl_to_softmax"] == {"mean": None, "p10": 2.0, "p90": None}
+    assert last["kl_bound"] is None and last["gradient_bias"] is None
+    given = {"samplers": ["midx-rq", "rff"], "num_draws": 7, "num_instances": 9, "repeats": 5, "dropout": True}
+    given |= {"seed": 3, "plot": "x.svg", "device": "cpu"}
+    assert calls == [{"name": "diagnose", "run": "r", "data": "d", **given}]
+    cli("diagnose", "r", "d")
+    defaults = {"samplers": None, "num_draws": None, "num_instances": 256, "repeats": 32, "dropout": False}
+    defaults |= {"seed": 0, "plot": None, "device": "auto"}
+    assert calls[1] == {"name": "diagnose", "run": "r", "data": "d", **defaults}
 
 
 # ------------------------------------------------------------------ predict

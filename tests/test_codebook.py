@@ -91,8 +91,8 @@ def test_training_reads_no_more_rows_than_the_bound(monkeypatch: pytest.MonkeyPa
         return assign(rows, words)
 
     monkeypatch.setattr(codebook_module, "_assign", counting)
-    kmeans(torch.randn(3000, 3, generator=seeded()), 4, generator=seeded(), num_iterations=5)
-    assert sizes == [1024] * 5 + [3000]
+    kmeans(torch.randn(5000, 3, generator=seeded()), 4, generator=seeded(), num_iterations=5)
+    assert sizes == [4096] * 5 + [5000]
 
 
 def test_a_warm_start_does_not_raise_the_inertia() -> None:

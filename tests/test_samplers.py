@@ -13,10 +13,9 @@ from scipy.special import log_softmax, logsumexp
 
 from xmc_midx.codebook import Codebook
 from xmc_midx.samplers.dense import SoftmaxSampler
-from xmc_midx.samplers.draws import draw
+from xmc_midx.samplers.draws import draw, log_inclusion
 from xmc_midx.samplers.dynamic import HardNegativeSampler
 from xmc_midx.samplers.exact import ExactDecomposition, exact_decomposition
-from xmc_midx.samplers.inclusion import log_inclusion
 from xmc_midx.samplers.kernel import QuadraticKernelSampler, RandomFeatureSampler
 from xmc_midx.samplers.lsh import LshSampler
 from xmc_midx.samplers.midx import _SCORE_RANGE, MidxSampler
@@ -283,6 +282,32 @@ class TestContract:
 
         assert draw(5) == draw(5)
         assert draw(5) != draw(6)
+
+    @pytest.mark.parametrize("shape", ["ordinary", "odd size"])
+    def test_labels_that_are_in_the_pool_anyway_cost_no_draws(self, name: str, shape: str) -> None:
+        case, repetitions, num_draws = make_case(name, shape), 2000, 9
+        mean = np.exp(reference_law(name, case)).mean(0)
+        certain = np.sort(np.argsort(-mean)[:4])
+        elsewhere = 1 - mean[certain].sum()
+        num_made = math.ceil(num_draws / elsewhere)
+        assert num_made * elsewhere >= num_draws
+        generator = torch.Generator().manual_seed(0)
+        counts = np.zeros(case.num_labels)
+        for _ in range(repetitions):
+            pool = case.sampler.sample_pool(case.query, num_draws, generator, torch.from_numpy(certain))
+            counts[pool.label_ids.numpy()] += 1
+        chance = 1 - (1 - mean) ** num_made
+        np.testing.assert_allclose(pool.log_weight.numpy(), np.log(chance[pool.label_ids.numpy()]), atol=2e-4)
+        assert (counts[certain] == 0).all() and (pool.label_ids.diff() > 0).all()
+        chance[certain] = 0
+        deviation = np.sqrt(repetitions * chance * (1 - chance))
+        assert (np.abs(counts - repetitions * chance) < 4.5 * deviation + 1e-9).all()
+
+    def test_a_pool_that_holds_all_of_the_proposal_draws_nothing(self, name: str) -> None:
+        case = make_case(name)
+        everything = torch.arange(case.num_labels)
+        pool = case.sampler.sample_pool(case.query, 9, torch.Generator().manual_seed(0), everything)
+        assert pool.label_ids.shape == pool.log_weight.shape == (0,)
 
     @pytest.mark.parametrize("shape", ["ordinary", "odd size", "more codewords than labels"])
     def test_float32_and_float64_state_the_same_law(self, name: str, shape: str) -> None:

@@ -64,8 +64,10 @@ class Fixed:
     def refresh(self, label_table_LD: torch.Tensor, bias_L: torch.Tensor) -> None:
         pass
 
-    def sample_pool(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
-        ids = sorted(self.pool)
+    def sample_pool(
+        self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator, certain: torch.Tensor | None = None
+    ) -> LabelSample:
+        ids = sorted(set(self.pool) - set([] if certain is None else certain.tolist()))
         return LabelSample(label_ids=torch.tensor(ids), log_weight=torch.tensor([self.pool[i] for i in ids]))
 
     def sample(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
@@ -625,8 +627,11 @@ def test_a_module_in_float64_is_exact_to_float64(name: str, estimator: str, spar
             negatives = [[(label, math.log(6 * law[i, label])) for label in row] for i, row in enumerate(ids.tolist())]
         else:
             certain = {label for row in RAGGED for label in row}
-            chance = 1 - (1 - law.mean(0)) ** 6
-            drawn = [(label, math.log(chance[label])) for label in ids.tolist() if label not in certain]
+            # As many draws as it takes for 6 of them to be expected elsewhere.
+            num_made = math.ceil(6 / (1 - law.mean(0)[sorted(certain)].sum()))
+            chance = 1 - (1 - law.mean(0)) ** num_made
+            assert not certain & set(ids.tolist())
+            drawn = [(label, math.log(chance[label])) for label in ids.tolist()]
             negatives = [[*((label, 0.0) for label in certain), *drawn]] * len(RAGGED)
     reference = Reference(softmax, query_BD)
     expected = reference.loss(RAGGED, negatives, weighting="mean", decoupled=True)

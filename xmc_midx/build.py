@@ -54,6 +54,7 @@ def build_softmax(config: Config, frequencies: np.ndarray, num_instances: int, d
     common: dict[str, Any] = {
         "estimator": options.estimator,
         "num_draws": options.num_draws,
+        "correction_power": options.correction_power,
         "bias": model.label_bias,
         "weighting": config.loss.weighting,
         "decoupled": config.loss.decoupled,

@@ -92,6 +92,9 @@ class SamplerConfig(_Section):
     """Query-free weight of a label inside its cell."""
     frequency_power: Annotated[float, Field(ge=0, le=2)] = 0.5
     """Power of the label frequency, for the prior and for the frequency sampler."""
+    correction_power: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Power of the importance weights of drawn labels: 1 estimates the full softmax without bias, 0 counts every label
+    of the pool once."""
     refresh_every: PositiveInt | Literal["epoch"] = "epoch"
     """Steps between two rebuilds of the codebooks, or once an epoch."""
 

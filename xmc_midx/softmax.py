@@ -32,7 +32,7 @@ from xmc_midx.rows import gather_rows
 from xmc_midx.samplers.midx import MidxSampler
 from xmc_midx.samplers.static import InBatchSampler
 from xmc_midx.topk import exact_topk
-from xmc_midx.types import LabelSample, Sampler, TopK
+from xmc_midx.types import Sampler, TopK
 
 __all__ = ["LabelSoftmax", "MIDXSoftmax"]
 
@@ -58,6 +58,9 @@ class LabelSoftmax(nn.Module):
     estimator : `"pool"` or `"instance"`.
     num_draws : labels drawn for a batch (pool) or for each instance (instance). A pool of `num_draws >= num_labels`
         holds every label once, so that the loss is the full softmax's.
+    correction_power : what the log weights of sampled labels are multiplied by: 1 estimates the full softmax without
+        bias, 0 counts each label of the pool once. Below 1 the loss has less variance, and labels that are drawn often
+        weigh more than the softmax gives them.
     bias : whether labels have a bias.
     weighting : weight of a positive: `"mean"` 1/|Y| of its instance, `"sum"` 1.
     decoupled : whether an instance's other positives are masked.
@@ -81,6 +84,7 @@ class LabelSoftmax(nn.Module):
         sampler: Sampler | None,
         estimator: str = "pool",
         num_draws: int = 2048,
+        correction_power: float = 1.0,
         bias: bool = True,
         weighting: str = "mean",
         decoupled: bool = True,
@@ -97,6 +101,7 @@ class LabelSoftmax(nn.Module):
             raise ValueError(f"precision {precision}: expected None, bfloat16, float32 or float64")
         self.num_labels, self.dim = num_labels, dim
         self.sampler, self.estimator, self.num_draws = sampler, estimator, num_draws
+        self.correction_power = correction_power
         self.weighting, self.decoupled, self.sparse, self.precision = weighting, decoupled, sparse, precision
         self.weight = nn.Parameter(torch.empty(num_labels, dim))
         self.bias = nn.Parameter(torch.zeros(num_labels), requires_grad=bias)
@@ -183,11 +188,11 @@ class LabelSoftmax(nn.Module):
             label_ids = torch.arange(self.num_labels, device=query_BD.device)
             return label_ids, query_BD.new_zeros(self.num_labels)
         certain = torch.unique(positives_Y)
-        sample = self._fitted_sampler().sample_pool(query_BD.detach(), self.num_draws, self.generator)
+        sample = self._fitted_sampler().sample_pool(query_BD.detach(), self.num_draws, self.generator, certain)
         if isinstance(self.sampler, InBatchSampler):
-            return certain, self.sampler.log_weight_of_positives(certain, query_BD.shape[0]).to(query_BD.dtype)
-        label_ids, log_weight_P = _union(certain, sample)
-        return label_ids, log_weight_P.to(query_BD.dtype)
+            certain_weight_P = self.sampler.log_weight_of_positives(certain, query_BD.shape[0])
+            return certain, self.correction_power * certain_weight_P.to(query_BD.dtype)
+        return _union(certain, sample.label_ids, self.correction_power * sample.log_weight.to(query_BD.dtype))
 
     def _instance_loss(self, query_BD: torch.Tensor, targets: _Targets) -> torch.Tensor:
         sample = self._fitted_sampler().sample(query_BD.detach(), self.num_draws, self.generator)
@@ -198,7 +203,7 @@ class LabelSoftmax(nn.Module):
         rows_PD, bias_P = self._rows(label_ids)
         positives_Y, drawn_BM = inverse.split([targets.label_ids.shape[0], sample.label_ids.numel()])
         drawn_BM = drawn_BM.view_as(sample.label_ids)
-        log_weight_BM = sample.log_weight.to(query_BD.dtype)
+        log_weight_BM = self.correction_power * sample.log_weight.to(query_BD.dtype)
         logits_BM = torch.einsum("bd,bmd->bm", query_BD, rows_PD[drawn_BM]) + bias_P[drawn_BM] - log_weight_BM
         logits_BM = logits_BM.masked_fill(targets.hits(sample.label_ids, self.num_labels), -torch.inf)
         log_negatives_B = _logsumexp_or_empty(logits_BM)
@@ -350,8 +355,8 @@ class MIDXSoftmax(LabelSoftmax):
     num_labels, dim : L and D (D >= 2).
     num_codewords : C in each of the two codebooks; `"auto"`: sqrt(L) / 2.
     quantizer : `"pq"` or `"rq"`.
-    estimator, bias, weighting, decoupled, sparse, precision, seed : as in `LabelSoftmax`, which also says what
-        `state_dict()` holds.
+    estimator, correction_power, bias, weighting, decoupled, sparse, precision, seed : as in `LabelSoftmax`, which also
+        says what `state_dict()` holds.
     num_draws : `"auto"`: 2,048 a batch, or all labels where they are few; 64 for each instance.
     prior, label_frequencies, frequency_power : as in `MidxSampler`; frequencies are (L,) counts.
 
@@ -377,6 +382,7 @@ class MIDXSoftmax(LabelSoftmax):
         quantizer: str = "pq",
         estimator: str = "pool",
         num_draws: int | str = "auto",
+        correction_power: float = 1.0,
         prior: str = "uniform",
         label_frequencies: torch.Tensor | None = None,
         frequency_power: float = 0.5,
@@ -403,6 +409,7 @@ class MIDXSoftmax(LabelSoftmax):
             ),
             estimator=estimator,
             num_draws=num_draws,
+            correction_power=correction_power,
             bias=bias,
             weighting=weighting,
             decoupled=decoupled,
@@ -606,10 +613,8 @@ def _no_autocast(like: torch.Tensor) -> torch.autocast:
     return torch.autocast(like.device.type, enabled=False)
 
 
-def _union(certain: torch.Tensor, sample: LabelSample) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rising ids of the batch's positives (log weight 0) and of the drawn labels that are not among them."""
-    position = torch.searchsorted(certain, sample.label_ids).clamp_(max=certain.shape[0] - 1)
-    fresh = certain[position] != sample.label_ids
-    label_ids, order = torch.sort(torch.cat([certain, sample.label_ids[fresh]]))
-    log_weight = torch.cat([sample.log_weight.new_zeros(certain.shape[0]), sample.log_weight[fresh]])
+def _union(certain: torch.Tensor, drawn: torch.Tensor, log_weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rising ids of the batch's positives (log weight 0) and of the labels drawn beside them."""
+    label_ids, order = torch.sort(torch.cat([certain, drawn]))
+    log_weight = torch.cat([log_weight.new_zeros(certain.shape[0]), log_weight])
     return label_ids, log_weight[order]

@@ -204,8 +204,13 @@ class Sampler(Protocol):
         """Rebuild what depends on the label table."""
         ...
 
-    def sample_pool(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
-        """Distinct labels for the whole batch; `log_weight` is the log probability that a label was drawn at all."""
+    def sample_pool(
+        self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator, certain: torch.Tensor | None = None
+    ) -> LabelSample:
+        """Distinct labels for the whole batch: those of about `num_draws` draws that are not in `certain` (U,) rising.
+
+        `log_weight` is the log probability that a label was drawn at all.
+        """
         ...
 
     def sample(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:

@@ -25,7 +25,7 @@ import typer
 from typer.core import TyperCommand
 
 from xmc_midx import __version__
-from xmc_midx.cli import check, datasets, demo, evaluate, predict, render, train
+from xmc_midx.cli import check, datasets, demo, diagnose, evaluate, predict, render, train
 from xmc_midx.errors import XmcMidxError
 
 __all__ = ["main", "run"]
@@ -80,6 +80,7 @@ for _module, _function in (
     (train, train.train),
     (evaluate, evaluate.evaluate),
     (predict, predict.predict),
+    (diagnose, diagnose.diagnose),
     (check, check.check),
     (datasets, datasets.datasets),
     (demo, demo.demo),

@@ -42,7 +42,13 @@ __all__ = [
     "terminal_width",
 ]
 
-STAGES = {"read": "reading", "initialize": "preparing", "train": "training", "predict": "predicting"}
+STAGES = {
+    "read": "reading",
+    "initialize": "preparing",
+    "train": "training",
+    "predict": "predicting",
+    "diagnose": "diagnosing",
+}
 """What a stage of the pipeline is called on the live line."""
 
 BAR_WIDTHS = 8, 30

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from xmc_midx.samplers.draws import draw
-from xmc_midx.samplers.inclusion import log_inclusion
+from xmc_midx.samplers.draws import draw, draw_pool
 from xmc_midx.types import LabelSample
 
 __all__ = ["DenseSampler", "SoftmaxSampler"]
@@ -36,12 +35,14 @@ class DenseSampler:
         self._table = (label_table_LD, bias_L)
 
     @torch.no_grad()
-    def sample_pool(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
-        """Distinct labels of `num_draws` draws from the mean proposal of the batch."""
+    def sample_pool(
+        self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator, certain: torch.Tensor | None = None
+    ) -> LabelSample:
+        """Distinct labels drawn from the mean proposal of the batch (`draw_pool`)."""
         sums_L = torch.stack([log_law.exp_().sum(0) for log_law in self._log_laws(query_BD)]).sum(0)
         mean_L = sums_L / query_BD.shape[0]
-        label_ids = torch.unique(draw(torch.cumsum(mean_L, 0, dtype=torch.float64), num_draws, generator))
-        return LabelSample(label_ids=label_ids, log_weight=log_inclusion(mean_L[label_ids], num_draws))
+        cumulative = torch.cumsum(mean_L, 0, dtype=torch.float64)
+        return draw_pool(lambda count: draw(cumulative, count, generator), mean_L.__getitem__, num_draws, certain)
 
     @torch.no_grad()
     def sample(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:

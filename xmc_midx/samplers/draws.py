@@ -1,14 +1,62 @@
-"""Layer 3. Draws from a cumulative law, in float64: the one way in which every sampler turns a law into labels.
+"""Layer 3. Draws: from a law to labels, and from labels drawn with replacement to a pool and its weights.
 
-`torch.multinomial` stops at 2^24 categories and is inaccurate well before; a float64 cumulative sum over 10^8 labels is
-exact to 1e-16 of its total, and a draw from it is one binary search.
+The one way in which every sampler draws: from a cumulative law, in float64. `torch.multinomial` stops at 2^24
+categories and is inaccurate well before; a float64 cumulative sum over 10^8 labels is exact to 1e-16 of its total, and
+a draw from it is one binary search.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 
-__all__ = ["draw"]
+from xmc_midx.types import LabelSample
+
+__all__ = ["draw", "draw_pool", "log_inclusion"]
+
+_MAX_OVERDRAW = 8
+"""Draws made for each draw asked for, at most: a batch whose positives hold all of the proposal ends somewhere."""
+
+
+def draw_pool(
+    draw_labels: Callable[[int], torch.Tensor],
+    probability: Callable[[torch.Tensor], torch.Tensor],
+    num_draws: int,
+    certain: torch.Tensor | None,
+) -> LabelSample:
+    """The distinct labels of i.i.d. draws from one law, without those that are in the pool anyway.
+
+    A draw of the batch's own positives adds nothing, and the better the proposal, the more of its draws are such: so
+    many draws are made that `num_draws` of them are expected to be of other labels. The inclusion probability of a
+    label is that of all draws made, `1 - (1 - Q(i))^M'`, which keeps the estimate unbiased.
+
+    Parameters
+    ----------
+    draw_labels : M -> (M,) labels, i.i.d. from the law.
+    probability : (P,) labels -> (P,) Q(i), normalised over all labels.
+    num_draws : draws that are to count.
+    certain : (U,) rising labels that the pool holds with certainty; None for none.
+    """
+    if certain is None or certain.shape[0] == 0:
+        label_ids: torch.Tensor = torch.unique(draw_labels(num_draws))
+        return LabelSample(label_ids=label_ids, log_weight=log_inclusion(probability(label_ids), num_draws))
+    elsewhere = max(1.0 - float(probability(certain).sum()), 1.0 / _MAX_OVERDRAW)
+    num_made = math.ceil(num_draws / elsewhere)
+    label_ids = torch.unique(draw_labels(num_made))
+    position = torch.searchsorted(certain, label_ids).clamp_(max=certain.shape[0] - 1)
+    label_ids = label_ids[certain[position] != label_ids]
+    return LabelSample(label_ids=label_ids, log_weight=log_inclusion(probability(label_ids), num_made))
+
+
+def log_inclusion(probability: torch.Tensor, num_draws: int) -> torch.Tensor:
+    """`log(1 - (1 - q)^M)`: the log probability that M i.i.d. draws contain a label of probability q.
+
+    Computed as `log(-expm1(M log1p(-q)))`, which keeps its digits from q = 1e-30 (where it is `log(M q)`) to q = 1.
+    """
+    missed = num_draws * torch.log1p(-probability.clamp(max=1.0))
+    return torch.log(-torch.expm1(missed))
 
 
 def draw(cumulative: torch.Tensor, num_draws: int, generator: torch.Generator) -> torch.Tensor:

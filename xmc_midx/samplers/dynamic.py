@@ -35,9 +35,13 @@ class HardNegativeSampler:
         self._table = (label_table_LD, bias_L)
 
     @torch.no_grad()
-    def sample_pool(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
-        """The `num_draws` candidates that have the highest logit with any query of the batch."""
+    def sample_pool(
+        self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator, certain: torch.Tensor | None = None
+    ) -> LabelSample:
+        """The `num_draws` candidates outside `certain` that have the highest logit with any query of the batch."""
         candidates = self._candidates(num_draws, generator)
+        if certain is not None:
+            candidates = candidates[~torch.isin(candidates, certain, assume_unique=True)]
         hardest = self._logits(query_BD, candidates).amax(0)
         kept = torch.topk(hardest, min(num_draws, candidates.shape[0])).indices
         label_ids = torch.sort(candidates[kept]).values

@@ -12,8 +12,7 @@ import math
 import torch
 
 from xmc_midx.samplers.dense import DenseSampler
-from xmc_midx.samplers.draws import draw
-from xmc_midx.samplers.inclusion import log_inclusion
+from xmc_midx.samplers.draws import draw, draw_pool
 from xmc_midx.types import LabelSample
 
 __all__ = ["QuadraticKernelSampler", "RandomFeatureSampler"]
@@ -130,15 +129,19 @@ class RandomFeatureSampler:
     # ------------------------------------------------------------------ draws
 
     @torch.no_grad()
-    def sample_pool(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
-        """Distinct labels of `num_draws` draws from the mean proposal of the batch: the mixture of the mean gate."""
+    def sample_pool(
+        self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator, certain: torch.Tensor | None = None
+    ) -> LabelSample:
+        """Distinct labels drawn from the mean proposal of the batch (`draw_pool`): the mixture of the mean gate."""
         gate_R = self._gate(query_BD).mean(0)
-        features = draw(torch.cumsum(gate_R, 0, dtype=torch.float64), num_draws, generator)
-        label_ids = torch.unique(self._draw_labels(features, generator))
+        cumulative_R = torch.cumsum(gate_R, 0, dtype=torch.float64)
         assert self._features_LR is not None
-        return LabelSample(
-            label_ids=label_ids, log_weight=log_inclusion(self._features_LR[label_ids] @ gate_R, num_draws)
-        )
+        features_LR = self._features_LR
+
+        def draw_labels(count: int) -> torch.Tensor:
+            return self._draw_labels(draw(cumulative_R, count, generator), generator)
+
+        return draw_pool(draw_labels, lambda label_ids: features_LR[label_ids] @ gate_R, num_draws, certain)
 
     @torch.no_grad()
     def sample(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:

@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from xmc_midx.samplers.inclusion import log_inclusion
+from xmc_midx.samplers.draws import draw_pool
 from xmc_midx.types import LabelSample
 
 __all__ = ["LshSampler"]
@@ -91,13 +91,12 @@ class LshSampler:
     # ------------------------------------------------------------------ draws
 
     @torch.no_grad()
-    def sample_pool(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
-        """Distinct labels of `num_draws` draws from the mean proposal of the batch, each of a random query's tables."""
+    def sample_pool(
+        self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator, certain: torch.Tensor | None = None
+    ) -> LabelSample:
+        """Distinct labels drawn from the mean proposal of the batch (`draw_pool`), each from a random query's table."""
         assert self._codes_TL is not None, "refresh before use"
-        keys_BT = self._keys(query_BD)
-        device = keys_BT.device
-        pair = torch.randint(keys_BT.numel(), (num_draws,), generator=generator, device=device)
-        label_ids = torch.unique(self._draw_in_buckets(keys_BT.flatten()[pair], generator))
+        codes_TL, keys_BT = self._codes_TL, self._keys(query_BD)
         # Q(i) = sum over the T buckets of i: how often the batch asks for it / its size.
         keys, counts = torch.unique(keys_BT, return_counts=True)
         weight = counts.double() / keys_BT.numel()
@@ -105,12 +104,19 @@ class LshSampler:
         filled = size > 0
         spread = self.uniform_share + (1.0 - self.uniform_share) * weight[~filled].sum()
         weight = torch.where(filled, weight / size.clamp(min=1), 0.0)
-        own_TP = self._codes_TL[:, label_ids] + self._num_buckets * self._table_T[:, None]
-        position = torch.searchsorted(keys, own_TP).clamp_(max=keys.shape[0] - 1)
-        share_P = torch.where(keys[position] == own_TP, weight[position], 0.0).sum(0)
-        probability = (1.0 - self.uniform_share) * share_P + spread / self._codes_TL.shape[1]
-        log_weight = log_inclusion(probability, num_draws).to(self._projections.dtype)
-        return LabelSample(label_ids=label_ids, log_weight=log_weight)
+
+        def draw_labels(count: int) -> torch.Tensor:
+            pair = torch.randint(keys_BT.numel(), (count,), generator=generator, device=keys_BT.device)
+            return self._draw_in_buckets(keys_BT.flatten()[pair], generator)
+
+        def probability(label_ids: torch.Tensor) -> torch.Tensor:
+            own_TP = codes_TL[:, label_ids] + self._num_buckets * self._table_T[:, None]
+            position = torch.searchsorted(keys, own_TP).clamp_(max=keys.shape[0] - 1)
+            share_P = torch.where(keys[position] == own_TP, weight[position], 0.0).sum(0)
+            mixed_P: torch.Tensor = (1.0 - self.uniform_share) * share_P + spread / codes_TL.shape[1]
+            return mixed_P.to(self._projections.dtype)
+
+        return draw_pool(draw_labels, probability, num_draws, certain)
 
     @torch.no_grad()
     def sample(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:

@@ -16,8 +16,7 @@ import math
 import torch
 
 from xmc_midx.codebook import Codebook, fit_codebook
-from xmc_midx.samplers.draws import draw
-from xmc_midx.samplers.inclusion import log_inclusion
+from xmc_midx.samplers.draws import draw, draw_pool
 from xmc_midx.types import LabelSample
 
 __all__ = ["MidxSampler"]
@@ -54,6 +53,10 @@ class MidxSampler:
         frequency_power: float = 0.5,
         seed: int = 0,
     ) -> None:
+        if quantizer not in ("pq", "rq"):
+            raise ValueError(f"quantizer {quantizer!r}: expected 'pq' or 'rq'")
+        if prior not in ("uniform", "frequency", "bias"):
+            raise ValueError(f"prior {prior!r}: expected 'uniform', 'frequency' or 'bias'")
         if prior == "frequency" and label_frequencies is None:
             raise ValueError("the frequency prior needs label_frequencies")
         self.quantizer = quantizer
@@ -117,18 +120,24 @@ class MidxSampler:
     # ------------------------------------------------------------------ draws
 
     @torch.no_grad()
-    def sample_pool(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
-        """Distinct labels of `num_draws` draws from the mean proposal of the batch, `Q(i) = mean_b Q(i|z_b)`.
+    def sample_pool(
+        self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator, certain: torch.Tensor | None = None
+    ) -> LabelSample:
+        """Distinct labels drawn from the mean proposal of the batch, `Q(i) = mean_b Q(i|z_b)` (`draw_pool`).
 
         The mean over the batch of a cell's probability is one (C, B) x (B, C) product, so neither the set-up nor the
-        weights need a (B, P) matrix, and the inclusion probability `1 - (1 - Q(i))^M` is exact.
+        weights need a (B, P) matrix, and the inclusion probability is exact.
         """
         ratio_CC = self._mean_ratio(query_BD)
-        cell_mass = (ratio_CC * self._cell_mass_CC).flatten().double()
-        cells = draw(torch.cumsum(cell_mass, 0), num_draws, generator)
-        label_ids = torch.unique(self._draw_in_cells(cells, generator))
-        probability = self._log_prior_of_label[label_ids].exp() * ratio_CC.flatten()[self._cell_of_label[label_ids]]
-        return LabelSample(label_ids=label_ids, log_weight=log_inclusion(probability, num_draws))
+        cumulative = torch.cumsum((ratio_CC * self._cell_mass_CC).flatten(), 0, dtype=torch.float64)
+
+        def draw_labels(count: int) -> torch.Tensor:
+            return self._draw_in_cells(draw(cumulative, count, generator), generator)
+
+        def probability(label_ids: torch.Tensor) -> torch.Tensor:
+            return self._log_prior_of_label[label_ids].exp() * ratio_CC.flatten()[self._cell_of_label[label_ids]]
+
+        return draw_pool(draw_labels, probability, num_draws, certain)
 
     @torch.no_grad()
     def sample(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
@@ -139,9 +148,9 @@ class MidxSampler:
         for begin in range(0, query_BD.shape[0], chunk):
             factor1_BC, factor2_BC = self._factors(query_BD[begin : begin + chunk])
             psi_BC = factor2_BC @ self._cell_mass_CC.T
-            first_BM = draw(torch.cumsum((factor1_BC * psi_BC).double(), 1), num_draws, generator)
+            first_BM = draw(torch.cumsum(factor1_BC * psi_BC, 1, dtype=torch.float64), num_draws, generator)
             second_BMC = self._cell_mass_CC[first_BM] * factor2_BC[:, None, :]
-            second_BM = draw(torch.cumsum(second_BMC.double(), 2), 1, generator)[..., 0]
+            second_BM = draw(torch.cumsum(second_BMC, 2, dtype=torch.float64), 1, generator)[..., 0]
             parts.append(self._draw_in_cells(first_BM * codewords + second_BM, generator))
         label_ids = torch.cat(parts)
         log_weight = self.log_proposal(query_BD, label_ids) + math.log(num_draws)
@@ -198,6 +207,15 @@ class MidxSampler:
         return {name: getattr(self.codebook, name) for name in names}
 
     def load_state_dict(self, state: dict[str, torch.Tensor], bias_L: torch.Tensor) -> None:
-        """Restore `state_dict()`; `bias_L` is the bias at the time of the refresh (read by the bias prior alone)."""
+        """Restore `state_dict()`; `bias_L` is the bias at the time of the refresh (read by the bias prior alone).
+
+        Raises
+        ------
+        RuntimeError : the state is that of another number of codewords.
+        """
+        self.codebook = None
         if state:
-            self.set_codebook(Codebook(quantizer=self.quantizer, **state), bias_L)
+            codebook = Codebook(quantizer=self.quantizer, **state)
+            if codebook.num_codewords != self.num_codewords:
+                raise RuntimeError(f"codebooks of {codebook.num_codewords} codewords, expected {self.num_codewords}")
+            self.set_codebook(codebook, bias_L)

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from xmc_midx.samplers.inclusion import log_inclusion
+from xmc_midx.samplers.draws import draw, draw_pool, log_inclusion
 from xmc_midx.types import LabelSample
 
 __all__ = ["FrequencySampler", "InBatchSampler", "UniformSampler"]
@@ -24,19 +24,24 @@ class UniformSampler:
         """Nothing depends on the table but the device."""
         self._follow(bias_L.device)
 
-    def sample_pool(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
-        label_ids = torch.unique(self._draw((num_draws,), query_BD, generator))
-        probability = torch.full(label_ids.shape, 1.0 / self.num_labels, dtype=query_BD.dtype, device=query_BD.device)
-        return LabelSample(label_ids=label_ids, log_weight=log_inclusion(probability, num_draws))
+    def sample_pool(
+        self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator, certain: torch.Tensor | None = None
+    ) -> LabelSample:
+        """Distinct labels for the whole batch (`draw_pool`)."""
+
+        def probability(label_ids: torch.Tensor) -> torch.Tensor:
+            return self._probability(label_ids).to(query_BD.dtype)
+
+        return draw_pool(lambda count: self._draw((count,), generator), probability, num_draws, certain)
 
     def sample(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
-        label_ids = self._draw((query_BD.shape[0], num_draws), query_BD, generator)
+        label_ids = self._draw((query_BD.shape[0], num_draws), generator)
         log_weight = self.log_proposal(query_BD, label_ids) + math.log(num_draws)
         return LabelSample(label_ids=label_ids, log_weight=log_weight)
 
     def log_proposal(self, query_BD: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
-        shape = label_ids.shape if label_ids.dim() == 2 else (query_BD.shape[0], label_ids.shape[0])
-        return torch.full(shape, -math.log(self.num_labels), dtype=query_BD.dtype, device=query_BD.device)
+        log_probability = self._probability(label_ids).log().to(query_BD.dtype)
+        return log_probability if label_ids.dim() == 2 else log_probability.expand(query_BD.shape[0], -1)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {}
@@ -48,8 +53,12 @@ class UniformSampler:
     def _follow(self, device: torch.device) -> None:
         """Move what the constructor was given to the device of the table."""
 
-    def _draw(self, shape: tuple[int, ...], query_BD: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        return torch.randint(self.num_labels, shape, generator=generator, device=query_BD.device)
+    def _draw(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        return torch.randint(self.num_labels, shape, generator=generator, device=generator.device)
+
+    def _probability(self, label_ids: torch.Tensor) -> torch.Tensor:
+        """Q(i), of the shape of `label_ids`, float64."""
+        return torch.full(label_ids.shape, 1.0 / self.num_labels, dtype=torch.float64, device=label_ids.device)
 
 
 class FrequencySampler(UniformSampler):
@@ -67,19 +76,11 @@ class FrequencySampler(UniformSampler):
         self._probability_L = weight_L / weight_L.sum()
         self._cumulative_L = torch.cumsum(self._probability_L, 0)
 
-    def sample_pool(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
-        label_ids = torch.unique(self._draw((num_draws,), query_BD, generator))
-        log_weight = log_inclusion(self._probability_L[label_ids], num_draws).to(query_BD.dtype)
-        return LabelSample(label_ids=label_ids, log_weight=log_weight)
+    def _draw(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        return draw(self._cumulative_L, math.prod(shape), generator).view(shape)
 
-    def log_proposal(self, query_BD: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
-        log_probability = torch.log(self._probability_L[label_ids]).to(query_BD.dtype)
-        return log_probability if label_ids.dim() == 2 else log_probability.expand(query_BD.shape[0], -1)
-
-    def _draw(self, shape: tuple[int, ...], query_BD: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        uniform = torch.rand(shape, dtype=torch.float64, generator=generator, device=query_BD.device)
-        position = torch.searchsorted(self._cumulative_L, uniform * self._cumulative_L[-1], right=True)
-        return position.clamp_(max=self.num_labels - 1)
+    def _probability(self, label_ids: torch.Tensor) -> torch.Tensor:
+        return self._probability_L[label_ids]
 
     def _follow(self, device: torch.device) -> None:
         self._probability_L, self._cumulative_L = self._probability_L.to(device), self._cumulative_L.to(device)
@@ -102,7 +103,9 @@ class InBatchSampler(UniformSampler):
         super().__init__(label_frequencies.shape[0])
         self._share_L = label_frequencies.double() / num_instances
 
-    def sample_pool(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
+    def sample_pool(
+        self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator, certain: torch.Tensor | None = None
+    ) -> LabelSample:
         nothing = torch.empty(0, device=query_BD.device)
         return LabelSample(label_ids=nothing.long(), log_weight=nothing)
 

@@ -146,7 +146,7 @@ def test_the_effective_share_is_the_one_that_draws_have() -> None:
     found = measure("frequency", count=1)["frequency"]
     model, instances = make_model(), make_instances(1)
     p_L = softmax(float64_logits(model, instances), axis=1)[0]
-    q_L = (model.frequencies.numpy() + 1.0) ** 0.5
+    q_L = model.frequencies.numpy() + 1.0
     q_L /= q_L.sum()
     weights = (p_L / q_L)[np.random.default_rng(0).choice(L, size=200_000, p=q_L)]
     assert found.effective_share is not None
@@ -346,7 +346,7 @@ def test_the_bounds_of_the_theory_hold_for_every_instance_of_a_trained_model(run
         if name.startswith("midx-"):
             codebook = sampler.codebook  # type: ignore[attr-defined]
             score1_BC, score2_BC = (scores.double().numpy() for scores in codebook.scores(queries))
-            log_prior_L = 0.5 * np.log(model.frequencies.numpy() + 1.0)
+            log_prior_L = np.log(model.frequencies.numpy() + 1.0)
             residual_BL = logits_BL - score1_BC[:, codebook.codes1] - score2_BC[:, codebook.codes2] - log_prior_L
             # The table is small: no score is clamped, and the residual is the paper's up to a constant.
             np.testing.assert_allclose(found["kl_bound"], residual_BL.max(1) - residual_BL.min(1), rtol=1e-4)

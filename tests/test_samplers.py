@@ -434,12 +434,23 @@ def test_a_refresh_follows_the_table() -> None:
     np.testing.assert_allclose(after.double().exp().sum(1).numpy(), 1.0, atol=2e-5)
 
 
-def test_a_refresh_starts_from_the_codewords_that_it_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refresh_starts_from_the_codewords_that_it_finds() -> None:
     case = make_case("midx-rq-uniform")
+    assert isinstance(case.sampler, MidxSampler)
     before = {name: tensor.clone() for name, tensor in case.sampler.state_dict().items()}
-    monkeypatch.setattr("xmc_midx.samplers.midx._WARM_ITERATIONS", 0)
-    case.sampler.refresh(case.table + 0.3, case.bias)
-    assert torch.equal(case.sampler.state_dict()["codewords1"], before["codewords1"])
+    case.sampler.refresh_iterations = 0
+    case.sampler.refresh(case.table.flip(0), case.bias)
+    after = case.sampler.state_dict()
+    assert torch.equal(after["codewords1"], before["codewords1"]), "the codewords are kept"
+    assert torch.equal(after["codes1"], before["codes1"].flip(0)), "the labels are assigned anew"
+
+
+def test_a_large_batch_draws_from_the_mean_proposal_of_its_first_instances(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case("midx-pq-frequency", "odd size")
+    monkeypatch.setattr("xmc_midx.samplers.midx._MEAN_QUERIES", 2)
+    pool = case.sampler.sample_pool(case.query, 40, torch.Generator().manual_seed(0))
+    mean = np.exp(reference_law("midx-pq-frequency", case))[:2].mean(0)[pool.label_ids]
+    np.testing.assert_allclose(pool.log_weight.numpy(), np.log(1 - (1 - mean) ** 40), atol=2e-5)
 
 
 def test_an_own_draw_does_not_depend_on_how_the_batch_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -744,6 +755,24 @@ class TestInBatch:
         assert pool.label_ids.shape == pool.log_weight.shape == (0,)
 
 
-def test_a_frequency_prior_without_frequencies_is_refused() -> None:
-    with pytest.raises(ValueError, match="label_frequencies"):
-        MidxSampler(quantizer="pq", num_codewords=2, prior="frequency")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantizer": "opq"}, "quantizer 'opq'"),
+        ({"prior": "zipf"}, "prior 'zipf'"),
+        ({"prior": "frequency"}, "label_frequencies"),
+    ],
+)
+def test_wrong_options_of_midx_are_refused(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MidxSampler(**{"quantizer": "pq", "num_codewords": 2, "prior": "uniform", **options})
+
+
+def test_codebooks_of_another_size_are_refused_and_none_are_forgotten() -> None:
+    case = make_case("midx-pq-uniform")
+    state = case.sampler.state_dict()
+    other = MidxSampler(quantizer="pq", num_codewords=5, prior="uniform")
+    with pytest.raises(RuntimeError, match="4 codewords, expected 5"):
+        other.load_state_dict(state, case.bias)
+    case.sampler.load_state_dict({}, case.bias)
+    assert not case.sampler.fitted

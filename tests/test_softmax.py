@@ -793,7 +793,7 @@ def test_the_seed_decides_table_and_draws_and_the_global_generator_is_left_alone
 def test_midx_softmax_is_ready_to_use_and_derives_its_sizes(quantizer: str) -> None:
     softmax = MIDXSoftmax(5000, 7, quantizer=quantizer)
     assert softmax.num_draws == 2048
-    assert isinstance(softmax.sampler, MidxSampler) and softmax.sampler.num_codewords == round(math.sqrt(5000) / 2)
+    assert isinstance(softmax.sampler, MidxSampler) and softmax.sampler.num_codewords == round(1.25 * math.sqrt(5000))
     assert torch.isfinite(softmax(make_queries(4, 7), torch.tensor([1, 4999, 3, 3])))
     assert softmax.sampler.codebook is not None, "the first use fitted it"
     assert MIDXSoftmax(5000, 7, estimator="instance").num_draws == 64
@@ -823,10 +823,10 @@ def test_midx_softmax_trains_a_linear_classifier(sparse: bool, estimator: str, q
     optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(encoder.parameters(), lr=0.02)]
     table_optimizer = torch.optim.SparseAdam if sparse else torch.optim.Adam
     optimizers.append(table_optimizer(list(softmax.parameters()), lr=0.02))
-    losses = []
-    for _ in range(6):
+    losses, pools = [], []
+    for _ in range(3):
         softmax.refresh()
-        for part in torch.randperm(1500, generator=generator).split(100):
+        for part in torch.randperm(1500, generator=generator).split(25):
             loss = softmax(encoder(inputs[part]), classes[part])
             for optimizer in optimizers:
                 optimizer.zero_grad()
@@ -834,7 +834,8 @@ def test_midx_softmax_trains_a_linear_classifier(sparse: bool, estimator: str, q
             for optimizer in optimizers:
                 optimizer.step()
             losses.append(loss.item())
-    assert softmax.pool_size < num_classes or estimator == "instance", "the negatives were drawn"
+            pools.append(softmax.pool_size)
+    assert np.mean(pools) < 0.8 * num_classes or estimator == "instance", "the negatives were drawn"
     assert np.mean(losses[-15:]) < 0.25 * losses[0]
     top = softmax.topk(encoder(inputs), 1)
     assert np.mean(top.label_ids[:, 0] == classes.numpy()) > 0.9

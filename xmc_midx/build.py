@@ -110,4 +110,5 @@ def _midx_options(options: SamplerConfig, frequency_L: torch.Tensor) -> dict[str
         "prior": options.prior,
         "label_frequencies": frequency_L,
         "frequency_power": options.frequency_power,
+        "refresh_iterations": options.refresh_iterations,
     }

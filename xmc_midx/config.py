@@ -90,13 +90,15 @@ class SamplerConfig(_Section):
     """Codewords C in each of the two codebooks."""
     prior: Literal["uniform", "frequency", "bias"] = "frequency"
     """Query-free weight of a label inside its cell."""
-    frequency_power: Annotated[float, Field(ge=0, le=2)] = 0.5
+    frequency_power: Annotated[float, Field(ge=0, le=2)] = 1.0
     """Power of the label frequency, for the prior and for the frequency sampler."""
     correction_power: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Power of the importance weights of drawn labels: 1 estimates the full softmax without bias, 0 counts every label
     of the pool once."""
     refresh_every: PositiveInt | Literal["epoch"] = "epoch"
     """Steps between two rebuilds of the codebooks, or once an epoch."""
+    refresh_iterations: Annotated[int, Field(ge=0, le=100)] = 2
+    """Iterations of k-means in a rebuild; 0 keeps the codewords and only assigns the labels anew."""
 
 
 class LossConfig(_Section):

@@ -353,12 +353,13 @@ class MIDXSoftmax(LabelSoftmax):
     Parameters
     ----------
     num_labels, dim : L and D (D >= 2).
-    num_codewords : C in each of the two codebooks; `"auto"`: sqrt(L) / 2.
+    num_codewords : C in each of the two codebooks; `"auto"`: 1.25 sqrt(L), at most 384.
     quantizer : `"pq"` or `"rq"`.
     estimator, correction_power, bias, weighting, decoupled, sparse, precision, seed : as in `LabelSoftmax`, which also
         says what `state_dict()` holds.
     num_draws : `"auto"`: 2,048 a batch, or all labels where they are few; 64 for each instance.
-    prior, label_frequencies, frequency_power : as in `MidxSampler`; frequencies are (L,) counts.
+    prior, label_frequencies, frequency_power, refresh_iterations : as in `MidxSampler`; frequencies are (L,) counts.
+        The default prior, the bias, needs none: a trained bias is about the log frequency.
 
     Raises
     ------
@@ -383,9 +384,10 @@ class MIDXSoftmax(LabelSoftmax):
         estimator: str = "pool",
         num_draws: int | str = "auto",
         correction_power: float = 1.0,
-        prior: str = "uniform",
+        prior: str = "bias",
         label_frequencies: torch.Tensor | None = None,
-        frequency_power: float = 0.5,
+        frequency_power: float = 1.0,
+        refresh_iterations: int = 2,
         bias: bool = True,
         weighting: str = "mean",
         decoupled: bool = True,
@@ -405,6 +407,7 @@ class MIDXSoftmax(LabelSoftmax):
                 prior=prior,
                 label_frequencies=label_frequencies,
                 frequency_power=frequency_power,
+                refresh_iterations=refresh_iterations,
                 seed=seed,
             ),
             estimator=estimator,

@@ -24,7 +24,9 @@ __all__ = ["MidxSampler"]
 _SCORE_RANGE = 30.0
 """Nats. exp(-30) for each codebook: the product with a cell mass of 1e-10 is still a normal float32."""
 _COLD_ITERATIONS = 10
-_WARM_ITERATIONS = 2
+_MEAN_QUERIES = 256
+"""Queries of a batch that its mean proposal is taken over: half of a batch of 512 gives a pool of the same variance
+(EXPERIMENTS.md, "Pools") at half the set-up."""
 _DRAW_CHUNK = 1 << 24
 """Elements of the largest temporary of a per-instance draw."""
 
@@ -40,6 +42,8 @@ class MidxSampler:
         the part of the logit that does not depend on the query).
     label_frequencies : (L,) training instances of each label; needed by the frequency prior.
     frequency_power : the power in the frequency prior.
+    refresh_iterations : of Lloyd's algorithm in a refresh, from the codewords that are there; 0 only assigns the labels
+        anew. The first fit takes 10.
     seed : of the codebooks' start.
     """
 
@@ -50,7 +54,8 @@ class MidxSampler:
         num_codewords: int,
         prior: str = "frequency",
         label_frequencies: torch.Tensor | None = None,
-        frequency_power: float = 0.5,
+        frequency_power: float = 1.0,
+        refresh_iterations: int = 2,
         seed: int = 0,
     ) -> None:
         if quantizer not in ("pq", "rq"):
@@ -62,6 +67,7 @@ class MidxSampler:
         self.quantizer = quantizer
         self.num_codewords = num_codewords
         self.prior = prior
+        self.refresh_iterations = refresh_iterations
         self.seed = seed
         self.codebook: Codebook | None = None
         self._log_frequency = None
@@ -84,7 +90,7 @@ class MidxSampler:
             num_codewords=self.num_codewords,
             generator=generator,
             start=self.codebook,
-            num_iterations=_COLD_ITERATIONS if self.codebook is None else _WARM_ITERATIONS,
+            num_iterations=_COLD_ITERATIONS if self.codebook is None else self.refresh_iterations,
         )
         self.set_codebook(codebook, bias_L)
 
@@ -123,9 +129,10 @@ class MidxSampler:
     def sample_pool(
         self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator, certain: torch.Tensor | None = None
     ) -> LabelSample:
-        """Distinct labels drawn from the mean proposal of the batch, `Q(i) = mean_b Q(i|z_b)` (`draw_pool`).
+        """Distinct labels drawn from the mean proposal of the batch's first 256 instances, `Q(i) = mean_b Q(i|z_b)`
+        (`draw_pool`).
 
-        The mean over the batch of a cell's probability is one (C, B) x (B, C) product, so neither the set-up nor the
+        The mean over the queries of a cell's probability is one (C, B) x (B, C) product, so neither the set-up nor the
         weights need a (B, P) matrix, and the inclusion probability is exact.
         """
         ratio_CC = self._mean_ratio(query_BD)
@@ -184,7 +191,8 @@ class MidxSampler:
         return log_factor1_BC.exp_(), log_factor2_BC.exp_()
 
     def _mean_ratio(self, query_BD: torch.Tensor) -> torch.Tensor:
-        """(C, C): the batch mean of `exp(s1 + s2) / Z`, so that `Q(i) = pi_i * ratio[cell of i]`."""
+        """(C, C): the mean over the queries of `exp(s1 + s2) / Z`, so that `Q(i) = pi_i * ratio[cell of i]`."""
+        query_BD = query_BD[:_MEAN_QUERIES]
         factor1_BC, factor2_BC = self._factors(query_BD)
         partition_B1 = (factor1_BC * (factor2_BC @ self._cell_mass_CC.T)).sum(1, keepdim=True)
         return (factor1_BC / (partition_B1 * query_BD.shape[0])).T @ factor2_BC

@@ -27,7 +27,7 @@ from typing import Any
 from xmc_midx.config import SAMPLER_NAMES
 
 METRICS = ("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5")
-DIVERGENCES = {"kl_qp": "KL(Q,P)", "kl_pq": "KL(P,Q)"}
+DIVERGENCES = {"kl_from_softmax": "KL(Q,P)", "kl_to_softmax": "KL(P,Q)"}
 NOTES = """\
 Mean ± sample standard deviation over the seeds, metrics on the test split in %. Pool: labels that a batch is scored
 against, its positives and the draws. Train s: the training alone. KL(Q,P) = sum Q log(Q/P) and KL(P,Q) = sum P log(P/Q)
@@ -95,7 +95,7 @@ def _run(wanted: dict[str, Any], run: Path) -> dict[str, Any]:
         }
         if sampler != "full":
             found = _call("diagnose", str(run), data, "--samplers", sampler, "--repeats", "2")["samplers"][0]
-            figures |= {name: found[name] for name in DIVERGENCES}
+            figures |= {name: found[name] and found[name]["mean"] for name in DIVERGENCES}
     except CommandError as failure:
         return {"error": str(failure)}
     finally:

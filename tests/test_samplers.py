@@ -718,26 +718,33 @@ class TestInBatch:
 
     frequency = torch.tensor([0, 1, 5, 40, 100])
 
-    def test_the_weight_of_a_positive_is_its_chance_to_be_in_a_batch(self) -> None:
-        sampler = InBatchSampler(self.frequency, num_instances=100)
-        labels = torch.tensor([1, 2, 3, 4])
-        expected = [math.log(1 - (1 - n / 100) ** 8) for n in (1, 5, 40)] + [0.0]
-        np.testing.assert_allclose(sampler.log_weight_of_positives(labels, 8).numpy(), expected, rtol=1e-5)
+    def test_the_weight_of_a_positive_is_its_chance_to_be_in_the_rest_of_a_batch(self) -> None:
+        """The hypergeometric law of the other instances of a batch, from one label in 4,000 instances to most of 60."""
+        for num_instances, batch_size in ((60, 8), (60, 59), (4000, 64), (500_000, 1024)):
+            frequencies = sorted({1, 2, 7, num_instances // 50, num_instances // 2, num_instances - batch_size})
+            law = stats.hypergeom(num_instances - 1, np.array(frequencies), batch_size - 1)
+            sampler = InBatchSampler(torch.tensor(frequencies), num_instances=num_instances)
+            found = sampler.log_inclusion(torch.arange(len(frequencies)), batch_size - 1).exp().numpy()
+            np.testing.assert_allclose(found, 1 - law.pmf(0), atol=2e-3)
+            np.testing.assert_allclose(found[0], (batch_size - 1) / (num_instances - 1), rtol=1e-9)
 
-    def test_the_weight_is_finite_for_a_label_that_the_frequencies_do_not_know(self) -> None:
+    def test_labels_that_all_or_none_have_are_certain_or_impossible(self) -> None:
         sampler = InBatchSampler(self.frequency, num_instances=100)
-        assert torch.isfinite(sampler.log_weight_of_positives(torch.tensor([0]), 8)).all()
+        found = sampler.log_inclusion(torch.tensor([0, 4]), 8).exp()
+        assert found[0] == 0.0 and found[1] == pytest.approx(1.0, abs=1e-6)
+        assert torch.isneginf(sampler.log_inclusion(torch.arange(5), 0)).all(), "a batch of one has no others"
+        assert sampler.positives_per_instance == 1.46
 
     def test_the_sum_over_random_batches_is_the_sum_over_the_seen_labels(self) -> None:
         rng = np.random.default_rng(0)
         owner = rng.integers(0, 12, size=60)
         frequency_L = torch.from_numpy(np.bincount(owner, minlength=15))
-        sampler = InBatchSampler(frequency_L, num_instances=60)
+        sampler = InBatchSampler(frequency_L, num_instances=61)
         logits = torch.from_numpy(rng.normal(size=15))
         estimates = []
         for _ in range(3000):
-            batch = torch.unique(torch.from_numpy(owner[rng.integers(0, 60, size=6)]))
-            estimates.append(float((logits[batch] - sampler.log_weight_of_positives(batch, 6)).exp().sum()))
+            batch = torch.unique(torch.from_numpy(owner[rng.permutation(60)[:6]]))
+            estimates.append(float((logits[batch] - sampler.log_inclusion(batch, 6)).exp().sum()))
         truth = float(logits[frequency_L > 0].exp().sum())
         error = np.std(estimates) / math.sqrt(len(estimates))
         assert abs(np.mean(estimates) - truth) < 4 * error

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from scipy import stats
 from torch import nn
 
 from xmc_midx import softmax as softmax_module
@@ -236,8 +237,35 @@ def test_in_batch_negatives_are_the_batchs_positives_at_their_weights(weighting:
     softmax = make_softmax(
         InBatchSampler(frequency_L, num_instances=100), num_draws=L, weighting=weighting, decoupled=decoupled
     )
-    chance = {label: 1 - (1 - (label + 1) / 100) ** len(RAGGED) for row in RAGGED for label in row}
+    law = stats.hypergeom(99, np.arange(1, L + 1), len(RAGGED) - 1)
+    assert isinstance(softmax.sampler, InBatchSampler)
+    chances = softmax.sampler.log_inclusion(torch.arange(L), len(RAGGED) - 1).exp().numpy()
+    np.testing.assert_allclose(chances, 1 - law.pmf(0), atol=2e-3)
+    chance = {label: float(chances[label]) for row in RAGGED for label in row}
     pool = [(label, math.log(chance[label])) for label in sorted(chance)]
+    query_BD = make_queries()
+    reference = Reference(softmax, query_BD)
+    expected = reference.loss(RAGGED, [pool] * len(RAGGED), weighting=weighting, decoupled=decoupled)
+    assert_same_loss_and_gradients(softmax, query_BD, offsets_of(RAGGED), reference, expected)
+
+
+@pytest.mark.usefixtures("chunks")
+@VARIANTS
+def test_positives_as_a_sample_are_weighed_against_the_draws(weighting: str, decoupled: bool) -> None:
+    """w / P(in the batch) where the batch has the label, and (1 - w) / P(drawn) where it was drawn."""
+    frequency_L = torch.arange(1, L + 1)
+    law = InBatchSampler(frequency_L, num_instances=100)
+    drawn = {1: -2.0, 3: -1.5, 8: -0.7, 9: -3.0, 12: 0.0, 16: -0.1}
+    softmax = make_softmax(Fixed(drawn), in_batch=law, num_draws=6, weighting=weighting, decoupled=decoupled)
+    chance = law.log_inclusion(torch.arange(L), len(RAGGED) - 1).exp().tolist()
+    expected_positives = len(RAGGED) * sum(range(1, L + 1)) / 100
+    certain = {label for row in RAGGED for label in row}
+    pool = []
+    for label in sorted(certain | set(drawn)):
+        part = chance[label] + (1 - chance[label]) * expected_positives / (expected_positives + 6)
+        weight = part / chance[label] if label in certain else 0.0
+        weight += (1 - part) / math.exp(drawn[label]) if label in drawn else 0.0
+        pool.append((label, -math.log(weight)))
     query_BD = make_queries()
     reference = Reference(softmax, query_BD)
     expected = reference.loss(RAGGED, [pool] * len(RAGGED), weighting=weighting, decoupled=decoupled)
@@ -362,6 +390,49 @@ def test_the_pools_estimate_of_the_partition_function_is_unbiased(name: str) -> 
         pool, log_weight = softmax._pool(query_BD, ids)
         estimates[repetition] = (logits_BL[:, pool] - log_weight).exp().sum(1)
     assert_unbiased(estimates, logits_BL.exp().sum(1))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_with_positives_as_a_sample_it_is_unbiased_over_random_batches(name: str) -> None:
+    """One instance of a collection of 40, in batches of 6 with others that are drawn without replacement."""
+    rng = np.random.default_rng(0)
+    collection = [rng.choice(L - 2, size=rng.integers(1, 4), replace=False).tolist() for _ in range(40)]
+    frequency_L = torch.from_numpy(np.bincount([label for row in collection for label in row], minlength=L))
+    assert frequency_L[-1] == 0, "there are labels without instances"
+    law = InBatchSampler(frequency_L, num_instances=40)
+    softmax = make_softmax(SAMPLERS[name](L), in_batch=law, num_draws=6)
+    queries_ND = make_queries(40, scale=0.4).detach()
+    logits_L = (queries_ND[0] @ softmax.weight.T + softmax.bias).detach().double()
+    logits_L[collection[0]] = -torch.inf
+    estimates = torch.empty(1500, 1, dtype=torch.float64)
+    for repetition in range(1500):
+        batch = [0, *(1 + rng.permutation(39)[:5])]
+        positives, _ = offsets_of([collection[i] for i in batch])
+        pool, log_weight = softmax._pool(queries_ND[batch], positives)
+        estimates[repetition] = (logits_L[pool] - log_weight).exp().sum()
+    assert_unbiased(estimates, logits_L.exp().sum())
+
+
+def test_positives_as_a_sample_save_draws() -> None:
+    """At few draws the estimate has a fraction of the variance that it has where the draws alone estimate the rest."""
+    rng = np.random.default_rng(0)
+    num_labels = 400
+    # Each label has an instance: those that have none are estimated by the draws alone, either way.
+    collection = [[i, *((i + rng.choice(np.arange(1, 400), size=2, replace=False)) % 400)] for i in range(400)]
+    frequency_L = torch.from_numpy(np.bincount(np.concatenate(collection), minlength=num_labels))
+    queries_ND = make_queries(400, scale=0.4).detach()
+    variances = []
+    for law in (None, InBatchSampler(frequency_L, num_instances=400)):
+        softmax = make_softmax(FrequencySampler(frequency_L), num_labels, in_batch=law, num_draws=5)
+        logits_L = (queries_ND[0] @ softmax.weight.T + softmax.bias).detach().double()
+        logits_L[collection[0]] = -torch.inf
+        estimates = []
+        for _ in range(400):
+            batch = [0, *(1 + rng.permutation(399)[:30])]
+            pool, log_weight = softmax._pool(queries_ND[batch], offsets_of([collection[i] for i in batch])[0])
+            estimates.append(float((logits_L[pool] - log_weight).exp().sum()))
+        variances.append(np.var(estimates))
+    assert variances[1] < 0.3 * variances[0]
 
 
 @pytest.mark.parametrize("estimator", ["pool", "instance"])
@@ -787,6 +858,19 @@ def test_the_seed_decides_table_and_draws_and_the_global_generator_is_left_alone
     assert torch.equal(torch.get_rng_state(), before)
     assert loss(1) == first and loss(2) != first
     assert len(set(first)) == 3, "each step draws anew"
+
+
+def test_midx_softmax_takes_positives_for_a_sample_where_it_knows_their_law() -> None:
+    frequency_L = torch.arange(1, 5001)
+    plain = MIDXSoftmax(5000, 7, label_frequencies=frequency_L)
+    knowing = MIDXSoftmax(5000, 7, label_frequencies=frequency_L, num_instances=9000)
+    assert plain.in_batch is None and knowing.in_batch is not None
+    queries, positives = make_queries(4, 7).detach(), torch.tensor([1, 4999, 3, 3])
+    _, certain = plain._pool(queries, positives)
+    ids, sampled = knowing._pool(queries, positives)
+    assert (certain == 0).sum() == 3 and sampled[ids == 1] < -3, "a rare positive stands for many that are not there"
+    with pytest.raises(ValueError, match="num_instances goes with label_frequencies"):
+        MIDXSoftmax(5000, 7, num_instances=9000)
 
 
 @pytest.mark.parametrize("quantizer", ["pq", "rq"])

@@ -62,12 +62,14 @@ def build_softmax(config: Config, frequencies: np.ndarray, num_instances: int, d
         "precision": find_precision(config.training.precision, device),
         "seed": config.training.seed,
     }
-    num_labels = frequencies.shape[0]
+    size = {"num_labels": frequencies.shape[0], "dim": model.dim}
+    sampled = options.positives == "sampled"
     if options.name.startswith("midx-"):
-        return MIDXSoftmax(num_labels, model.dim, **_midx_options(options, frequency_L), **common).to(device)
-    return LabelSoftmax(num_labels, model.dim, sampler=build_sampler(config, frequency_L, num_instances), **common).to(
-        device
-    )
+        common |= _midx_options(options, frequency_L) | {"num_instances": num_instances if sampled else None}
+        return MIDXSoftmax(**size, **common).to(device)
+    sampler = build_sampler(config, frequency_L, num_instances)
+    in_batch = InBatchSampler(frequency_L, num_instances=num_instances) if sampled else None
+    return LabelSoftmax(**size, sampler=sampler, in_batch=in_batch, **common).to(device)
 
 
 def build_sampler(config: Config, frequency_L: torch.Tensor, num_instances: int) -> Sampler | None:

@@ -92,6 +92,9 @@ class SamplerConfig(_Section):
     """Query-free weight of a label inside its cell."""
     frequency_power: Annotated[float, Field(ge=0, le=2)] = 1.0
     """Power of the label frequency, for the prior and for the frequency sampler."""
+    positives: Literal["sampled", "certain"] = "sampled"
+    """What the positives of a batch are to a pool: a random sample of the labels, beside the draws; or labels that are
+    there anyway, so that the draws alone estimate the others."""
     correction_power: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Power of the importance weights of drawn labels: 1 estimates the full softmax without bias, 0 counts every label
     of the pool once."""

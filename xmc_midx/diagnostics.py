@@ -18,7 +18,8 @@ case r = o, and a query-free q has `(max o - min o) + log(L max_i q_i)`, the bes
 
 **The gradient** is that of the run's loss by the queries of one batch, under the run's estimator, drawn again and again
 for the same queries and positives. The estimate of the partition function is unbiased; its logarithm, and so the
-gradient, has a bias that falls with the number of draws.
+gradient, has a bias that falls with the number of draws. The batch's positives count once each
+(`sampler.positives = certain`), so that nothing but the sampler is measured.
 """
 
 from __future__ import annotations

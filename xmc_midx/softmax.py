@@ -8,9 +8,12 @@ With logits o_i = z.W_i + b_i and the positives Y of an instance, the loss of a 
 
 and the estimators replace S by a sum over sampled labels, each logit less its log weight (METHOD.md, section 2):
 
-- `pool`: positives of the whole batch (weight 1) and the labels drawn for it (weight: the chance to have been drawn),
-  every instance scored against all of them by one matrix product. A stratified Horvitz-Thompson estimate: exp(S) is
-  unbiased.
+- `pool`: positives of the whole batch and labels drawn for it, every instance scored against all of them by one matrix
+  product. Both are samples: the positives of the other instances, who are a random part of the training set, come with
+  the chance `1 - C(N-1-n, B-1) / C(N-1, B-1)`, the draws with their own. The two estimates of exp(S) are added with
+  fixed parts for each label (multiple importance sampling), so that exp(S) is unbiased over batches and draws. Where
+  the label frequencies are unknown, the positives count once and the draws estimate the rest: unbiased for each batch
+  by itself, with far more variance where draws are few, because rare labels are estimated by the draws alone.
 - `instance`: M draws of each instance's own proposal, weighted by M Q(i|z); accidental hits on Y are left out, which
   keeps exp(S) unbiased. This is the paper's estimator, with its positives exact.
 """
@@ -32,7 +35,7 @@ from xmc_midx.rows import gather_rows
 from xmc_midx.samplers.midx import MidxSampler
 from xmc_midx.samplers.static import InBatchSampler
 from xmc_midx.topk import exact_topk
-from xmc_midx.types import Sampler, TopK
+from xmc_midx.types import LabelSample, Sampler, TopK
 
 __all__ = ["LabelSoftmax", "MIDXSoftmax"]
 
@@ -55,6 +58,8 @@ class LabelSoftmax(nn.Module):
     ----------
     num_labels, dim : L and D.
     sampler : where the negatives come from; None scores all labels (the full softmax, in chunks).
+    in_batch : the law by which labels are positives of a batch; given, a pool takes the batch's positives for a random
+        sample of the labels, beside the draws. None: it takes them as given, with weight 1.
     estimator : `"pool"` or `"instance"`.
     num_draws : labels drawn for a batch (pool) or for each instance (instance). A pool of `num_draws >= num_labels`
         holds every label once, so that the loss is the full softmax's.
@@ -82,6 +87,7 @@ class LabelSoftmax(nn.Module):
         dim: int,
         *,
         sampler: Sampler | None,
+        in_batch: InBatchSampler | None = None,
         estimator: str = "pool",
         num_draws: int = 2048,
         correction_power: float = 1.0,
@@ -100,7 +106,7 @@ class LabelSoftmax(nn.Module):
         if precision not in (None, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(f"precision {precision}: expected None, bfloat16, float32 or float64")
         self.num_labels, self.dim = num_labels, dim
-        self.sampler, self.estimator, self.num_draws = sampler, estimator, num_draws
+        self.sampler, self.in_batch, self.estimator, self.num_draws = sampler, in_batch, estimator, num_draws
         self.correction_power = correction_power
         self.weighting, self.decoupled, self.sparse, self.precision = weighting, decoupled, sparse, precision
         self.weight = nn.Parameter(torch.empty(num_labels, dim))
@@ -184,15 +190,23 @@ class LabelSoftmax(nn.Module):
 
     def _pool(self, query_BD: torch.Tensor, positives_Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rising label ids (P,) of the pool and their log weights (P,)."""
-        if self.sampler is None or (self.num_draws >= self.num_labels and not isinstance(self.sampler, InBatchSampler)):
+        in_batch_alone = isinstance(self.sampler, InBatchSampler)
+        if self.sampler is None or (self.num_draws >= self.num_labels and not in_batch_alone):
             label_ids = torch.arange(self.num_labels, device=query_BD.device)
             return label_ids, query_BD.new_zeros(self.num_labels)
-        certain = torch.unique(positives_Y)
-        sample = self._fitted_sampler().sample_pool(query_BD.detach(), self.num_draws, self.generator, certain)
-        if isinstance(self.sampler, InBatchSampler):
-            certain_weight_P = self.sampler.log_weight_of_positives(certain, query_BD.shape[0])
-            return certain, self.correction_power * certain_weight_P.to(query_BD.dtype)
-        return _union(certain, sample.label_ids, self.correction_power * sample.log_weight.to(query_BD.dtype))
+        positives, num_others = torch.unique(positives_Y), query_BD.shape[0] - 1
+        sampler, law = self._fitted_sampler(), self.in_batch
+        if isinstance(sampler, InBatchSampler):
+            log_weight_P = sampler.log_inclusion(positives, num_others)
+            # A label that no other instance can have is an instance's own positive, whose weight nothing depends on.
+            label_ids, log_weight_P = positives, log_weight_P.masked_fill(torch.isneginf(log_weight_P), 0.0)
+        elif law is None:
+            sample = sampler.sample_pool(query_BD.detach(), self.num_draws, self.generator, positives)
+            label_ids, log_weight_P = _beside(positives, sample)
+        else:
+            sample = sampler.sample_pool(query_BD.detach(), self.num_draws, self.generator)
+            label_ids, log_weight_P = _two_samples(positives, sample, law, num_others, self.num_draws)
+        return label_ids, self.correction_power * log_weight_P.to(query_BD.dtype)
 
     def _instance_loss(self, query_BD: torch.Tensor, targets: _Targets) -> torch.Tensor:
         sample = self._fitted_sampler().sample(query_BD.detach(), self.num_draws, self.generator)
@@ -316,6 +330,8 @@ class LabelSoftmax(nn.Module):
 
     def _place_generator(self) -> None:
         """On the table's device, from the seed: the state of one kind of generator says nothing to another."""
+        if self.in_batch is not None:
+            self.in_batch.load_state_dict({}, self.bias.detach())
         if self.generator.device != self.weight.device:
             self.generator = torch.Generator(self.weight.device).manual_seed(self.seed)
 
@@ -360,6 +376,8 @@ class MIDXSoftmax(LabelSoftmax):
     num_draws : `"auto"`: 2,048 a batch, or all labels where they are few; 64 for each instance.
     prior, label_frequencies, frequency_power, refresh_iterations : as in `MidxSampler`; frequencies are (L,) counts.
         The default prior, the bias, needs none: a trained bias is about the log frequency.
+    num_instances : N, instances that the frequencies were counted over, of which each batch is a random part. Given
+        with the frequencies, a pool makes much more of few draws (`LabelSoftmax`, `in_batch`).
 
     Raises
     ------
@@ -386,6 +404,7 @@ class MIDXSoftmax(LabelSoftmax):
         correction_power: float = 1.0,
         prior: str = "bias",
         label_frequencies: torch.Tensor | None = None,
+        num_instances: int | None = None,
         frequency_power: float = 1.0,
         refresh_iterations: int = 2,
         bias: bool = True,
@@ -398,9 +417,15 @@ class MIDXSoftmax(LabelSoftmax):
         codewords = auto_num_codewords(num_labels) if isinstance(num_codewords, str) else num_codewords
         if isinstance(num_draws, str):
             num_draws = auto_num_draws(num_labels) if estimator == "pool" else 64
+        in_batch = None
+        if num_instances is not None:
+            if label_frequencies is None:
+                raise ValueError("num_instances goes with label_frequencies")
+            in_batch = InBatchSampler(label_frequencies, num_instances=num_instances)
         super().__init__(
             num_labels,
             dim,
+            in_batch=in_batch,
             sampler=MidxSampler(
                 quantizer=quantizer,
                 num_codewords=codewords,
@@ -616,8 +641,33 @@ def _no_autocast(like: torch.Tensor) -> torch.autocast:
     return torch.autocast(like.device.type, enabled=False)
 
 
-def _union(certain: torch.Tensor, drawn: torch.Tensor, log_weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _beside(certain: torch.Tensor, sample: LabelSample) -> tuple[torch.Tensor, torch.Tensor]:
     """Rising ids of the batch's positives (log weight 0) and of the labels drawn beside them."""
-    label_ids, order = torch.sort(torch.cat([certain, drawn]))
-    log_weight = torch.cat([log_weight.new_zeros(certain.shape[0]), log_weight])
+    label_ids, order = torch.sort(torch.cat([certain, sample.label_ids]))
+    log_weight = torch.cat([sample.log_weight.new_zeros(certain.shape[0]), sample.log_weight])
     return label_ids, log_weight[order]
+
+
+def _two_samples(
+    positives: torch.Tensor, sample: LabelSample, law: InBatchSampler, num_others: int, num_draws: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rising ids of the labels that the batch or the sampler brought, and their log weights.
+
+    Multiple importance sampling: with w the batch's part of a label, a label counts w / (its chance to be in the batch)
+    where the batch has it, plus (1 - w) / (its chance to be drawn) where it was drawn. Unbiased for every fixed w in
+    [0, 1]; the w here lets each sample count by the number of its labels, and a label that is in almost every batch by
+    the batch alone.
+    """
+    label_ids, which = torch.unique(torch.cat([positives, sample.label_ids]), return_inverse=True)
+    chance_P = law.log_inclusion(label_ids, num_others).exp()
+    in_batch, drawn = which.split([positives.shape[0], sample.label_ids.shape[0]])
+    expected = law.positives_per_instance * (num_others + 1)
+    part_P = chance_P + (1.0 - chance_P) * expected / (expected + num_draws)
+    # A label that no other instance can have: an own positive again, or one that was drawn, and counts by that alone.
+    part_P = torch.where(chance_P > 0, part_P, 0.0)
+    weight_P = torch.zeros_like(part_P)
+    weight_P[in_batch] = torch.where(chance_P > 0, part_P / chance_P, 1.0)[in_batch]
+    weight_P[drawn] += (1.0 - part_P[drawn]) * torch.exp(-sample.log_weight.double())
+    # A label that is in every batch leaves nothing to a draw of it.
+    kept = weight_P > 0
+    return label_ids[kept], -torch.log(weight_P[kept])

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from xmc_midx.samplers.draws import draw, draw_pool, log_inclusion
+from xmc_midx.samplers.draws import draw, draw_pool
 from xmc_midx.types import LabelSample
 
 __all__ = ["FrequencySampler", "InBatchSampler", "UniformSampler"]
@@ -89,19 +89,22 @@ class FrequencySampler(UniformSampler):
 class InBatchSampler(UniformSampler):
     """The positives of the batch are each other's negatives; nothing is drawn.
 
-    A label is in a batch of B random instances with probability `1 - (1 - n_i/N)^B`; as a negative it is weighted by
-    the inverse of that (the logQ correction). There is no density to state: labels that no instance has are never
-    negatives, so the estimate of the partition function covers the labels seen in training alone.
+    To an instance that does not have label i, the batch is B - 1 other instances of the N - 1 that there are, without
+    replacement: one of them has the label with probability `1 - C(N-1-n, B-1) / C(N-1, B-1)`, and as a negative it is
+    weighted by the inverse of that (the logQ correction). There is no density to state: labels that no instance has
+    are never negatives, so the estimate of the partition function covers the labels seen in training alone.
 
     Parameters
     ----------
-    label_frequencies : (L,) training instances of each label.
+    label_frequencies : (L,) training instances of each label, n.
     num_instances : N, the training instances.
     """
 
     def __init__(self, label_frequencies: torch.Tensor, *, num_instances: int) -> None:
         super().__init__(label_frequencies.shape[0])
-        self._share_L = label_frequencies.double() / num_instances
+        self.num_instances = num_instances
+        self.positives_per_instance = float(label_frequencies.sum()) / num_instances
+        self._frequency_L = label_frequencies.double()
 
     def sample_pool(
         self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator, certain: torch.Tensor | None = None
@@ -109,10 +112,18 @@ class InBatchSampler(UniformSampler):
         nothing = torch.empty(0, device=query_BD.device)
         return LabelSample(label_ids=nothing.long(), log_weight=nothing)
 
-    def log_weight_of_positives(self, label_ids: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """What a batch positive's logit loses where it stands as another instance's negative; (P,) nats."""
-        # A label in the batch was in it with a probability of at least 1/N, whatever the frequencies say.
-        return log_inclusion(self._share_L[label_ids].clamp(min=1e-12), batch_size)
+    def log_inclusion(self, label_ids: torch.Tensor, num_others: int) -> torch.Tensor:
+        """(P,) float64 log probability that one of `num_others` random other instances has the label; -inf for a label
+        that none has.
+
+        `n log(1 - (B-1) / (N-1 - (n-1)/2))` stands for the logarithm of the quotient of binomials: exact for n = 1,
+        within 2e-3 of the probability elsewhere (1e-5 from 4,000 instances on), and without the cancellation of large
+        logarithms.
+        """
+        frequency_P, others = self._frequency_L[label_ids], max(self.num_instances - 1, 1)
+        left_P = others - (frequency_P - 1.0).clamp(min=0.0) / 2
+        log_missed_P = frequency_P * torch.log1p(-(num_others / left_P).clamp(max=1.0))
+        return torch.log(-torch.expm1(torch.where(frequency_P > 0, log_missed_P, 0.0)))
 
     def sample(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
         raise NotImplementedError("in-batch negatives are shared by the batch: there are no draws of an instance")
@@ -121,4 +132,4 @@ class InBatchSampler(UniformSampler):
         raise NotImplementedError("in-batch negatives have no density over the labels")
 
     def _follow(self, device: torch.device) -> None:
-        self._share_L = self._share_L.to(device)
+        self._frequency_L = self._frequency_L.to(device)

@@ -48,7 +48,7 @@ def test_every_auto_is_resolved_to_a_valid_value(num_instances: int, num_labels:
             ("data", "validation_fraction"),
         ):
             assert math.isfinite(tree[section][key]) and 0 <= tree[section][key] < 1
-        assert tree["sampler"]["num_codewords"] <= 384, "a batch's set-up costs the square of it"
+        assert tree["sampler"]["num_codewords"] <= 320, "a batch's set-up costs the square of it"
         assert num_instances * tree["data"]["validation_fraction"] <= num_instances - 1 or num_instances == 1
 
 

@@ -18,7 +18,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from xmc_midx import softmax as softmax_module
+from xmc_midx import estimators
 from xmc_midx.optim import RowAdam
 from xmc_midx.samplers.dense import SoftmaxSampler
 from xmc_midx.samplers.dynamic import HardNegativeSampler
@@ -156,7 +156,7 @@ SPARSE = pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both paths of the pool loss: one matrix of logits, or never more than three columns of it."""
     if request.param == "chunked":
-        monkeypatch.setattr(softmax_module, "_CHUNK_ELEMENTS", 3 * len(RAGGED) + 1)
+        monkeypatch.setattr(estimators, "_CHUNK_ELEMENTS", 3 * len(RAGGED) + 1)
 
 
 # --------------------------------------------------------------- loss and gradient
@@ -512,7 +512,7 @@ def test_edges_have_a_finite_loss_and_finite_gradients(
     edge: str, decoupled: bool, sparse: bool, how: str, scale: float, chunk: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if chunk is not None:
-        monkeypatch.setattr(softmax_module, "_CHUNK_ELEMENTS", chunk * 3)
+        monkeypatch.setattr(estimators, "_CHUNK_ELEMENTS", chunk * 3)
     num_labels, positives = EDGES[edge]
     sampler: Sampler | None = {
         "full": None,

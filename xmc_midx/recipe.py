@@ -52,12 +52,12 @@ def resolve(config: Config, shape: DataShape) -> Config:
 
 
 def auto_num_codewords(num_labels: int) -> int:
-    """C from L: 1.25 sqrt(L), in 4..384.
+    """C from L: 1.25 sqrt(L), in 4..320.
 
     More codewords come nearer to the softmax (gnd-tib, KL(P||Q): 4.0 nats at 101, 3.4 at 256, 3.2 at 400), and the
-    set-up of a batch costs O(C^2): at 384, 8% of a step.
+    set-up of a batch costs O(C^2): at 320, 9% of a step.
     """
-    return max(4, min(384, round(1.25 * math.sqrt(num_labels))))
+    return max(4, min(320, round(1.25 * math.sqrt(num_labels))))
 
 
 def auto_num_draws(num_labels: int) -> int:

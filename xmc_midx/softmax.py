@@ -22,27 +22,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
-from torch.autograd.function import once_differentiable
 
+from xmc_midx.estimators import PoolLoss, Positives, Targets, logsumexp_or_empty, without_autocast
 from xmc_midx.recipe import auto_num_codewords, auto_num_draws
 from xmc_midx.rows import gather_rows
 from xmc_midx.samplers.midx import MidxSampler
+from xmc_midx.samplers.pools import beside, two_samples
 from xmc_midx.samplers.static import InBatchSampler
 from xmc_midx.topk import exact_topk
-from xmc_midx.types import LabelSample, Sampler, TopK
+from xmc_midx.types import Sampler, TopK
 
 __all__ = ["LabelSoftmax", "MIDXSoftmax"]
-
-_CHUNK_ELEMENTS = 1 << 24
-"""Logits held at once by the exact methods and by a pool that is larger (64 MiB in float32)."""
-
-Positives = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 class LabelSoftmax(nn.Module):
@@ -147,9 +142,9 @@ class LabelSoftmax(nn.Module):
         ValueError : shapes that do not fit, or a label id outside 0..L-1.
         """
         precision = self._product_dtype(queries.device.type)
-        with _no_autocast(queries):
+        with without_autocast(queries):
             query_BD = self._typed(queries).reshape(-1, self.dim)
-            targets = _Targets.build(positives, query_BD, self.weighting)
+            targets = Targets.build(positives, query_BD, self.weighting)
             if targets.label_ids.shape[0] == 0:
                 return query_BD.sum() * 0.0
             low, high = (int(label) for label in torch.aminmax(targets.label_ids))
@@ -178,12 +173,12 @@ class LabelSoftmax(nn.Module):
             raise ValueError(f"queries of shape {tuple(queries.shape)}: expected (..., {self.dim})")
         return queries.to(self._dtype)
 
-    def _pool_loss(self, query_BD: torch.Tensor, targets: _Targets, precision: torch.dtype) -> torch.Tensor:
+    def _pool_loss(self, query_BD: torch.Tensor, targets: Targets, precision: torch.dtype) -> torch.Tensor:
         label_ids, log_weight_P = self._pool(query_BD, targets.label_ids)
         self.pool_size = label_ids.shape[0]
         rows_PD, bias_P = self._rows(label_ids)
         positions_Y = torch.searchsorted(label_ids, targets.label_ids)
-        loss: torch.Tensor = _PoolLoss.apply(  # type: ignore[no-untyped-call]
+        loss: torch.Tensor = PoolLoss.apply(  # type: ignore[no-untyped-call]
             query_BD, rows_PD, bias_P, log_weight_P, positions_Y, targets, self.decoupled, precision
         )
         return loss
@@ -202,13 +197,13 @@ class LabelSoftmax(nn.Module):
             label_ids, log_weight_P = positives, log_weight_P.masked_fill(torch.isneginf(log_weight_P), 0.0)
         elif law is None:
             sample = sampler.sample_pool(query_BD.detach(), self.num_draws, self.generator, positives)
-            label_ids, log_weight_P = _beside(positives, sample)
+            label_ids, log_weight_P = beside(positives, sample)
         else:
             sample = sampler.sample_pool(query_BD.detach(), self.num_draws, self.generator)
-            label_ids, log_weight_P = _two_samples(positives, sample, law, num_others, self.num_draws)
+            label_ids, log_weight_P = two_samples(positives, sample, law, num_others, self.num_draws)
         return label_ids, self.correction_power * log_weight_P.to(query_BD.dtype)
 
-    def _instance_loss(self, query_BD: torch.Tensor, targets: _Targets) -> torch.Tensor:
+    def _instance_loss(self, query_BD: torch.Tensor, targets: Targets) -> torch.Tensor:
         sample = self._fitted_sampler().sample(query_BD.detach(), self.num_draws, self.generator)
         # One gather for positives and draws together: a row's gradient is complete when the optimiser sees it.
         both = torch.cat([targets.label_ids, sample.label_ids.flatten()])
@@ -220,7 +215,7 @@ class LabelSoftmax(nn.Module):
         log_weight_BM = self.correction_power * sample.log_weight.to(query_BD.dtype)
         logits_BM = torch.einsum("bd,bmd->bm", query_BD, rows_PD[drawn_BM]) + bias_P[drawn_BM] - log_weight_BM
         logits_BM = logits_BM.masked_fill(targets.hits(sample.label_ids, self.num_labels), -torch.inf)
-        log_negatives_B = _logsumexp_or_empty(logits_BM)
+        log_negatives_B = logsumexp_or_empty(logits_BM)
         logits_Y = (query_BD[targets.instance] * rows_PD[positives_Y]).sum(1) + bias_P[positives_Y]
         log_rest_Y = log_negatives_B[targets.instance]
         if not self.decoupled:
@@ -252,7 +247,7 @@ class LabelSoftmax(nn.Module):
         moved. The first use refreshes by itself.
         """
         if self.sampler is not None:
-            with _no_autocast(self.weight):
+            with without_autocast(self.weight):
                 self.sampler.refresh(self.weight.to(self._dtype), self.bias.to(self._dtype))
             self._bias_at_refresh = self.bias.detach().clone()
             self._outdated = False
@@ -263,14 +258,14 @@ class LabelSoftmax(nn.Module):
         Equals `log_softmax(queries @ weight.T + bias)` and differentiates like it; in the table's dtype (float32 at the
         least), under autocast too.
         """
-        with _no_autocast(queries):
+        with without_autocast(queries):
             logits = F.linear(self._typed(queries), self.weight.to(self._dtype), self.bias.to(self._dtype))
             return torch.log_softmax(logits, dim=-1)
 
     def topk(self, queries: torch.Tensor, k: int) -> TopK:
         """The k best labels of each query by a full scan: (..., D) queries -> (N, K), N the product of the leading
         shape."""
-        with _no_autocast(queries):
+        with without_autocast(queries):
             query_ND = self._typed(queries.detach()).reshape(-1, self.dim)
             return exact_topk(query_ND, self.weight.to(self._dtype), self.bias.to(self._dtype), k)
 
@@ -369,7 +364,7 @@ class MIDXSoftmax(LabelSoftmax):
     Parameters
     ----------
     num_labels, dim : L and D (D >= 2).
-    num_codewords : C in each of the two codebooks; `"auto"`: 1.25 sqrt(L), at most 384.
+    num_codewords : C in each of the two codebooks; `"auto"`: 1.25 sqrt(L), at most 320.
     quantizer : `"pq"` or `"rq"`.
     estimator, correction_power, bias, weighting, decoupled, sparse, precision, seed : as in `LabelSoftmax`, which also
         says what `state_dict()` holds.
@@ -445,229 +440,3 @@ class MIDXSoftmax(LabelSoftmax):
             precision=precision,
             seed=seed,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Targets:
-    """Positives of a batch, flattened, with the weight of each; the weights sum to 1."""
-
-    label_ids: torch.Tensor
-    """(Y,) int64."""
-    instance: torch.Tensor
-    """(Y,) int64: the row of the batch that owns the positive."""
-    weight: torch.Tensor
-    """(Y,), in the queries' dtype."""
-
-    @classmethod
-    def build(cls, positives: Positives, query_BD: torch.Tensor, weighting: str) -> _Targets:
-        num_rows, device = query_BD.shape[0], query_BD.device
-        if isinstance(positives, torch.Tensor):
-            label_ids = positives.reshape(-1).long().contiguous()
-            if label_ids.shape[0] != num_rows:
-                raise ValueError(f"{label_ids.shape[0]} positives for {num_rows} queries: expected one a query")
-            weight = query_BD.new_full((num_rows,), 1.0 / max(num_rows, 1))
-            return cls(label_ids, torch.arange(num_rows, device=device), weight)
-        label_ids, offsets = positives[0].long().contiguous(), positives[1].long()
-        if offsets.shape[0] != num_rows + 1:
-            raise ValueError(f"{offsets.shape[0]} offsets for {num_rows} queries: expected one more than queries")
-        counts = offsets.diff()
-        instance = torch.repeat_interleave(
-            torch.arange(num_rows, device=device), counts, output_size=label_ids.shape[0]
-        )
-        weight = query_BD.new_ones(label_ids.shape[0])
-        if weighting == "mean":
-            weight = weight / counts[instance]
-        return cls(label_ids, instance, weight / weight.sum())
-
-    def hits(self, drawn_BM: torch.Tensor, num_labels: int) -> torch.Tensor:
-        """(B, M) bool: where a draw is one of its instance's positives."""
-        own = torch.sort(self.instance * num_labels + self.label_ids).values
-        keys = torch.arange(drawn_BM.shape[0], device=drawn_BM.device)[:, None] * num_labels + drawn_BM
-        position = torch.searchsorted(own, keys).clamp_(max=own.shape[0] - 1)
-        return own[position] == keys
-
-    def logsumexp(self, logits_Y: torch.Tensor, num_rows: int) -> torch.Tensor:
-        """(B,): log of the summed exponentials of each instance's positives; -inf for one without."""
-        peak_B = logits_Y.new_full((num_rows,), -torch.inf)
-        peak_B = peak_B.scatter_reduce(0, self.instance, logits_Y.detach(), "amax")
-        total_B = logits_Y.new_zeros(num_rows)
-        total_B = total_B.index_add(0, self.instance, torch.exp(logits_Y - peak_B[self.instance]))
-        return torch.where(total_B > 0, torch.log(total_B.clamp(min=1e-38)) + peak_B, -torch.inf)
-
-
-class _PoolLoss(torch.autograd.Function):
-    """The pool loss and its gradients in three matrix products.
-
-    Equals autograd on `logits = query @ rows.T + bias`, negatives less `log_weight`, the loss of the module's
-    docstring. Written by hand because the gradient of all negatives of an instance is one softmax row times one
-    number: a single (B, P) matrix is kept, in the products' precision, and none at all where it would exceed
-    `_CHUNK_ELEMENTS`.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query_BD: torch.Tensor,
-        rows_PD: torch.Tensor,
-        bias_P: torch.Tensor,
-        log_weight_P: torch.Tensor,
-        positions_Y: torch.Tensor,
-        targets: _Targets,
-        decoupled: bool,
-        precision: torch.dtype,
-    ) -> torch.Tensor:
-        query = query_BD.to(precision)
-        num_rows, pool_size = query_BD.shape[0], rows_PD.shape[0]
-        chunk = max(1, min(pool_size, _CHUNK_ELEMENTS // num_rows))
-        log_negatives_B = query_BD.new_full((num_rows,), -torch.inf)
-        logits_Y = query_BD.new_empty(positions_Y.shape[0])
-        whole = None
-        for begin in range(0, pool_size, chunk):
-            logits, mine, column = _chunk_logits(
-                query, rows_PD, bias_P - log_weight_P, positions_Y, begin, begin + chunk, precision
-            )
-            instance = targets.instance[mine]
-            logits_Y[mine] = logits[instance, column] + log_weight_P[positions_Y[mine]]
-            logits[instance, column] = -torch.inf
-            peak_B1 = logits.amax(1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
-            logits.sub_(peak_B1).exp_()
-            log_chunk_B = peak_B1[:, 0] + torch.log(logits.sum(1))
-            log_negatives_B = torch.logaddexp(log_negatives_B, log_chunk_B)
-            if chunk >= pool_size:
-                whole = logits.mul_(torch.exp(peak_B1 - _finite(log_negatives_B)[:, None]))
-        loss, share_B, slope_Y = _loss_and_slopes(logits_Y, log_negatives_B, targets, decoupled)
-        if whole is not None:
-            whole = _slopes(whole, share_B, slope_Y, targets.instance, positions_Y).to(precision)
-        ctx.save_for_backward(
-            query_BD, rows_PD, bias_P, log_weight_P, positions_Y, log_negatives_B, share_B, slope_Y, whole
-        )
-        ctx.targets, ctx.precision, ctx.chunk = targets, precision, chunk
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query_BD, rows_PD, bias_P, log_weight_P, positions_Y, log_negatives_B, share_B, slope_Y, whole = (
-            ctx.saved_tensors
-        )
-        query = query_BD.to(ctx.precision)
-        grad_query = torch.zeros_like(query_BD)
-        grad_rows, grad_bias = torch.empty_like(rows_PD), torch.empty_like(bias_P)
-        with _no_autocast(query_BD):
-            for begin in range(0, rows_PD.shape[0], ctx.chunk):
-                end = min(begin + ctx.chunk, rows_PD.shape[0])
-                if whole is not None:
-                    slopes = whole
-                else:
-                    logits, mine, column = _chunk_logits(
-                        query, rows_PD, bias_P - log_weight_P, positions_Y, begin, end, ctx.precision
-                    )
-                    softmax = logits.sub_(_finite(log_negatives_B)[:, None]).exp_()
-                    slopes = _slopes(softmax, share_B, slope_Y[mine], ctx.targets.instance[mine], column)
-                    slopes = slopes.to(ctx.precision)
-                grad_query += slopes @ rows_PD[begin:end].to(ctx.precision)
-                grad_rows[begin:end] = slopes.T @ query
-                grad_bias[begin:end] = slopes.sum(0, dtype=bias_P.dtype)
-        return (grad * grad_query, grad * grad_rows, grad * grad_bias, *(None,) * 5)
-
-
-def _chunk_logits(
-    query: torch.Tensor,
-    rows_PD: torch.Tensor,
-    offset_P: torch.Tensor,
-    positions_Y: torch.Tensor,
-    begin: int,
-    end: int,
-    precision: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Corrected logits (B, chunk) of the pool's labels begin..end, which positives lie there, and in which column."""
-    offset = offset_P[begin:end]
-    if precision == offset.dtype:
-        logits = torch.addmm(offset, query, rows_PD[begin:end].T)
-    else:
-        logits = (query @ rows_PD[begin:end].to(precision).T).to(offset.dtype).add_(offset)
-    if begin == 0 and end >= rows_PD.shape[0]:
-        return logits, torch.arange(positions_Y.shape[0], device=query.device), positions_Y
-    mine = torch.nonzero((positions_Y >= begin) & (positions_Y < end)).flatten()
-    return logits, mine, positions_Y[mine] - begin
-
-
-def _loss_and_slopes(
-    logits_Y: torch.Tensor, log_negatives_B: torch.Tensor, targets: _Targets, decoupled: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss, the factor (B,) of each instance's softmax over its negatives, and the gradient (Y,) of the
-    positives."""
-    zeros_B = torch.zeros_like(log_negatives_B)
-    if decoupled:
-        margin_Y = log_negatives_B[targets.instance] - logits_Y
-        slope_Y = targets.weight * torch.sigmoid(margin_Y)
-        loss = (targets.weight * F.softplus(margin_Y)).sum()
-        return loss, zeros_B.index_add(0, targets.instance, slope_Y), -slope_Y
-    weight_B = zeros_B.index_add(0, targets.instance, targets.weight)
-    log_all_B = torch.logaddexp(log_negatives_B, targets.logsumexp(logits_Y, log_negatives_B.shape[0]))
-    log_all_Y = log_all_B[targets.instance]
-    loss = (targets.weight * (log_all_Y - logits_Y)).sum()
-    share_B = weight_B * torch.exp(log_negatives_B - _finite(log_all_B))
-    return loss, share_B, weight_B[targets.instance] * torch.exp(logits_Y - log_all_Y) - targets.weight
-
-
-def _slopes(
-    softmax: torch.Tensor,
-    share_B: torch.Tensor,
-    slope_Y: torch.Tensor,
-    instance: torch.Tensor,
-    column: torch.Tensor,
-) -> torch.Tensor:
-    """Gradient of the loss by the logits, in place of the softmax over the negatives."""
-    softmax.mul_(share_B[:, None])
-    softmax[instance, column] = slope_Y
-    return softmax
-
-
-def _finite(log_total_B: torch.Tensor) -> torch.Tensor:
-    """0 where there is nothing to sum: the terms are exp(-inf) and stay 0 instead of becoming NaN."""
-    return torch.where(torch.isneginf(log_total_B), 0.0, log_total_B)
-
-
-def _logsumexp_or_empty(logits_BM: torch.Tensor) -> torch.Tensor:
-    """logsumexp along the rows, with a zero gradient, not NaN, where all of a row is -inf."""
-    empty_B = torch.isneginf(logits_BM).all(1)
-    safe_BM = torch.where(empty_B[:, None], torch.zeros_like(logits_BM), logits_BM)
-    return torch.where(empty_B, -torch.inf, torch.logsumexp(safe_BM, 1))
-
-
-def _no_autocast(like: torch.Tensor) -> torch.autocast:
-    """Leave autocast for a while: sampler, loss and slopes choose the dtypes of their products themselves."""
-    return torch.autocast(like.device.type, enabled=False)
-
-
-def _beside(certain: torch.Tensor, sample: LabelSample) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rising ids of the batch's positives (log weight 0) and of the labels drawn beside them."""
-    label_ids, order = torch.sort(torch.cat([certain, sample.label_ids]))
-    log_weight = torch.cat([sample.log_weight.new_zeros(certain.shape[0]), sample.log_weight])
-    return label_ids, log_weight[order]
-
-
-def _two_samples(
-    positives: torch.Tensor, sample: LabelSample, law: InBatchSampler, num_others: int, num_draws: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rising ids of the labels that the batch or the sampler brought, and their log weights.
-
-    Multiple importance sampling: with w the batch's part of a label, a label counts w / (its chance to be in the batch)
-    where the batch has it, plus (1 - w) / (its chance to be drawn) where it was drawn. Unbiased for every fixed w in
-    [0, 1]; the w here lets each sample count by the number of its labels, and a label that is in almost every batch by
-    the batch alone.
-    """
-    label_ids, which = torch.unique(torch.cat([positives, sample.label_ids]), return_inverse=True)
-    chance_P = law.log_inclusion(label_ids, num_others).exp()
-    in_batch, drawn = which.split([positives.shape[0], sample.label_ids.shape[0]])
-    expected = law.positives_per_instance * (num_others + 1)
-    part_P = chance_P + (1.0 - chance_P) * expected / (expected + num_draws)
-    # A label that no other instance can have: an own positive again, or one that was drawn, and counts by that alone.
-    part_P = torch.where(chance_P > 0, part_P, 0.0)
-    weight_P = torch.zeros_like(part_P)
-    weight_P[in_batch] = torch.where(chance_P > 0, part_P / chance_P, 1.0)[in_batch]
-    weight_P[drawn] += (1.0 - part_P[drawn]) * torch.exp(-sample.log_weight.double())
-    # A label that is in every batch leaves nothing to a draw of it.
-    kept = weight_P > 0
-    return label_ids[kept], -torch.log(weight_P[kept])

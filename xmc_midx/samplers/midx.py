@@ -24,9 +24,9 @@ __all__ = ["MidxSampler"]
 _SCORE_RANGE = 30.0
 """Nats. exp(-30) for each codebook: the product with a cell mass of 1e-10 is still a normal float32."""
 _COLD_ITERATIONS = 10
-_MEAN_QUERIES = 256
-"""Queries of a batch that its mean proposal is taken over: half of a batch of 512 gives a pool of the same variance
-(EXPERIMENTS.md, "Pools") at half the set-up."""
+_MEAN_QUERIES = 128
+"""Queries of a batch that its mean proposal is taken over: a quarter of a batch of 512 gives a pool of the same
+variance (EXPERIMENTS.md, "Pools") at a third of the set-up."""
 _DRAW_CHUNK = 1 << 24
 """Elements of the largest temporary of a per-instance draw."""
 
@@ -129,7 +129,7 @@ class MidxSampler:
     def sample_pool(
         self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator, certain: torch.Tensor | None = None
     ) -> LabelSample:
-        """Distinct labels drawn from the mean proposal of the batch's first 256 instances, `Q(i) = mean_b Q(i|z_b)`
+        """Distinct labels drawn from the mean proposal of the batch's first 128 instances, `Q(i) = mean_b Q(i|z_b)`
         (`draw_pool`).
 
         The mean over the queries of a cell's probability is one (C, B) x (B, C) product, so neither the set-up nor the

@@ -1,0 +1,216 @@
+"""Layer 4. From sampled logits to the loss and its gradients: the targets of a batch, and the loss of a pool.
+
+Before it: the pool and its log weights (`xmc_midx.samplers.pools`); after it: the softmax, which knows tables and
+samplers. The formulas stand at the head of `xmc_midx.softmax`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch.autograd.function import once_differentiable
+
+__all__ = ["PoolLoss", "Positives", "Targets", "logsumexp_or_empty", "without_autocast"]
+
+_CHUNK_ELEMENTS = 1 << 24
+"""Logits held at once by the exact methods and by a pool that is larger (64 MiB in float32)."""
+
+Positives = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+"""Label ids, one a query, or `(label_ids (Y,), offsets (B+1,))`: query i owns `label_ids[offsets[i]:offsets[i+1]]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Positives of a batch, flattened, with the weight of each; the weights sum to 1."""
+
+    label_ids: torch.Tensor
+    """(Y,) int64."""
+    instance: torch.Tensor
+    """(Y,) int64: the row of the batch that owns the positive."""
+    weight: torch.Tensor
+    """(Y,), in the queries' dtype."""
+
+    @classmethod
+    def build(cls, positives: Positives, query_BD: torch.Tensor, weighting: str) -> Targets:
+        num_rows, device = query_BD.shape[0], query_BD.device
+        if isinstance(positives, torch.Tensor):
+            label_ids = positives.reshape(-1).long().contiguous()
+            if label_ids.shape[0] != num_rows:
+                raise ValueError(f"{label_ids.shape[0]} positives for {num_rows} queries: expected one a query")
+            weight = query_BD.new_full((num_rows,), 1.0 / max(num_rows, 1))
+            return cls(label_ids, torch.arange(num_rows, device=device), weight)
+        label_ids, offsets = positives[0].long().contiguous(), positives[1].long()
+        if offsets.shape[0] != num_rows + 1:
+            raise ValueError(f"{offsets.shape[0]} offsets for {num_rows} queries: expected one more than queries")
+        counts = offsets.diff()
+        instance = torch.repeat_interleave(
+            torch.arange(num_rows, device=device), counts, output_size=label_ids.shape[0]
+        )
+        weight = query_BD.new_ones(label_ids.shape[0])
+        if weighting == "mean":
+            weight = weight / counts[instance]
+        return cls(label_ids, instance, weight / weight.sum())
+
+    def hits(self, drawn_BM: torch.Tensor, num_labels: int) -> torch.Tensor:
+        """(B, M) bool: where a draw is one of its instance's positives."""
+        own = torch.sort(self.instance * num_labels + self.label_ids).values
+        keys = torch.arange(drawn_BM.shape[0], device=drawn_BM.device)[:, None] * num_labels + drawn_BM
+        position = torch.searchsorted(own, keys).clamp_(max=own.shape[0] - 1)
+        return own[position] == keys
+
+    def logsumexp(self, logits_Y: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """(B,): log of the summed exponentials of each instance's positives; -inf for one without."""
+        peak_B = logits_Y.new_full((num_rows,), -torch.inf)
+        peak_B = peak_B.scatter_reduce(0, self.instance, logits_Y.detach(), "amax")
+        total_B = logits_Y.new_zeros(num_rows)
+        total_B = total_B.index_add(0, self.instance, torch.exp(logits_Y - peak_B[self.instance]))
+        return torch.where(total_B > 0, torch.log(total_B.clamp(min=1e-38)) + peak_B, -torch.inf)
+
+
+class PoolLoss(torch.autograd.Function):
+    """The pool loss and its gradients in three matrix products.
+
+    Equals autograd on `logits = query @ rows.T + bias`, negatives less `log_weight`, the loss of the module's
+    docstring. Written by hand because the gradient of all negatives of an instance is one softmax row times one
+    number: a single (B, P) matrix is kept, in the products' precision, and none at all where it would exceed
+    `_CHUNK_ELEMENTS`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_BD: torch.Tensor,
+        rows_PD: torch.Tensor,
+        bias_P: torch.Tensor,
+        log_weight_P: torch.Tensor,
+        positions_Y: torch.Tensor,
+        targets: Targets,
+        decoupled: bool,
+        precision: torch.dtype,
+    ) -> torch.Tensor:
+        query = query_BD.to(precision)
+        num_rows, pool_size = query_BD.shape[0], rows_PD.shape[0]
+        chunk = max(1, min(pool_size, _CHUNK_ELEMENTS // num_rows))
+        log_negatives_B = query_BD.new_full((num_rows,), -torch.inf)
+        logits_Y = query_BD.new_empty(positions_Y.shape[0])
+        whole = None
+        for begin in range(0, pool_size, chunk):
+            logits, mine, column = _chunk_logits(
+                query, rows_PD, bias_P - log_weight_P, positions_Y, begin, begin + chunk, precision
+            )
+            instance = targets.instance[mine]
+            logits_Y[mine] = logits[instance, column] + log_weight_P[positions_Y[mine]]
+            logits[instance, column] = -torch.inf
+            peak_B1 = logits.amax(1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
+            logits.sub_(peak_B1).exp_()
+            log_chunk_B = peak_B1[:, 0] + torch.log(logits.sum(1))
+            log_negatives_B = torch.logaddexp(log_negatives_B, log_chunk_B)
+            if chunk >= pool_size:
+                whole = logits.mul_(torch.exp(peak_B1 - _finite(log_negatives_B)[:, None]))
+        loss, share_B, slope_Y = _loss_and_slopes(logits_Y, log_negatives_B, targets, decoupled)
+        if whole is not None:
+            whole = _slopes(whole, share_B, slope_Y, targets.instance, positions_Y).to(precision)
+        ctx.save_for_backward(
+            query_BD, rows_PD, bias_P, log_weight_P, positions_Y, log_negatives_B, share_B, slope_Y, whole
+        )
+        ctx.targets, ctx.precision, ctx.chunk = targets, precision, chunk
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query_BD, rows_PD, bias_P, log_weight_P, positions_Y, log_negatives_B, share_B, slope_Y, whole = (
+            ctx.saved_tensors
+        )
+        query = query_BD.to(ctx.precision)
+        grad_query = torch.zeros_like(query_BD)
+        grad_rows, grad_bias = torch.empty_like(rows_PD), torch.empty_like(bias_P)
+        with without_autocast(query_BD):
+            for begin in range(0, rows_PD.shape[0], ctx.chunk):
+                end = min(begin + ctx.chunk, rows_PD.shape[0])
+                if whole is not None:
+                    slopes = whole
+                else:
+                    logits, mine, column = _chunk_logits(
+                        query, rows_PD, bias_P - log_weight_P, positions_Y, begin, end, ctx.precision
+                    )
+                    softmax = logits.sub_(_finite(log_negatives_B)[:, None]).exp_()
+                    slopes = _slopes(softmax, share_B, slope_Y[mine], ctx.targets.instance[mine], column)
+                    slopes = slopes.to(ctx.precision)
+                grad_query += slopes @ rows_PD[begin:end].to(ctx.precision)
+                grad_rows[begin:end] = slopes.T @ query
+                grad_bias[begin:end] = slopes.sum(0, dtype=bias_P.dtype)
+        return (grad * grad_query, grad * grad_rows, grad * grad_bias, *(None,) * 5)
+
+
+def _chunk_logits(
+    query: torch.Tensor,
+    rows_PD: torch.Tensor,
+    offset_P: torch.Tensor,
+    positions_Y: torch.Tensor,
+    begin: int,
+    end: int,
+    precision: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Corrected logits (B, chunk) of the pool's labels begin..end, which positives lie there, and in which column."""
+    offset = offset_P[begin:end]
+    if precision == offset.dtype:
+        logits = torch.addmm(offset, query, rows_PD[begin:end].T)
+    else:
+        logits = (query @ rows_PD[begin:end].to(precision).T).to(offset.dtype).add_(offset)
+    if begin == 0 and end >= rows_PD.shape[0]:
+        return logits, torch.arange(positions_Y.shape[0], device=query.device), positions_Y
+    mine = torch.nonzero((positions_Y >= begin) & (positions_Y < end)).flatten()
+    return logits, mine, positions_Y[mine] - begin
+
+
+def _loss_and_slopes(
+    logits_Y: torch.Tensor, log_negatives_B: torch.Tensor, targets: Targets, decoupled: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss, the factor (B,) of each instance's softmax over its negatives, and the gradient (Y,) of the
+    positives."""
+    zeros_B = torch.zeros_like(log_negatives_B)
+    if decoupled:
+        margin_Y = log_negatives_B[targets.instance] - logits_Y
+        slope_Y = targets.weight * torch.sigmoid(margin_Y)
+        loss = (targets.weight * F.softplus(margin_Y)).sum()
+        return loss, zeros_B.index_add(0, targets.instance, slope_Y), -slope_Y
+    weight_B = zeros_B.index_add(0, targets.instance, targets.weight)
+    log_all_B = torch.logaddexp(log_negatives_B, targets.logsumexp(logits_Y, log_negatives_B.shape[0]))
+    log_all_Y = log_all_B[targets.instance]
+    loss = (targets.weight * (log_all_Y - logits_Y)).sum()
+    share_B = weight_B * torch.exp(log_negatives_B - _finite(log_all_B))
+    return loss, share_B, weight_B[targets.instance] * torch.exp(logits_Y - log_all_Y) - targets.weight
+
+
+def _slopes(
+    softmax: torch.Tensor,
+    share_B: torch.Tensor,
+    slope_Y: torch.Tensor,
+    instance: torch.Tensor,
+    column: torch.Tensor,
+) -> torch.Tensor:
+    """Gradient of the loss by the logits, in place of the softmax over the negatives."""
+    softmax.mul_(share_B[:, None])
+    softmax[instance, column] = slope_Y
+    return softmax
+
+
+def _finite(log_total_B: torch.Tensor) -> torch.Tensor:
+    """0 where there is nothing to sum: the terms are exp(-inf) and stay 0 instead of becoming NaN."""
+    return torch.where(torch.isneginf(log_total_B), 0.0, log_total_B)
+
+
+def logsumexp_or_empty(logits_BM: torch.Tensor) -> torch.Tensor:
+    """logsumexp along the rows, with a zero gradient, not NaN, where all of a row is -inf."""
+    empty_B = torch.isneginf(logits_BM).all(1)
+    safe_BM = torch.where(empty_B[:, None], torch.zeros_like(logits_BM), logits_BM)
+    return torch.where(empty_B, -torch.inf, torch.logsumexp(safe_BM, 1))
+
+
+def without_autocast(like: torch.Tensor) -> torch.autocast:
+    """Leave autocast for a while: sampler, loss and slopes choose the dtypes of their products themselves."""
+    return torch.autocast(like.device.type, enabled=False)

@@ -1,0 +1,42 @@
+"""Layer 3. What a pool holds, and what each of its labels counts: the batch's positives beside the labels drawn."""
+
+from __future__ import annotations
+
+import torch
+
+from xmc_midx.samplers.static import InBatchSampler
+from xmc_midx.types import LabelSample
+
+__all__ = ["beside", "two_samples"]
+
+
+def beside(certain: torch.Tensor, sample: LabelSample) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rising ids of the batch's positives (log weight 0) and of the labels drawn beside them."""
+    label_ids, order = torch.sort(torch.cat([certain, sample.label_ids]))
+    log_weight = torch.cat([sample.log_weight.new_zeros(certain.shape[0]), sample.log_weight])
+    return label_ids, log_weight[order]
+
+
+def two_samples(
+    positives: torch.Tensor, sample: LabelSample, law: InBatchSampler, num_others: int, num_draws: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rising ids of the labels that the batch or the sampler brought, and their log weights.
+
+    Multiple importance sampling: with w the batch's part of a label, a label counts w / (its chance to be in the batch)
+    where the batch has it, plus (1 - w) / (its chance to be drawn) where it was drawn. Unbiased for every fixed w in
+    [0, 1]; the w here lets each sample count by the number of its labels, and a label that is in almost every batch by
+    the batch alone.
+    """
+    label_ids, which = torch.unique(torch.cat([positives, sample.label_ids]), return_inverse=True)
+    chance_P = law.log_inclusion(label_ids, num_others).exp()
+    in_batch, drawn = which.split([positives.shape[0], sample.label_ids.shape[0]])
+    expected = law.positives_per_instance * (num_others + 1)
+    part_P = chance_P + (1.0 - chance_P) * expected / (expected + num_draws)
+    # A label that no other instance can have: an own positive again, or one that was drawn, and counts by that alone.
+    part_P = torch.where(chance_P > 0, part_P, 0.0)
+    weight_P = torch.zeros_like(part_P)
+    weight_P[in_batch] = torch.where(chance_P > 0, part_P / chance_P, 1.0)[in_batch]
+    weight_P[drawn] += (1.0 - part_P[drawn]) * torch.exp(-sample.log_weight.double())
+    # A label that is in every batch leaves nothing to a draw of it.
+    kept = weight_P > 0
+    return label_ids[kept], -torch.log(weight_P[kept])

@@ -185,22 +185,19 @@ class LabelSoftmax(nn.Module):
 
     def _pool(self, query_BD: torch.Tensor, positives_Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rising label ids (P,) of the pool and their log weights (P,)."""
+        # In-batch negatives are a pool without draws.
         in_batch_alone = isinstance(self.sampler, InBatchSampler)
         if self.sampler is None or (self.num_draws >= self.num_labels and not in_batch_alone):
             label_ids = torch.arange(self.num_labels, device=query_BD.device)
             return label_ids, query_BD.new_zeros(self.num_labels)
-        positives, num_others = torch.unique(positives_Y), query_BD.shape[0] - 1
-        sampler, law = self._fitted_sampler(), self.in_batch
-        if isinstance(sampler, InBatchSampler):
-            log_weight_P = sampler.log_inclusion(positives, num_others)
-            # A label that no other instance can have is an instance's own positive, whose weight nothing depends on.
-            label_ids, log_weight_P = positives, log_weight_P.masked_fill(torch.isneginf(log_weight_P), 0.0)
-        elif law is None:
-            sample = sampler.sample_pool(query_BD.detach(), self.num_draws, self.generator, positives)
+        positives, sampler = torch.unique(positives_Y), self._fitted_sampler()
+        law, num_draws = (sampler, 0) if isinstance(sampler, InBatchSampler) else (self.in_batch, self.num_draws)
+        if law is None:
+            sample = sampler.sample_pool(query_BD.detach(), num_draws, self.generator, positives)
             label_ids, log_weight_P = beside(positives, sample)
         else:
-            sample = sampler.sample_pool(query_BD.detach(), self.num_draws, self.generator)
-            label_ids, log_weight_P = two_samples(positives, sample, law, num_others, self.num_draws)
+            sample = sampler.sample_pool(query_BD.detach(), num_draws, self.generator)
+            label_ids, log_weight_P = two_samples(positives, sample, law, query_BD.shape[0] - 1, num_draws)
         return label_ids, self.correction_power * log_weight_P.to(query_BD.dtype)
 
     def _instance_loss(self, query_BD: torch.Tensor, targets: Targets) -> torch.Tensor:

@@ -25,8 +25,8 @@ _SCORE_RANGE = 30.0
 """Nats. exp(-30) for each codebook: the product with a cell mass of 1e-10 is still a normal float32."""
 _COLD_ITERATIONS = 10
 _MEAN_QUERIES = 128
-"""Queries of a batch that its mean proposal is taken over: a quarter of a batch of 512 gives a pool of the same
-variance (EXPERIMENTS.md, "Pools") at a third of the set-up."""
+"""Queries of a batch that its mean proposal is taken over: more give a pool of the same variance (EXPERIMENTS.md,
+"Pools") and cost a longer set-up."""
 _DRAW_CHUNK = 1 << 24
 """Elements of the largest temporary of a per-instance draw."""
 

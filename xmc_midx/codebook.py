@@ -16,7 +16,7 @@ _ASSIGN_CHUNK = 65_536
 """Rows assigned at once: bounds the (rows, C) distance matrix, whatever L is."""
 _POINTS_PER_CODEWORD = 1024
 """Rows that train a codeword at most, so that k-means costs the same for 10^6 labels and 10^8. A quarter of it (faiss's
-own bound) left KL(P||Q) on gnd-tib at 4.3 nats instead of 3.9 (EXPERIMENTS.md, "Codebooks")."""
+own bound) left KL(P||Q) on gnd-tib at 4.3 nats instead of 3.9 (EXPERIMENTS.md, "The proposal")."""
 _PERMUTE = 1 << 24
 """Rows up to which a sample is taken without replacement; a permutation of 10^8 would cost more than the clustering."""
 

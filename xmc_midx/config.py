@@ -96,8 +96,8 @@ class SamplerConfig(_Section):
     """What the positives of a batch are to a pool: a random sample of the labels, beside the draws; or labels that are
     there anyway, so that the draws alone estimate the others."""
     correction_power: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Power of the importance weights of drawn labels: 1 estimates the full softmax without bias, 0 counts every label
-    of the pool once."""
+    """Power of the importance weights of a pool's labels: 1 estimates the full softmax without bias, 0 counts each
+    label once."""
     refresh_every: PositiveInt | Literal["epoch"] = "epoch"
     """Steps between two rebuilds of the codebooks, or once an epoch."""
     refresh_iterations: Annotated[int, Field(ge=0, le=100)] = 2

@@ -39,14 +39,13 @@ def draw_pool(
     num_draws : draws that are to count.
     certain : (U,) rising labels that the pool holds with certainty; None for none.
     """
-    if certain is None or certain.shape[0] == 0:
-        label_ids: torch.Tensor = torch.unique(draw_labels(num_draws))
-        return LabelSample(label_ids=label_ids, log_weight=log_inclusion(probability(label_ids), num_draws))
-    elsewhere = max(1.0 - float(probability(certain).sum()), 1.0 / _MAX_OVERDRAW)
-    num_made = math.ceil(num_draws / elsewhere)
-    label_ids = torch.unique(draw_labels(num_made))
-    position = torch.searchsorted(certain, label_ids).clamp_(max=certain.shape[0] - 1)
-    label_ids = label_ids[certain[position] != label_ids]
+    num_made = num_draws
+    if certain is not None:
+        elsewhere = max(1.0 - float(probability(certain).sum()), 1.0 / _MAX_OVERDRAW)
+        num_made = math.ceil(num_draws / elsewhere)
+    label_ids: torch.Tensor = torch.unique(draw_labels(num_made))
+    if certain is not None:
+        label_ids = label_ids[~torch.isin(label_ids, certain, assume_unique=True)]
     return LabelSample(label_ids=label_ids, log_weight=log_inclusion(probability(label_ids), num_made))
 
 

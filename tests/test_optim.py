@@ -60,6 +60,39 @@ def test_rows_follow_the_formula_and_untouched_rows_keep_every_bit(shape: tuple[
     np.testing.assert_allclose(table.detach().numpy(), reference(start.numpy(), steps, rates, beta2), atol=2e-6)
 
 
+def test_summed_moments_follow_the_formula() -> None:
+    generator = torch.Generator().manual_seed(1)
+    table = nn.Parameter(torch.randn(NUM_ROWS, DIM, generator=generator))
+    expected = table.detach().double().numpy().copy()
+    optimizer = RowAdam([table], lr=0.1, betas=(0.9, 0.95), moment="sum")
+    total, above, below = np.zeros(NUM_ROWS), 0.0, 0.0
+    for step, ids in enumerate(touched_rows(8)):
+        factor = torch.randn((5, DIM), generator=generator) * 10.0 ** (step % 3 - 1)
+        (gather_rows(table, ids) * factor).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        square = (factor.double().numpy() ** 2).mean(1)
+        share = square / square.max()
+        above, below = 0.95 * above + 0.05 * (share * square).sum(), 0.95 * below + 0.05 * share.sum()
+        total[ids] += square
+        expected[ids] -= 0.1 * factor.double().numpy() / np.sqrt(total[ids] + above / below)[:, None]
+    np.testing.assert_allclose(table.detach().numpy(), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_summed_moments_do_not_know_the_unit_of_the_loss(scale: float) -> None:
+    tables = [nn.Parameter(torch.ones(NUM_ROWS, DIM)) for _ in range(2)]
+    for table, unit in zip(tables, (1.0, scale), strict=True):
+        optimizer = RowAdam([table], lr=0.1, eps=0.0, moment="sum")
+        generator = torch.Generator().manual_seed(2)
+        for ids in touched_rows(6):
+            factor = unit * torch.randn((5, DIM), generator=generator)
+            (gather_rows(table, ids) * factor).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(*tables, rtol=1e-4, atol=1e-5)
+
+
 def test_the_first_step_of_a_late_row_is_as_long_as_the_first_step_of_all() -> None:
     table = nn.Parameter(torch.zeros(2, 3))
     optimizer = RowAdam([table], lr=0.1)

@@ -119,6 +119,7 @@ class TrainingConfig(_Section):
     epochs: PositiveInt | Auto = "auto"
     batch_size: PositiveInt | Auto = "auto"
     encoder_learning_rate: LearningRate | Auto = "auto"
+    """Of the feature table, whose steps fall with the root of a row's gradients so far."""
     label_learning_rate: LearningRate | Auto = "auto"
     warmup_fraction: Fraction = 0.05
     patience: PositiveInt | None = None

@@ -18,9 +18,15 @@ class RowAdam(torch.optim.Optimizer):
     """Adam with one second moment a row and, on sparse gradients, no first moment.
 
     For row r, seen for the t-th time with gradient g of D coordinates:
-    `v = beta2 v + (1 - beta2) mean(g^2)`, `row -= lr g / (sqrt(v / (1 - beta2^t)) + eps)`. The count t is the row's
-    own, so that a tail label's first steps are not damped by the steps it did not take part in. Dense gradients
-    (biases, hidden layers) get plain Adam. Source: ours, after Adam (arXiv 1412.6980) and row-wise AdaGrad.
+
+    - `moment="mean"`: `v = beta2 v + (1 - beta2) mean(g^2)`, `row -= lr g / (sqrt(v / (1 - beta2^t)) + eps)`. The count
+      t is the row's own, so that a tail label's first steps are not damped by the steps it did not take part in.
+    - `moment="sum"`: `v += mean(g^2)`, `row -= lr g / (sqrt(v + V) + eps)`. V is the table's: the mean of a step's
+      `mean(g^2)`, each weighted by itself, averaged over the steps with the decay beta2. Steps fall with the root of
+      what a row has seen: a rare feature takes long steps, a common one short ones, and V bounds the first.
+
+    Dense gradients (biases, hidden layers) get plain Adam. Source: ours, after Adam (arXiv 1412.6980) and
+    Adagrad (Duchi et al. 2011).
 
     Parameters
     ----------
@@ -28,6 +34,7 @@ class RowAdam(torch.optim.Optimizer):
     lr : step size, in parameter units.
     betas : decay of the first moment (dense gradients only) and of the second.
     eps : added to the root of the second moment.
+    moment : `"mean"` or `"sum"`, of the squares of sparse gradients.
     """
 
     def __init__(
@@ -37,8 +44,9 @@ class RowAdam(torch.optim.Optimizer):
         lr: float = 1e-2,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        moment: str = "mean",
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "moment": moment})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -55,23 +63,52 @@ class RowAdam(torch.optim.Optimizer):
     def _step_rows(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
         row_ids, rows = _rising_rows(parameter.grad)
-        state = self.state[parameter]
-        if not state:
-            dtype = torch.promote_types(parameter.dtype, torch.float32)
-            state["second_moment"] = parameter.new_zeros(parameter.shape[0], dtype=dtype)
-            # Optimizer.load_state_dict gives every state the parameter's dtype: with float from the start, a resumed
-            # state is the uninterrupted one. Exact to 2^24 steps, where the bias correction has long been 1.
-            state["count"] = parameter.new_zeros(parameter.shape[0], dtype=dtype)
-        beta2 = group["betas"][1]
         # The mean square through the norm: one pass and no (U, D) temporary.
         square = torch.linalg.vector_norm(rows, dim=1).square() / rows.shape[1] if rows.dim() > 1 else rows.square()
+        root = self._root_of_sum if group["moment"] == "sum" else self._root_of_mean
+        scale = root(parameter, group, row_ids, square).add_(group["eps"]).reciprocal_().mul_(-group["lr"])
+        parameter.index_add_(0, row_ids, rows * (scale[:, None] if rows.dim() > 1 else scale))
+
+    def _root_of_mean(
+        self, parameter: torch.Tensor, group: dict[str, Any], row_ids: torch.Tensor, square: torch.Tensor
+    ) -> torch.Tensor:
+        state = self._row_state(parameter, "count")
+        beta2 = group["betas"][1]
         moment = state["second_moment"][row_ids].mul_(beta2).add_(square, alpha=1 - beta2)
         count = state["count"][row_ids] + 1
         state["second_moment"][row_ids] = moment
         state["count"][row_ids] = count
-        unbiased = moment / (1 - torch.pow(beta2, count))
-        scale = unbiased.sqrt_().add_(group["eps"]).reciprocal_().mul_(-group["lr"])
-        parameter.index_add_(0, row_ids, rows * (scale[:, None] if rows.dim() > 1 else scale))
+        return (moment / (1 - torch.pow(beta2, count))).sqrt_()
+
+    def _root_of_sum(
+        self, parameter: torch.Tensor, group: dict[str, Any], row_ids: torch.Tensor, square: torch.Tensor
+    ) -> torch.Tensor:
+        state = self._row_state(parameter)
+        if "table_moment" not in state:
+            state["table_moment"] = square.new_zeros(2)
+        beta2 = group["betas"][1]
+        largest = square.amax() if square.numel() else square.sum()
+        # Squares of squares leave float32's range; relative to the largest they do not.
+        relative = square / largest.clamp(min=torch.finfo(square.dtype).tiny)
+        state["table_moment"].mul_(beta2).add_(
+            torch.stack([relative.square().sum() * largest, relative.sum()]), alpha=1 - beta2
+        )
+        table = state["table_moment"][0] / state["table_moment"][1].clamp(min=torch.finfo(square.dtype).tiny)
+        moment = state["second_moment"][row_ids].add_(square)
+        state["second_moment"][row_ids] = moment
+        return (moment + table).sqrt_()
+
+    def _row_state(self, parameter: torch.Tensor, *more: str) -> dict[str, torch.Tensor]:
+        """The state of a table: a second moment a row, and other floats a row.
+
+        Optimizer.load_state_dict gives every state the parameter's dtype: with float from the start, a resumed state is
+        the uninterrupted one. A count is exact to 2^24 steps, where the bias correction has long been 1.
+        """
+        state: dict[str, torch.Tensor] = self.state[parameter]
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        for name in ("second_moment", *more) if not state else ():
+            state[name] = parameter.new_zeros(parameter.shape[0], dtype=dtype)
+        return state
 
     def _step_dense(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         assert parameter.grad is not None

@@ -40,9 +40,9 @@ def resolve(config: Config, shape: DataShape) -> Config:
     epochs = derive("training", "epochs", min(30, max(3, round(25 * (5000 / max(shape.num_instances, 1)) ** (1 / 3)))))
     batch_size = shape.num_instances * epochs / _TARGET_STEPS
     derive("training", "batch_size", min(1024, max(32, 2 ** round(math.log2(max(batch_size, 1))))))
-    rate = _label_learning_rate(shape)
-    derive("training", "label_learning_rate", rate)
-    derive("training", "encoder_learning_rate", rate / 2)
+    derive("training", "label_learning_rate", _label_learning_rate(shape))
+    # Steps fall with the root of a row's gradients so far (`RowAdam`, moment "sum"): one rate for rare and common rows.
+    derive("training", "encoder_learning_rate", 0.08)
     derive("model", "dim", 512)
     derive("model", "dropout", 0.6)
     derive("data", "validation_fraction", _validation_fraction(shape.num_instances))

@@ -187,8 +187,10 @@ class Trainer:
 
 def _optimizer(encoder: SparseEncoder, softmax: LabelSoftmax, config: TrainingConfig) -> RowAdam:
     assert not isinstance(config.encoder_learning_rate, str) and not isinstance(config.label_learning_rate, str)
+    layers = [parameter for name, parameter in encoder.named_parameters() if name != "embedding"]
     groups = [
-        {"params": list(encoder.parameters()), "lr": config.encoder_learning_rate},
+        {"params": [encoder.embedding], "lr": config.encoder_learning_rate, "moment": "sum"},
+        {"params": layers, "lr": config.label_learning_rate / 2},
         {"params": [p for p in softmax.parameters() if p.requires_grad], "lr": config.label_learning_rate},
     ]
     return RowAdam(groups)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from xmc_midx import interpolation
 from xmc_midx.errors import DataError
 from xmc_midx.interpolation import Interpolation, fit_interpolation, interpolate, keep_labels
 from xmc_midx.metrics import evaluate_topk, instance_scores
@@ -21,26 +22,50 @@ def shortlist_of(logits: np.ndarray) -> TopK:
     return TopK(label_ids=order.astype(np.int64), scores=np.take_along_axis(logits, order, 1).astype(np.float32))
 
 
-def test_the_score_is_the_log_of_the_models_mass_plus_the_weighted_votes() -> None:
+def formula(log_p: np.ndarray, votes: np.ndarray, outside: np.ndarray, settings: Interpolation) -> np.ndarray:
+    """The head of the module, over all labels."""
+    return (
+        settings.model * log_p
+        + settings.mixture * np.log(np.exp(log_p) + votes)
+        + settings.votes * np.log(votes + 1e-3)
+        + settings.frequency * np.log(FREQUENCIES + 1.0)
+        + settings.outside * outside
+    )
+
+
+SETTINGS = Interpolation(model=0.9, mixture=0.4, votes=0.7, frequency=-0.3, outside=-0.6)
+
+
+def test_the_score_is_the_formula() -> None:
     logits = np.random.default_rng(0).normal(size=(4, 5)) * 2
     votes = sp.random(4, 5, 0.5, format="csr", random_state=np.random.default_rng(1))
-    settings = Interpolation(weight=0.7, discount=0.3)
-    adjusted = logits - 0.3 * np.log(FREQUENCIES + 1.0)
-    mass = np.exp(adjusted) / np.exp(adjusted).sum(1, keepdims=True) + 0.7 * votes.toarray()
-    top = interpolate(shortlist_of(logits), sp.csr_matrix(votes), FREQUENCIES, settings, 5)
-    np.testing.assert_array_equal(top.label_ids, np.argsort(-mass, axis=1, kind="stable"))
-    np.testing.assert_allclose(top.scores, -np.sort(-np.log(mass), axis=1), rtol=1e-5)
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    scores = formula(log_p, votes.toarray(), np.zeros((4, 5)), SETTINGS)
+    top = interpolate(shortlist_of(logits), sp.csr_matrix(votes), FREQUENCIES, SETTINGS, 5)
+    np.testing.assert_array_equal(top.label_ids, np.argsort(-scores, axis=1, kind="stable"))
+    np.testing.assert_allclose(top.scores, -np.sort(-scores), rtol=1e-5)
 
 
-def test_a_label_outside_the_shortlist_comes_in_by_its_votes_alone() -> None:
-    shortlist = TopK(label_ids=np.array([[2, -1]]), scores=np.array([[1.0, -np.inf]], dtype=np.float32))
-    votes = sp.csr_matrix(np.array([[0.0, 0.4, 0.0, 0.0, 0.0]]))
-    top = interpolate(shortlist, votes, FREQUENCIES, Interpolation(weight=0.5), 3)
-    assert top.label_ids.tolist() == [[2, 1, -1]]
-    np.testing.assert_allclose(top.scores[0, :2], [0.0, np.log(0.2)], atol=1e-6)
+def test_a_label_outside_the_shortlist_has_an_eth_of_its_smallest_probability() -> None:
+    shortlist = TopK(label_ids=np.array([[2, 0, -1]]), scores=np.array([[1.0, 0.5, -np.inf]], dtype=np.float32))
+    votes = sp.csr_matrix(np.array([[0.0, 0.9, 0.1, 0.0, 0.0]]))
+    top = interpolate(shortlist, votes, FREQUENCIES, SETTINGS, 4)
+    p = np.exp([1.0, 0.5]) / np.exp([1.0, 0.5]).sum()
+    log_p = np.log([p[1], p[1] / np.e, p[0], 1.0, 1.0])
+    scores = formula(log_p, votes.toarray()[0], np.array([0, 1, 0, 0, 0]), SETTINGS)
+    expected = sorted([0, 1, 2], key=lambda label: -scores[label])
+    assert top.label_ids.tolist() == [[*expected, -1]]
+    np.testing.assert_allclose(top.scores[0, :3], scores[expected], rtol=1e-5)
 
 
-def test_without_neighbours_and_discount_the_ranking_is_the_models() -> None:
+def test_an_instance_without_shortlist_and_votes_has_no_result() -> None:
+    shortlist = TopK(label_ids=np.array([[-1], [3]]), scores=np.array([[-np.inf], [0.0]], dtype=np.float32))
+    top = interpolate(shortlist, sp.csr_matrix((2, 5)), FREQUENCIES, SETTINGS, 2)
+    assert top.label_ids.tolist() == [[-1, -1], [3, -1]]
+    assert np.isneginf(top.scores[0]).all()
+
+
+def test_by_default_the_ranking_is_the_models() -> None:
     logits = np.random.default_rng(2).normal(size=(6, 5))
     top = interpolate(shortlist_of(logits), None, FREQUENCIES, Interpolation(), 3)
     np.testing.assert_array_equal(top.label_ids, shortlist_of(logits).label_ids[:, :3])
@@ -76,27 +101,81 @@ def test_neighbours_that_know_the_answer_get_weight_and_useless_ones_none() -> N
     rows = sp.csr_matrix(np.eye(num_labels, dtype=np.float32)[classes])
     labels = sp.csr_matrix(np.eye(num_labels, dtype=np.float32)[classes])
     wrong = shortlist_of(rng.normal(size=(num_rows, num_labels)))
-    assert fit(wrong, rows, labels, rows, labels).weight >= 0.5
+    chosen = fit(wrong, rows, labels, rows, labels)
+    assert chosen.needs_neighbors and chosen.mixture + chosen.votes > 0.5
     right = shortlist_of(20.0 * labels.toarray())
-    shuffled = labels[rng.permutation(num_rows)]
-    assert fit(right, rows, shuffled, rows, labels).weight == 0.0
+    assert not fit(right, rows, labels[rng.permutation(num_rows)], rows, labels).needs_neighbors
 
 
-def test_a_discount_that_gains_psp_at_the_price_of_p_is_not_chosen() -> None:
+def test_more_votes_never_lower_a_score() -> None:
+    # Neighbours that always vote for a wrong label: a free fit would hold their votes against it.
+    rng = np.random.default_rng(5)
+    labels = sp.csr_matrix(np.eye(6, dtype=np.float32)[rng.integers(6, size=200)])
+    shortlist = shortlist_of(rng.normal(size=(200, 6)) + 1.5 * labels.toarray())
+    rows = sp.csr_matrix(labels)
+    chosen = fit(shortlist, rows, sp.csr_matrix(np.roll(labels.toarray(), 1, axis=1)), rows, labels)
+    assert min(chosen.model, chosen.mixture, chosen.votes) >= 0.0
+    assert not chosen.needs_neighbors
+
+
+def test_a_frequency_term_that_gains_psp_at_the_price_of_p_is_not_chosen() -> None:
     # The head label 0 is right three times in five, the tail label 1 twice; the logits prefer the head by one nat.
     truth = np.zeros((500, 2), dtype=np.float32)
     truth[:300, 0] = truth[300:, 1] = 1.0
     frequencies = np.array([5000, 2])
     shortlist = shortlist_of(np.tile([1.0, 0.0], (500, 1)))
     chosen = fit_interpolation(shortlist, None, None, sp.csr_matrix(truth), frequencies, 5002)
-    assert chosen.discount == 0.0
+    assert chosen.is_identity
+
+
+def test_logits_that_overrate_the_head_are_corrected() -> None:
+    rng = np.random.default_rng(6)
+    frequencies = np.array([20000, 2000, 200, 20, 2])
+    truth = np.eye(5, dtype=np.float32)[rng.integers(5, size=800)]
+    logits = rng.normal(size=(800, 5)) + 2.0 * truth + 0.6 * np.log(frequencies + 1.0)
+    chosen = fit_interpolation(shortlist_of(logits), None, None, sp.csr_matrix(truth), frequencies, 22222)
+    assert -1.2 < chosen.frequency < -0.4
+
+
+def test_the_fit_is_a_minimum_of_the_loss() -> None:
+    """Against the loss written out instance by instance, in float64."""
+    rng = np.random.default_rng(7)
+    num_rows = 60
+    truth = (rng.random((num_rows, 5)) < 0.4).astype(np.float32)
+    shortlist = shortlist_of(rng.normal(size=(num_rows, 5)) + truth)
+    labels, votes = sp.csr_matrix(truth), sp.csr_matrix(rng.random((num_rows, 5)) * truth)
+    candidates = interpolation._candidates(shortlist, votes, FREQUENCIES)
+    weight_L = np.linspace(1.0, 2.0, 5)
+    fitted = interpolation._fit(candidates, labels, weight_L, [0, 1, 2, 3, 4])
+    scale = np.where(candidates.terms.std(0) > 0, candidates.terms.std(0), 1.0)
+    start = np.array([1.0, 0, 0, 0, 0])
+
+    def loss(coefficients: np.ndarray) -> float:
+        scores = (candidates.terms @ coefficients).reshape(num_rows, 5)
+        total = weight = 0.0
+        for row in range(num_rows):
+            positives = np.flatnonzero(truth[row])
+            negatives = np.flatnonzero(truth[row] == 0)
+            for label in positives:
+                share = weight_L[label] / len(positives)
+                rest = np.log(np.exp(scores[row, negatives]).sum()) if len(negatives) else -np.inf
+                total += share * np.logaddexp(0.0, rest - scores[row, label])
+                weight += share
+        return num_rows * total / weight + 10.0 * float((((coefficients - start) * scale) ** 2)[:4].sum())
+
+    least = loss(fitted)
+    assert least < loss(start)
+    for step in 0.01 * np.vstack([np.eye(5)[:4], -np.eye(5)[:4]]):
+        moved = fitted + step
+        if (moved[:3] >= 0).all():
+            assert loss(moved) >= least - 1e-9
 
 
 def test_settings_survive_their_dictionary_and_a_damaged_one_is_a_data_error() -> None:
-    settings = Interpolation(weight=0.5, temperature=0.05, count=30, discount=0.1)
+    settings = Interpolation(model=0.8, votes=0.5, outside=-0.2, temperature=0.05, count=30)
     assert Interpolation.from_dict(settings.as_dict()) == settings
     with pytest.raises(DataError, match=r"interpolation\.json"):
-        Interpolation.from_dict({"weight": "much"})
+        Interpolation.from_dict(settings.as_dict() | {"votes": "many"})
 
 
 def test_exact_search_and_interpolation_agree_on_pads() -> None:

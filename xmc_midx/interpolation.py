@@ -1,29 +1,32 @@
-"""Layer 5. The last step of a prediction: the model's shortlist, discounted by frequency, plus the labels of the
-neighbours.
+"""Layer 5. The last step of a prediction: the model's shortlist and the labels of the nearest training instances, in
+one ranking.
 
-With the model's probabilities p over the shortlist and the neighbours' votes v (`xmc_midx.neighbors`), the score of a
-label is
+With the model's probability p over the shortlist and the neighbours' votes v (`xmc_midx.neighbors`), the score of a
+label with n training instances is
 
-    log(p_i + weight * v_i),    p = softmax over the shortlist of (logit_i - discount * log(n_i + 1)).
+    model log p + mixture log(p + v) + votes log(v + 1e-3) + frequency log(n + 1) + outside [not in the shortlist],
 
-The encoder generalises, the neighbours remember; the discount moves mass to the tail (a logit adjustment). All three
-numbers are chosen on held-out training instances, and stay 0 where they do not pay. Source: ours, after kNN-LM (arXiv
-1911.00172) and logit adjustment (arXiv 2007.07314); the figures are in EXPERIMENTS.md, "Neighbours".
+where p of a label outside the shortlist is 1/e of the shortlist's smallest. The encoder generalises, the neighbours
+remember; a negative frequency term moves mass to the tail (a logit adjustment). The five coefficients minimise, on
+held-out training instances, the loss of the training itself, each positive weighted by the root of its inverse
+propensity so that the tail counts; terms that do not pay stay 0. Source: ours, after kNN-LM (arXiv 1911.00172), logit
+adjustment (arXiv 2007.07314) and stacking (Wolpert 1992); the figures are in EXPERIMENTS.md, "Neighbours".
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import minimize
 from scipy.sparse import csr_matrix
+from scipy.special import expit
 
 from xmc_midx.errors import DataError
-from xmc_midx.metrics import instance_scores
+from xmc_midx.metrics import instance_scores, inverse_propensity
 from xmc_midx.neighbors import NeighborIndex
 from xmc_midx.types import DEFAULT_KS, TopK
 
@@ -31,26 +34,41 @@ __all__ = ["SHORTLIST", "Interpolation", "fit_interpolation", "interpolate", "ke
 
 SHORTLIST = 100
 """Labels of the model that take part."""
-_WEIGHTS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 _TEMPERATURES = (0.05, 0.1)
-_DISCOUNTS = (0.1, 0.2, 0.3, 0.5)
+_NO_VOTES = 1e-3
+"""What a label without votes has, so that its logarithm is finite."""
+_PROPENSITY_POWER = 0.5
+"""Of the inverse propensity, as the weight of a positive: 0 ranks for P@k, 1 for PSP@k at the price of P@k."""
+_PULL = 10.0
+"""Of the coefficients towards the model alone, in instances: what a few hundred held-out ones say is half believed."""
 _MIN_STANDARD_ERRORS = 1.0
-"""A value other than 0 has to win by this many standard errors of the paired difference: small splits choose nothing
-by chance."""
+"""The neighbours have to win by this many standard errors of the paired difference: small splits choose nothing by
+chance."""
+_NAMES = ("model", "mixture", "votes", "frequency", "outside")
+_BOUNDS = ((0.0, None), (0.0, None), (0.0, None), (None, None), (None, 0.0))
+"""Of the coefficients: more mass and more votes never lower a score, absence from the shortlist never raises it."""
+
+_Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interpolation:
-    """How model and neighbours are added; the default is the model alone."""
+    """How model and neighbours are added; the default is the model alone. The first five are the coefficients."""
 
-    weight: float = 0.0
-    """Of the neighbours' votes, >= 0."""
+    model: float = 1.0
+    mixture: float = 0.0
+    votes: float = 0.0
+    frequency: float = 0.0
+    outside: float = 0.0
     temperature: float = 0.1
     """Of the softmax over the neighbours' cosines."""
     count: int = 50
     """Neighbours of an instance."""
-    discount: float = 0.0
-    """Logits lose this times log(label frequency + 1), nats."""
+
+    @property
+    def coefficients(self) -> _Floats:
+        """(5,), in the order of the formula."""
+        return np.array([getattr(self, name) for name in _NAMES])
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,18 +77,28 @@ class Interpolation:
     def from_dict(cls, values: Mapping[str, Any]) -> Interpolation:
         """What `as_dict` gave; anything else is a DataError."""
         try:
-            return cls(
-                weight=float(values["weight"]),
-                temperature=float(values["temperature"]),
-                count=int(values["count"]),
-                discount=float(values["discount"]),
-            )
+            typed = {field.name: float(values[field.name]) for field in fields(cls)}
+            return cls(**typed | {"count": int(values["count"])})  # type: ignore[arg-type]
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"interpolation.json: {error!r}; expected what `train` wrote.") from None
 
     @property
     def is_identity(self) -> bool:
-        return self.weight == 0.0 and self.discount == 0.0
+        return self.mixture == self.votes == self.frequency == 0.0
+
+    @property
+    def needs_neighbors(self) -> bool:
+        return self.mixture > 0.0 or self.votes > 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidates:
+    """Labels of the shortlists and of the neighbours, a row each, sorted by instance and label."""
+
+    instance: NDArray[np.int64]
+    label_ids: NDArray[np.int64]
+    terms: _Floats
+    """(candidates, 5): what the coefficients are multiplied by."""
 
 
 def interpolate(
@@ -80,7 +108,7 @@ def interpolate(
     settings: Interpolation,
     k: int,
 ) -> TopK:
-    """Rescore a shortlist and merge the neighbours' labels into it.
+    """Rescore a shortlist together with the neighbours' labels.
 
     Parameters
     ----------
@@ -91,21 +119,10 @@ def interpolate(
 
     Returns
     -------
-    TopK : (B, k); scores are log masses in nats, ties to the smaller id.
+    TopK : (B, k); scores in nats, ties to the smaller id.
     """
-    num_rows, num_labels = shortlist.label_ids.shape[0], label_frequencies.shape[0]
-    found_BS = shortlist.label_ids >= 0
-    logits_BS = shortlist.scores.astype(np.float64)
-    logits_BS -= settings.discount * np.log1p(label_frequencies[np.maximum(shortlist.label_ids, 0)])
-    logits_BS[~found_BS] = -np.inf
-    peak_B1 = np.max(logits_BS, axis=1, keepdims=True, initial=-1e300)
-    mass_BS = np.exp(logits_BS - peak_B1)
-    mass_BS /= np.maximum(mass_BS.sum(1, keepdims=True), 1e-300)
-    offsets = np.concatenate([[0], np.cumsum(found_BS.sum(1))])
-    mass = csr_matrix((mass_BS[found_BS], shortlist.label_ids[found_BS], offsets), shape=(num_rows, num_labels))
-    if votes is not None and settings.weight > 0:
-        mass = csr_matrix(mass + settings.weight * votes)
-    return _topk_of_rows(mass, k)
+    candidates = _candidates(shortlist, votes if settings.needs_neighbors else None, label_frequencies)
+    return _best(candidates, candidates.terms @ settings.coefficients, shortlist.label_ids.shape[0], k)
 
 
 def keep_labels(votes: csr_matrix, allow: NDArray[np.int64] | None, deny: NDArray[np.int64] | None) -> csr_matrix:
@@ -123,21 +140,51 @@ def keep_labels(votes: csr_matrix, allow: NDArray[np.int64] | None, deny: NDArra
     return kept
 
 
-def _topk_of_rows(mass: csr_matrix, k: int) -> TopK:
-    num_rows = mass.shape[0]
-    rows = np.repeat(np.arange(num_rows), np.diff(mass.indptr))
-    order = np.lexsort((mass.indices, -mass.data, rows))
-    rank = np.arange(order.shape[0]) - mass.indptr[rows]
-    kept = order[rank < k]
+def _candidates(shortlist: TopK, votes: csr_matrix | None, label_frequencies: NDArray[np.integer[Any]]) -> _Candidates:
+    num_rows, num_labels = shortlist.label_ids.shape[0], label_frequencies.shape[0]
+    found_BS = shortlist.label_ids >= 0
+    logits_BS = np.where(found_BS, shortlist.scores.astype(np.float64), -np.inf)
+    peak_B = np.max(logits_BS, axis=1, initial=-1e300)
+    log_sum_B = np.log(np.maximum(np.exp(logits_BS - peak_B[:, None]).sum(1), 1e-300))
+    log_p_BS = logits_BS - (peak_B + log_sum_B)[:, None]
+    floor_B = np.min(log_p_BS, axis=1, where=found_BS, initial=0.0) - 1.0
+    keys = (np.arange(num_rows)[:, None] * num_labels + shortlist.label_ids)[found_BS]
+    num_shortlisted, vote_of = keys.shape[0], np.zeros(keys.shape[0])
+    if votes is not None:
+        rows = np.repeat(np.arange(num_rows), np.diff(votes.indptr))
+        keys = np.concatenate([keys, rows * num_labels + votes.indices])
+        vote_of = np.concatenate([vote_of, votes.data])
+    # Of a label in both, the shortlist's entry comes first: the sort is stable.
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    vote = np.add.reduceat(vote_of[order], first) if first.size else vote_of
+    instance, label_ids = np.divmod(keys[first], num_labels)
+    source = order[first]
+    shortlisted = source < num_shortlisted
+    log_p = floor_B[instance]
+    log_p[shortlisted] = log_p_BS[found_BS][source[shortlisted]]
+    terms = [
+        log_p,
+        np.log(np.exp(log_p) + vote + 1e-300),
+        np.log(vote + _NO_VOTES),
+        np.log1p(label_frequencies[label_ids]),
+        ~shortlisted,
+    ]
+    return _Candidates(instance, label_ids, np.stack(terms, axis=1))
+
+
+def _best(candidates: _Candidates, scores: _Floats, num_rows: int, k: int) -> TopK:
+    order = np.lexsort((candidates.label_ids, -scores, candidates.instance))
+    instance = candidates.instance[order]
+    rank = np.arange(order.shape[0]) - np.searchsorted(instance, np.arange(num_rows))[instance]
+    kept = rank < k
     result = TopK(
         label_ids=np.full((num_rows, k), -1, dtype=np.int64), scores=np.full((num_rows, k), -np.inf, dtype=np.float32)
     )
-    place = (rows[kept], rank[rank < k])
-    result.label_ids[place] = mass.indices[kept]
-    with np.errstate(divide="ignore"):
-        result.scores[place] = np.log(mass.data[kept])
-    # A mass that underflowed to 0 is no result.
-    result.label_ids[np.isneginf(result.scores)] = -1
+    place = (instance[kept], rank[kept])
+    result.label_ids[place] = candidates.label_ids[order[kept]]
+    result.scores[place] = scores[order[kept]]
     return result
 
 
@@ -149,11 +196,11 @@ def fit_interpolation(
     label_frequencies: NDArray[np.integer[Any]],
     num_train: int,
 ) -> Interpolation:
-    """Choose weight, temperature and discount together, on held-out instances.
+    """Fit the coefficients, without neighbours and with them, and keep what pays, on held-out instances.
 
-    What is maximised is the mean of P@k and PSP@k at k = 1, 3, 5, so that the tail counts; but a gain in PSP is never
-    paid for with P: the mean of P@k must not fall, neither against the model alone, nor, for a discount, against the
-    best settings without one.
+    Compared is the mean of P@k and PSP@k at k = 1, 3, 5; but a gain in PSP is never paid for with P: the mean of P@k
+    must not fall. Neighbours have to win against the best without them, as they make prediction slower and the model
+    larger.
 
     Parameters
     ----------
@@ -162,34 +209,85 @@ def fit_interpolation(
     neighbours. labels : (N, L) true labels. label_frequencies, num_train : of the training split.
     """
     count = 0 if found is None else found[0].shape[1]
-    plain = Interpolation(count=count)
-    votes: dict[float, csr_matrix] = {}
-    if neighbors is not None and found is not None:
-        votes = {temperature: neighbors.votes(*found, temperature) for temperature in _TEMPERATURES}
+    num_rows = labels.shape[0]
+    weight_L = inverse_propensity(label_frequencies, num_train) ** _PROPENSITY_POWER
 
-    def scores(settings: Interpolation) -> _Scores:
-        mine = votes[settings.temperature] if settings.weight > 0 else None
-        top = interpolate(shortlist, mine, label_frequencies, settings, max(DEFAULT_KS))
+    def scores(candidates: _Candidates, settings: Interpolation) -> _Scores:
+        top = _best(candidates, candidates.terms @ settings.coefficients, num_rows, max(DEFAULT_KS))
         return instance_scores(top, labels, label_frequencies, num_train)
 
-    def best_of(start: tuple[Interpolation, _Scores], discounts: tuple[float, ...]) -> tuple[Interpolation, _Scores]:
-        """The best of all settings with one of the discounts that wins against `start`."""
-        best = start
-        blends = (
-            [(0.0, plain.temperature), *itertools.product(_WEIGHTS, votes)] if votes else [(0.0, plain.temperature)]
-        )
-        for discount, (weight, temperature) in itertools.product(discounts, blends):
-            trial = Interpolation(weight=weight, temperature=temperature, count=count, discount=discount)
-            trial_scores = scores(trial)
-            if _mean(trial_scores) > _mean(best[1]) and _wins(trial_scores, start[1]):
-                best = trial, trial_scores
-        return best
+    candidates = _candidates(shortlist, None, label_frequencies)
+    best = Interpolation(count=count)
+    best_scores = scores(candidates, best)
+    without = Interpolation(frequency=float(_fit(candidates, labels, weight_L, [3])[3]), count=count)
+    without_scores = scores(candidates, without)
+    if _wins(without_scores, best_scores):
+        best, best_scores = without, without_scores
+    reference = best_scores
+    for temperature in _TEMPERATURES:
+        if neighbors is None or found is None:
+            break
+        candidates = _candidates(shortlist, neighbors.votes(*found, temperature), label_frequencies)
+        fitted = _fit(candidates, labels, weight_L, [0, 1, 2, 3, 4]).tolist()
+        trial = Interpolation(**dict(zip(_NAMES, fitted, strict=True)), temperature=temperature, count=count)
+        trial_scores = scores(candidates, trial)
+        if trial.needs_neighbors and _mean(trial_scores) > _mean(best_scores) and _wins(trial_scores, reference):
+            best, best_scores = trial, trial_scores
+    return best
 
-    without = best_of((plain, scores(plain)), (0.0,))
-    return best_of(without, _DISCOUNTS)[0]
+
+def _fit(candidates: _Candidates, labels: csr_matrix, weight_L: _Floats, free: list[int]) -> _Floats:
+    """The five coefficients with the least decoupled softmax loss over the candidates; those that are not `free` stay
+    the model's alone.
+
+    The loss is convex: the mean over the positives p among the candidates, weighted by `weight_L` and by 1/|Y|, of
+    log(1 + exp(S - s_p)), with S the log of the summed exponentials of the instance's other candidates.
+    """
+    positive = _is_positive(candidates, labels)
+    start = Interpolation().coefficients
+    if not positive.any() or positive.all():
+        return start
+    spread = candidates.terms.std(axis=0)
+    scale = np.where(spread > 0, spread, 1.0)
+    terms = candidates.terms / scale
+    num_rows = labels.shape[0]
+    mine, others = candidates.instance[positive], candidates.instance[~positive]
+    weight = weight_L[candidates.label_ids[positive]] / np.bincount(mine, minlength=num_rows)[mine]
+    weight *= num_rows / weight.sum()
+    pull = np.where(spread > 0, _PULL, 1e9)
+
+    def loss(values: _Floats) -> tuple[float, _Floats]:
+        coefficients = start * scale
+        coefficients[free] = values
+        scores = terms @ coefficients
+        peak = np.full(num_rows, -1e300)
+        np.maximum.at(peak, others, scores[~positive])
+        mass = np.exp(scores[~positive] - peak[others])
+        total = np.bincount(others, weights=mass, minlength=num_rows)
+        margin = np.log(np.maximum(total, 1e-300))[mine] + peak[mine] - scores[positive]
+        slope = weight * expit(margin)
+        gradient = np.empty_like(scores)
+        gradient[positive] = -slope
+        gradient[~positive] = (np.bincount(mine, weights=slope, minlength=num_rows) / np.maximum(total, 1e-300))[
+            others
+        ] * mass
+        away = coefficients - start * scale
+        value = float((weight * np.logaddexp(0.0, margin)).sum() + (pull * away**2).sum())
+        return value, (terms.T @ gradient + 2 * pull * away)[free]
+
+    bounds = [_BOUNDS[i] for i in free]
+    result = minimize(loss, (start * scale)[free], jac=True, method="L-BFGS-B", bounds=bounds)
+    start[free] = result.x / scale[free]
+    return start
 
 
-_Scores = tuple[NDArray[np.float64], NDArray[np.float64]]
+def _is_positive(candidates: _Candidates, labels: csr_matrix) -> NDArray[np.bool_]:
+    rows = np.repeat(np.arange(labels.shape[0]), np.diff(labels.indptr))
+    keys = candidates.instance * labels.shape[1] + candidates.label_ids
+    return np.isin(keys, rows * labels.shape[1] + labels.indices)
+
+
+_Scores = tuple[_Floats, _Floats]
 """Of each instance: P@k and PSP@k, each averaged over k."""
 
 

@@ -79,7 +79,7 @@ class TrainingSession:
         self.history: list[dict[str, Any]] = []
         self.best_step, self.best_epoch, self.best_score, self.stale = 0, 0, -1.0, 0
         self.validation: dict[str, float] = {}
-        """Of the best epoch; at the end, with neighbours and discount, which the same instances chose."""
+        """Of the best epoch; at the end, with neighbours and frequencies, which the same instances chose."""
         self.seconds = 0.0
         self.loss = float("nan")
 
@@ -106,7 +106,7 @@ class TrainingSession:
                 self.seconds = time.perf_counter() - started
 
     def _choose_interpolation(self) -> None:
-        """Let the held-out instances say how much the neighbours' labels and the frequency discount are worth."""
+        """Let the held-out instances say how much the neighbours' labels and the label frequencies are worth."""
         assert self.held_out is not None
         self.reporter.start("neighbours", None)
         features, labels = self.held_out
@@ -122,12 +122,12 @@ class TrainingSession:
         top = interpolate(shortlist, votes, self.frequencies, chosen, max(DEFAULT_KS))
         self.validation = self._metrics(top)
         self.reporter.message(
-            f"neighbours: weight {chosen.weight:g}, temperature {chosen.temperature:g}, discount {chosen.discount:g}; "
+            f"neighbours: {'used' if chosen.needs_neighbors else 'not used'}, frequency {chosen.frequency:+.2f}; "
             f"validation P@1 {100 * self.history[self.best_epoch - 1]['validation']['P@1']:.2f}% -> "
             f"{100 * self.validation['P@1']:.2f}%"
         )
         # What is kept knows all training rows, the held-out ones too.
-        rows = self._whole if chosen.weight > 0 else None
+        rows = self._whole if chosen.needs_neighbors else None
         self.run_directory.write_interpolation(chosen, rows, self.validation)
 
     def _announce_epoch(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -24,8 +25,11 @@ UNTOUCHED = {"training.device", "training.precision"}
 @pytest.mark.parametrize("num_instances", SIZES)
 @pytest.mark.parametrize("num_labels", SIZES)
 @pytest.mark.parametrize("estimator", ["pool", "instance"])
-def test_every_auto_is_resolved_to_a_valid_value(num_instances: int, num_labels: int, estimator: str) -> None:
-    config = load_config(assignments=[f"sampler.estimator={estimator}"])
+@pytest.mark.parametrize("preset", ["fast", "default", "best"])
+def test_every_auto_is_resolved_to_a_valid_value(
+    num_instances: int, num_labels: int, estimator: str, preset: str
+) -> None:
+    config = load_config(assignments=[f"sampler.estimator={estimator}", f"training.preset={preset}"])
     for num_features in (1, 10**7):
         shape = DataShape(num_instances=num_instances, num_features=num_features, num_labels=num_labels)
         resolved = resolve(config, shape)
@@ -76,6 +80,20 @@ def test_one_given_value_leaves_the_others_open() -> None:
     tree = resolve(load_config(assignments=["model.dim=9"]), shape).model_dump()
     assert tree["model"].pop("dim") == 9 and plain["model"].pop("dim") != 9
     assert tree == plain
+
+
+def test_a_preset_costs_no_less_than_the_one_before_it_and_given_values_win() -> None:
+    for size in SIZES:
+        shape = DataShape(num_instances=size, num_features=100, num_labels=size)
+        efforts = []
+        for preset in ("fast", "default", "best"):
+            resolved = resolve(load_config(assignments=[f"training.preset={preset}"]), shape)
+            assert isinstance(resolved.training.epochs, int) and isinstance(resolved.model.dim, int)
+            efforts.append((resolved.training.epochs, resolved.model.dim, resolved.sampler.num_draws))
+            given = resolve(load_config(assignments=[f"training.preset={preset}", "training.epochs=1"]), shape)
+            assert given.training.epochs == 1
+        for cheaper, dearer in itertools.pairwise(efforts):
+            assert all(a <= b for a, b in zip(cheaper, dearer, strict=True)) and cheaper != dearer
 
 
 def test_resolving_twice_changes_nothing() -> None:

@@ -116,6 +116,8 @@ class LossConfig(_Section):
 class TrainingConfig(_Section):
     """The loop: how long, how fast, on what."""
 
+    preset: Literal["fast", "default", "best"] = "default"
+    """How much time the values that are `auto` may cost: epochs, embedding size and draws."""
     epochs: PositiveInt | Auto = "auto"
     batch_size: PositiveInt | Auto = "auto"
     encoder_learning_rate: LearningRate | Auto = "auto"

@@ -18,6 +18,20 @@ _TARGET_STEPS = 2000
 batches."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Effort:
+    """What a preset scales."""
+
+    epochs: float
+    """Times the epochs of the default."""
+    dim: int
+    num_draws: int
+    """Where there are more labels than a pool holds."""
+
+
+_PRESETS = {"fast": _Effort(0.4, 256, 512), "default": _Effort(1.0, 512, 2048), "best": _Effort(1.2, 1024, 2048)}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataShape:
     """The facts that the rules look at."""
@@ -30,6 +44,7 @@ class DataShape:
 def resolve(config: Config, shape: DataShape) -> Config:
     """The configuration with every `"auto"` replaced; values that are given stay as they are."""
     tree = config.model_dump()
+    effort = _PRESETS[config.training.preset]
 
     def derive(section: str, key: str, value: float) -> float:
         if tree[section][key] == "auto":
@@ -37,17 +52,19 @@ def resolve(config: Config, shape: DataShape) -> Config:
         return float(tree[section][key])
 
     # About 25 passes over 5,000 instances, 10 over 90,000, 5 over half a million.
-    epochs = derive("training", "epochs", min(30, max(3, round(25 * (5000 / max(shape.num_instances, 1)) ** (1 / 3)))))
+    passes = min(30.0, max(3.0, 25 * (5000 / max(shape.num_instances, 1)) ** (1 / 3)))
+    epochs = derive("training", "epochs", max(2, round(effort.epochs * passes)))
     batch_size = shape.num_instances * epochs / _TARGET_STEPS
     derive("training", "batch_size", min(1024, max(32, 2 ** round(math.log2(max(batch_size, 1))))))
     derive("training", "label_learning_rate", _label_learning_rate(shape))
     # Steps fall with the root of a row's gradients so far (`RowAdam`, moment "sum"): one rate for rare and common rows.
     derive("training", "encoder_learning_rate", 0.08)
-    derive("model", "dim", 512)
+    derive("model", "dim", effort.dim)
     derive("model", "dropout", 0.6)
     derive("data", "validation_fraction", _validation_fraction(shape.num_instances))
     derive("sampler", "num_codewords", auto_num_codewords(shape.num_labels))
-    derive("sampler", "num_draws", auto_num_draws(shape.num_labels) if config.sampler.estimator == "pool" else 64)
+    num_draws = auto_num_draws(shape.num_labels, effort.num_draws) if config.sampler.estimator == "pool" else 64
+    derive("sampler", "num_draws", num_draws)
     return Config.model_validate(tree)
 
 
@@ -60,9 +77,9 @@ def auto_num_codewords(num_labels: int) -> int:
     return max(4, min(320, round(1.25 * math.sqrt(num_labels))))
 
 
-def auto_num_draws(num_labels: int) -> int:
-    """Draws for a batch: all labels where they are as few as a pool, else 2,048."""
-    return num_labels if num_labels <= 4096 else 2048
+def auto_num_draws(num_labels: int, most: int = 2048) -> int:
+    """Draws for a batch: all labels where they are as few as two pools, else `most`."""
+    return num_labels if num_labels <= 2 * most else most
 
 
 def _validation_fraction(num_instances: int) -> float:

@@ -35,6 +35,10 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Set a key, as in training.seed=1; repeatable."),
     ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option("--preset", metavar="NAME", help="fast, default or best: how long what is derived may take."),
+    ] = None,
     sampler: Annotated[
         str | None,
         typer.Option(
@@ -73,6 +77,7 @@ def train(
     --config; the resolved configuration is in RUN/config.yaml. After Ctrl-C or SIGTERM, --resume goes on.
     """
     flags = {
+        "training.preset": preset,
         "sampler.name": sampler,
         "sampler.estimator": estimator,
         "sampler.num_draws": num_draws,

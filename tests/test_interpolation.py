@@ -161,7 +161,7 @@ def test_the_fit_is_a_minimum_of_the_loss() -> None:
                 rest = np.log(np.exp(scores[row, negatives]).sum()) if len(negatives) else -np.inf
                 total += share * np.logaddexp(0.0, rest - scores[row, label])
                 weight += share
-        return num_rows * total / weight + 10.0 * float((((coefficients - start) * scale) ** 2)[:4].sum())
+        return num_rows * total / weight + 3.0 * float((((coefficients - start) * scale) ** 2)[:4].sum())
 
     least = loss(fitted)
     assert least < loss(start)

@@ -39,11 +39,10 @@ _NO_VOTES = 1e-3
 """What a label without votes has, so that its logarithm is finite."""
 _PROPENSITY_POWER = 0.5
 """Of the inverse propensity, as the weight of a positive: 0 ranks for P@k, 1 for PSP@k at the price of P@k."""
-_PULL = 10.0
+_PULL = 3.0
 """Of the coefficients towards the model alone, in instances: what a few hundred held-out ones say is half believed."""
-_MIN_STANDARD_ERRORS = 1.0
-"""The neighbours have to win by this many standard errors of the paired difference: small splits choose nothing by
-chance."""
+_STANDARD_ERRORS = 0.5
+"""By how many standard errors of the paired difference P may fall: less is chance."""
 _NAMES = ("model", "mixture", "votes", "frequency", "outside")
 _BOUNDS = ((0.0, None), (0.0, None), (0.0, None), (None, None), (None, 0.0))
 """Of the coefficients: more mass and more votes never lower a score, absence from the shortlist never raises it."""
@@ -199,8 +198,7 @@ def fit_interpolation(
     """Fit the coefficients, without neighbours and with them, and keep what pays, on held-out instances.
 
     Compared is the mean of P@k and PSP@k at k = 1, 3, 5; but a gain in PSP is never paid for with P: the mean of P@k
-    must not fall. Neighbours have to win against the best without them, as they make prediction slower and the model
-    larger.
+    must not fall by more than chance.
 
     Parameters
     ----------
@@ -218,12 +216,12 @@ def fit_interpolation(
 
     candidates = _candidates(shortlist, None, label_frequencies)
     best = Interpolation(count=count)
-    best_scores = scores(candidates, best)
-    without = Interpolation(frequency=float(_fit(candidates, labels, weight_L, [3])[3]), count=count)
+    best_scores = plain = scores(candidates, best)
+    fitted = _fit(candidates, labels, weight_L, [0, 3]).tolist()
+    without = Interpolation(model=fitted[0], frequency=fitted[3], count=count)
     without_scores = scores(candidates, without)
     if _wins(without_scores, best_scores):
         best, best_scores = without, without_scores
-    reference = best_scores
     for temperature in _TEMPERATURES:
         if neighbors is None or found is None:
             break
@@ -231,7 +229,7 @@ def fit_interpolation(
         fitted = _fit(candidates, labels, weight_L, [0, 1, 2, 3, 4]).tolist()
         trial = Interpolation(**dict(zip(_NAMES, fitted, strict=True)), temperature=temperature, count=count)
         trial_scores = scores(candidates, trial)
-        if trial.needs_neighbors and _mean(trial_scores) > _mean(best_scores) and _wins(trial_scores, reference):
+        if trial.needs_neighbors and _wins(trial_scores, plain) and _mean(trial_scores) > _mean(best_scores):
             best, best_scores = trial, trial_scores
     return best
 
@@ -296,7 +294,7 @@ def _mean(scores: _Scores) -> float:
 
 
 def _wins(scores: _Scores, reference: _Scores) -> bool:
-    """Whether P does not fall and the mean of P and PSP is higher by more than chance: a paired comparison."""
-    difference = (scores[0] - reference[0] + scores[1] - reference[1]) / 2
-    error = difference.std() / np.sqrt(max(difference.shape[0], 1))
-    return bool(scores[0].mean() >= reference[0].mean() and difference.mean() > _MIN_STANDARD_ERRORS * error)
+    """Whether the mean of P and PSP is higher, and P not lower by more than chance: a paired comparison."""
+    loss = reference[0] - scores[0]
+    error = loss.std() / np.sqrt(max(loss.shape[0], 1))
+    return _mean(scores) > _mean(reference) and bool(loss.mean() <= _STANDARD_ERRORS * error)

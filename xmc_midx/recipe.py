@@ -14,8 +14,8 @@ from xmc_midx.config import Config
 __all__ = ["DataShape", "auto_num_codewords", "auto_num_draws", "resolve"]
 
 _TARGET_STEPS = 2000
-"""Optimiser steps of a whole training, whatever the number of instances: small sets repeat, large sets take larger
-batches."""
+"""Optimiser steps of a whole default training, whatever the number of instances: small sets repeat, large sets take
+larger batches. Fewer epochs keep the batch: it costs no quality, and half of it twice the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,8 @@ def resolve(config: Config, shape: DataShape) -> Config:
 
     # About 25 passes over 5,000 instances, 10 over 90,000, 5 over half a million.
     passes = min(30.0, max(3.0, 25 * (5000 / max(shape.num_instances, 1)) ** (1 / 3)))
-    epochs = derive("training", "epochs", max(2, round(effort.epochs * passes)))
-    batch_size = shape.num_instances * epochs / _TARGET_STEPS
+    derive("training", "epochs", max(2, round(effort.epochs * passes)))
+    batch_size = shape.num_instances * passes / _TARGET_STEPS
     derive("training", "batch_size", min(1024, max(32, 2 ** round(math.log2(max(batch_size, 1))))))
     derive("training", "label_learning_rate", _label_learning_rate(shape))
     # Steps fall with the root of a row's gradients so far (`RowAdam`, moment "sum"): one rate for rare and common rows.

@@ -222,7 +222,7 @@ def test_a_failed_save_leaves_everything_as_it_was(
         path.write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device") if kind is OSError else SafetensorError("I/O error")
 
-    save_file, write_text, sync = checkpoint_module.save_file, Path.write_text, checkpoint_module._sync_directory
+    save_file, write_text, sync = checkpoint_module.save_file, Path.write_text, checkpoint_module.sync_directory
 
     def failing_save(tensors: dict[str, torch.Tensor], path: Path) -> None:
         if path.name == {"first part": "model.safetensors", "second part": "training.safetensors"}.get(fails_at):
@@ -241,7 +241,7 @@ def test_a_failed_save_leaves_everything_as_it_was(
 
     monkeypatch.setattr(checkpoint_module, "save_file", failing_save)
     monkeypatch.setattr(Path, "write_text", failing_write)
-    monkeypatch.setattr(checkpoint_module, "_sync_directory", failing_sync)
+    monkeypatch.setattr(checkpoint_module, "sync_directory", failing_sync)
     before = snapshot(store.directory.parent)
     for step in (12, 9):
         with pytest.raises(ResourceError, match="could not be written") as caught:
@@ -275,7 +275,7 @@ def test_files_are_on_disk_before_the_rename_and_the_rename_before_the_return(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[str] = []
-    for name in ("_sync_file", "_sync_directory"):
+    for name in ("_sync_file", "sync_directory"):
         sync = getattr(checkpoint_module, name)
 
         def recording(path: Path, sync: object = sync) -> None:

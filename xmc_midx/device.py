@@ -9,7 +9,7 @@ import torch
 
 from xmc_midx.errors import ResourceError, UsageError
 
-__all__ = ["find_device", "find_precision", "keep_freed_memory", "peak_memory_bytes"]
+__all__ = ["find_device", "find_precision", "is_out_of_memory", "keep_freed_memory", "peak_memory_bytes"]
 
 
 def find_device(name: str) -> torch.device:
@@ -77,3 +77,11 @@ def peak_memory_bytes() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocation failed: Python's, NumPy's, torch's on the CPU or on CUDA."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("allocate memory" in text or "out of memory" in text)

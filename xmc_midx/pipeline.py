@@ -57,8 +57,10 @@ class TrainResult:
     """What a training left behind."""
 
     run: str
+    finished: bool
+    """False where the time limit came first: the run can be resumed."""
     best: str
-    """Directory of the best checkpoint."""
+    """Directory of the best checkpoint; of the latest, where no epoch has ended."""
     epochs: int
     best_epoch: int
     seconds: float
@@ -78,6 +80,7 @@ class TrainResult:
         """The JSON document of `train`."""
         return {
             "run": self.run,
+            "finished": self.finished,
             "best": self.best,
             "epochs": self.epochs,
             "best_epoch": self.best_epoch,
@@ -172,6 +175,7 @@ def train(
     output: str | Path,
     config: Config | None = None,
     test: str | Path | None = None,
+    max_seconds: float | None = None,
     reporter: Reporter | None = None,
 ) -> TrainResult:
     """Train a model into a new run directory.
@@ -182,6 +186,7 @@ def train(
     output : the run directory; made here, and refused where it holds anything.
     config : open values are derived from the data (`xmc_midx.recipe`); None derives all.
     test : a sparse feature file that is evaluated at the end; it takes no part in training.
+    max_seconds : of this call; then the training is saved and stops, to be resumed. None: no limit.
     reporter : receives the progress.
 
     Raises
@@ -190,6 +195,7 @@ def train(
     """
     from xmc_midx.session import TrainingSession
 
+    deadline = None if max_seconds is None else time.monotonic() + max_seconds
     reporter = reporter or SilentReporter()
     reporter.start("read", None)
     dataset = load_dataset(data, test=test)
@@ -202,13 +208,27 @@ def train(
         label_names=dataset.label_names,
         vocabulary=dataset.vocabulary,
     ) as run:
-        session = TrainingSession(run, training, reporter)
+        session = TrainingSession(run, training, reporter, deadline=deadline)
         session.run()
         return _train_result(session, dataset, has_test=test is not None)
 
 
-def resume(run: str | Path, *, reporter: Reporter | None = None) -> TrainResult:
+def resume(
+    run: str | Path,
+    *,
+    max_seconds: float | None = None,
+    verify: bool = True,
+    reporter: Reporter | None = None,
+) -> TrainResult:
     """Go on with an interrupted training from its latest checkpoint; of a finished one, return the result.
+
+    A damaged checkpoint is passed over, with a message, for the one before it.
+
+    Parameters
+    ----------
+    run : run directory.
+    max_seconds, reporter : as in `train`.
+    verify : whether the checkpoint's hashes are computed; the sizes are compared in any case.
 
     Raises
     ------
@@ -216,6 +236,7 @@ def resume(run: str | Path, *, reporter: Reporter | None = None) -> TrainResult:
     """
     from xmc_midx.session import TrainingSession
 
+    deadline = None if max_seconds is None else time.monotonic() + max_seconds
     reporter = reporter or SilentReporter()
     directory = RunDirectory.open(run)
     with RunDirectory.lock(directory.path):
@@ -228,9 +249,8 @@ def resume(run: str | Path, *, reporter: Reporter | None = None) -> TrainResult:
                 hint="Start a new run: xmc-midx train DATA --output RUN.",
             )
         training = _training_split(dataset, provenance["data"])
-        session = TrainingSession(directory, training, reporter)
-        if session.store.step_of("latest") is not None:
-            session.load()
+        session = TrainingSession(directory, training, reporter, deadline=deadline)
+        session.load(verify=verify)
         session.run()
         return _train_result(session, dataset, has_test=provenance["test"] is not None)
 
@@ -240,9 +260,9 @@ def _train_result(session: TrainingSession, dataset: XmcDataset, *, has_test: bo
     from xmc_midx.predictor import Predictor
 
     run = session.run_directory
-    best = session.store.path_of("best")
+    best = session.store.path_of("best" if session.best_step else "latest")
     report = None
-    if has_test:
+    if has_test and session.finished:
         assert dataset.test is not None, "load_dataset read it"
         predictor = Predictor.load(run.path, device=run.config.training.device)
         a, b, _ = _propensity(None, None, dataset, predictor.num_train)
@@ -258,6 +278,7 @@ def _train_result(session: TrainingSession, dataset: XmcDataset, *, has_test: bo
         )
     return TrainResult(
         run=str(run.path),
+        finished=session.finished,
         best=str(best),
         epochs=len(session.history),
         best_epoch=session.best_epoch,
@@ -283,6 +304,7 @@ def evaluate(
     A: float | None = None,
     B: float | None = None,
     device: str = "auto",
+    verify: bool = True,
     reporter: Reporter | None = None,
 ) -> Evaluation:
     """Metrics of a run, or of any tool's predictions, on a test split.
@@ -295,6 +317,7 @@ def evaluate(
     predictions : a file of `label:score ...` lines, one an instance; scored instead of the run's model.
     A, B : propensity constants; None takes the registry's for a dataset of known sizes, else 0.55 and 1.5.
     device : where the model runs.
+    verify : whether the hashes of the model's files are computed.
 
     Raises
     ------
@@ -311,7 +334,7 @@ def evaluate(
     if run is not None:
         from xmc_midx.predictor import Predictor
 
-        predictor = Predictor.load(run, device=device)
+        predictor = Predictor.load(run, device=device, verify=verify)
     frequencies, num_train = _training_frequencies(predictor, dataset)
     a, b, source = _propensity(A, B, dataset, num_train)
     seconds = 0.0
@@ -392,6 +415,7 @@ def predict(
     allow: str | Path | None = None,
     deny: str | Path | None = None,
     device: str = "auto",
+    verify: bool = True,
     reporter: Reporter | None = None,
 ) -> Prediction:
     """The best labels of each instance of a file, or of raw texts.
@@ -403,12 +427,13 @@ def predict(
     k : labels an instance, 1 to L.
     allow, deny : files of label ids, one a line, that alone may, or may not, be predicted.
     device : where the model runs.
+    verify : whether the hashes of the model's files are computed.
     """
     from xmc_midx.predictor import Predictor
 
     reporter = reporter or SilentReporter()
     reporter.start("read", None)
-    predictor = Predictor.load(run, device=device)
+    predictor = Predictor.load(run, device=device, verify=verify)
     _check_k(k, predictor.num_labels)
     allowed = None if allow is None else _read_label_ids(Path(allow), predictor.num_labels)
     denied = None if deny is None else _read_label_ids(Path(deny), predictor.num_labels)

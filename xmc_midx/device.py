@@ -9,7 +9,7 @@ import torch
 
 from xmc_midx.errors import ResourceError, UsageError
 
-__all__ = ["find_device", "find_precision", "is_out_of_memory", "keep_freed_memory", "peak_memory_bytes"]
+__all__ = ["find_device", "find_precision", "is_out_of_memory", "keep_freed_memory", "peak_memory_bytes", "release_freed_memory"]
 
 
 def find_device(name: str) -> torch.device:
@@ -66,6 +66,20 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_mmap_threshold, 64 << 20)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
     except (OSError, AttributeError):  # musl and others: no such knob
+        return
+
+
+def release_freed_memory() -> None:
+    """Give the blocks that `keep_freed_memory` kept back to the kernel: between two stages whose blocks differ in size.
+
+    Without it the heap grows from epoch to epoch, as steps and validations cut each other's free blocks up (debian-deps,
+    three epochs: a peak of 1,250 MB against 900).
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
         return
 
 

@@ -20,7 +20,7 @@ from xmc_midx.crash import crash_point
 from xmc_midx.data.batches import BatchStream
 from xmc_midx.data.dataset import Split
 from xmc_midx.data.features import normalize_rows
-from xmc_midx.device import find_device, keep_freed_memory
+from xmc_midx.device import find_device, keep_freed_memory, release_freed_memory
 from xmc_midx.errors import DataError, DivergedError
 from xmc_midx.index import ExactIndex
 from xmc_midx.interpolation import SHORTLIST, fit_interpolation, interpolate
@@ -87,6 +87,7 @@ class TrainingSession:
         )
         self.store = CheckpointStore(run.checkpoints)
         self.store.clean()
+        release_freed_memory()
         self.history: list[dict[str, Any]] = []
         self.best_step, self.best_epoch, self.best_score, self.stale = 0, 0, -1.0, 0
         self.validation: dict[str, float] = {}
@@ -193,7 +194,9 @@ class TrainingSession:
 
     def _end_epoch(self, stats: EpochStats, started: float) -> None:
         crash_point("validation.begun")
+        release_freed_memory()
         validation = self._validate()
+        release_freed_memory()
         crash_point("validation.done")
         stats = dataclasses.replace(stats, validation=validation)
         score = _score(validation)

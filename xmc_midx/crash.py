@@ -35,13 +35,20 @@ POINTS = (
 """All points. `file.*` are those of every file that is written beside its name and renamed there."""
 
 _armed: dict[str, int] = {}
+_signal = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 
-def arm(point: str | None) -> None:
-    """Die at `name`, or at its n-th passage from now (`name:n`); None: nowhere."""
+def arm(points: str | None, number: int = _signal) -> None:
+    """Send this process a signal at each of some points (`name,name`), or at its n-th passage from now (`name:n`).
+
+    None disarms all.
+    """
+    global _signal
     _armed.clear()
-    if point:
+    _signal = number
+    for point in points.split(",") if points else ():
         name, _, count = point.partition(":")
+        assert name in POINTS, f"{name} is not in the list of points"
         _armed[name] = int(count or 1)
 
 
@@ -56,7 +63,7 @@ def _pass(name: str) -> None:
     if name in _armed:
         _armed[name] -= 1
         if _armed[name] == 0:
-            os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+            os.kill(os.getpid(), _signal)
 
 
 arm(os.environ.get(VARIABLE))

@@ -10,9 +10,10 @@ training rows       4 nnz + 8 (nnz + Y)                                  normali
 tables              4 (D + 1) (F + L)                                    both, with the labels' bias
 optimiser           8 (F + L)                                            second moment and count of each row
 sampler             60 L + 28 C^2 + 8 C D                                codes, cells, laws; codebooks
-then the larger of
-  epoch             3 x 4 u D + 4 x 4 p D + 4 x 4 B p + 100 MB           gathered rows, gradients, logits, fragments
-                    + 4 min(L, 65536) C + 2 x 4 x 256 L                  refresh; validation
+then the largest of
+  start             4096 x 4 D (Y / N + 4)                               queries of a chunk, one for each positive
+  epoch             3 x 4 u D + 8 x 4 p D + 8 x 4 B p + 100 MB           gathered rows, gradients, logits, fragments
+                    + 4 min(L, 65536) C + 4 x 256 L                      refresh; validation
   neighbours        12 nnz + 16 Y + 2.5 x 64 MB + 70 MB                  index, shortlist, code
                     + 4 (D + 1) (F + L) where there are several epochs   the best model, read back
 ==================  ===================================================  =============================================
@@ -42,6 +43,7 @@ _FRAGMENTS = 100 * _MB
 _SHORTLIST_CHUNKS = 160 * _MB
 _NEIGHBOR_CODE = 70 * _MB
 _ASSIGN_CHUNK = 65_536
+_ENCODE_CHUNK = 4096
 _VALIDATION_CHUNK = 256
 _SCORES_AT_ONCE = 1 << 24
 _STEP_OVERHEAD = 4e-3
@@ -118,11 +120,11 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     sampler_state = 60 * num_labels + 28 * codewords**2 + 8 * codewords * dim
     rows, pool = _rows_of_a_batch(config, data)
     logits = batch * min(pool, _SCORES_AT_ONCE // batch)
-    epoch = 12 * rows * dim + 16 * pool * dim + 16 * logits + _FRAGMENTS
+    epoch = 12 * rows * dim + 32 * pool * dim + 32 * logits + _FRAGMENTS
     if sampler.name.startswith("midx"):
         epoch += 4 * min(num_labels, _ASSIGN_CHUNK) * codewords
     held_out = round(_fraction(config) * data.num_instances)
-    epoch += 8 * min(held_out, _VALIDATION_CHUNK) * num_labels
+    epoch += 4 * min(held_out, _VALIDATION_CHUNK) * num_labels
     kept = 1.0 - _fraction(config)
     host = {
         "libraries": _LIBRARIES,
@@ -132,16 +134,22 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     }
     device: dict[str, int] = {}
     (device if cuda else host).update(optimizer=optimizer, sampler=sampler_state)
+    start = 0.0
+    if model.label_init == "mean-instance":
+        chunk = min(data.num_instances, _ENCODE_CHUNK)
+        start = 4 * chunk * dim * (data.num_positives / max(data.num_instances, 1) + 4)
     neighbors = 0
     if config.neighbors.enabled and held_out:
         scores = min(4 * _SCORES_AT_ONCE, 4 * held_out * num_labels) * _SHORTLIST_CHUNKS // (64 * _MB)
         neighbors = 12 * data.num_values + 16 * data.num_positives + _NEIGHBOR_CODE + scores
         neighbors += tables if _number(training.epochs) > 1 else 0
     if cuda:
-        device |= {"tables": tables, "epoch": int(epoch)}
+        device |= {"tables": tables, "epoch": int(max(start, epoch))}
         host["neighbours"] = int(neighbors)
     else:
-        host["epoch" if epoch >= neighbors else "neighbours"] = int(max(epoch, neighbors))
+        stages = {"start": start, "epoch": epoch, "neighbours": neighbors}
+        largest = max(stages, key=lambda stage: stages[stage])
+        host[largest] = int(stages[largest])
     checkpoint = tables + optimizer + 16 * num_labels + 4 * codewords * dim
     rows_kept = 6 * data.num_values + 4 * data.num_positives if config.neighbors.enabled else 0
     keep = training.keep_checkpoints

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch._dynamo  # noqa: F401  # torch's optimisers load it when they are first used: half a second
+
 from xmc_midx import crash, pipeline
 from xmc_midx.cli import app
 from xmc_midx.config import load_config

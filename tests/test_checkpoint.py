@@ -265,6 +265,13 @@ def test_a_pointer_that_cannot_be_written_stays_as_it_was(
     assert snapshot(store.directory.parent) == before
 
 
+def test_a_pointer_is_replaced_and_never_written_over(store: CheckpointStore, tmp_path: Path) -> None:
+    (tmp_path / "same file").hardlink_to(store.directory.parent / "latest")
+    store.point("latest", 4)
+    assert store.step_of("latest") == 4
+    assert (tmp_path / "same file").read_text() == "9\n"
+
+
 def test_a_directory_that_cannot_be_made_is_a_resource_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(ResourceError):

@@ -231,7 +231,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_instances
     with pytest.raises(DivergedError) as caught:
         trainer.run_epoch(SilentReporter(), after_step=snapshot)
     assert caught.value.exit_code == 6
-    assert "step 3" in str(caught.value) and f"{victim}" in str(caught.value)
+    assert "The loss became" in str(caught.value) and "step 3" in str(caught.value)
+    assert f"on the training instances {victim} (" in str(caught.value)
     assert trainer.step == 2
     for name, tensor in trainer.model_tensors().items():
         assert torch.equal(tensor, snapshots[-1][name]) and torch.isfinite(tensor).all()

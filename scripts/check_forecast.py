@@ -52,7 +52,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             result = run("train", arguments.directory / name, "--output", f"{directory}/run", *sets)
         forecast, peak = needs["memory_bytes"] / 1e6, result["peak_memory_bytes"] / 1e6
-        figures = f"{forecast:,.0f} | {peak:,.0f} | {forecast / peak:.2f} | {needs['seconds']:.0f} | {result['seconds']:.0f}"
+        figures = (
+            f"{forecast:,.0f} | {peak:,.0f} | {forecast / peak:.2f} | {needs['seconds']:.0f} | {result['seconds']:.0f}"
+        )
         print(f"| {name} | {' '.join(options) or 'defaults'} | {figures} |", flush=True)
 
 

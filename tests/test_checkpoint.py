@@ -107,6 +107,7 @@ def flip(path: Path, byte: int, bit: int) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.fault("R6")
 def test_every_single_bit_flip_is_detected(store: CheckpointStore) -> None:
     rng = np.random.default_rng(0)
     files = sorted(path for path in (store.directory / "9").iterdir())
@@ -125,6 +126,7 @@ def test_every_single_bit_flip_is_detected(store: CheckpointStore) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.fault("R6")
 def test_every_bit_of_a_checkpoint_is_covered(store: CheckpointStore) -> None:
     for path in sorted((store.directory / "9").iterdir()):
         before = path.read_bytes()
@@ -136,6 +138,7 @@ def test_every_bit_of_a_checkpoint_is_covered(store: CheckpointStore) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "state.json", "manifest.json"])
+@pytest.mark.fault("R6")
 def test_a_cut_extended_or_missing_file_is_refused_by_name(store: CheckpointStore, name: str) -> None:
     path = store.directory / "9" / name
     content = path.read_bytes()
@@ -150,6 +153,7 @@ def test_a_cut_extended_or_missing_file_is_refused_by_name(store: CheckpointStor
     store.load("best", PARTS)
 
 
+@pytest.mark.fault("R6")
 def test_the_manifest_or_the_directory_of_another_checkpoint_is_refused(store: CheckpointStore) -> None:
     good = (store.directory / "9" / "manifest.json").read_bytes()
     shutil.copy(store.directory / "4" / "manifest.json", store.directory / "9" / "manifest.json")
@@ -188,6 +192,7 @@ def test_a_newer_format_says_so(store: CheckpointStore) -> None:
         b'{"format": "another", "version": 1, "step": 9, "files": {}}',
     ],
 )
+@pytest.mark.fault("R7")
 def test_what_is_no_manifest_is_refused(store: CheckpointStore, content: bytes) -> None:
     (store.directory / "9" / "manifest.json").write_bytes(content)
     with pytest.raises(DataError, match=r"manifest\.json: is no checkpoint manifest"):
@@ -215,6 +220,7 @@ def test_a_pointer_to_nothing_is_refused(store: CheckpointStore) -> None:
 
 @pytest.mark.parametrize("fails_at", ["first part", "second part", "state.json", "manifest.json", "rename"])
 @pytest.mark.parametrize("kind", [OSError, SafetensorError])
+@pytest.mark.fault("R4")
 def test_a_failed_save_leaves_everything_as_it_was(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, fails_at: str, kind: type[Exception]
 ) -> None:

@@ -472,6 +472,7 @@ def test_control_characters_of_a_name_do_not_reach_the_terminal(cli: Any, pipeli
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.fault("R3")
 def test_a_signal_stops_training_with_a_way_to_go_on(number: int, code: int, tmp_path: Path) -> None:
     run = tmp_path / "my run"
     run.mkdir()
@@ -491,6 +492,7 @@ def test_a_signal_stops_training_with_a_way_to_go_on(number: int, code: int, tmp
 
 
 @pytest.mark.parametrize("words", [["predict", "r", "-"], ["evaluate", "r", "d"], ["--help"]])
+@pytest.mark.fault("R18")
 def test_a_reader_that_closes_the_pipe_is_no_error(words: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
@@ -506,6 +508,7 @@ def test_a_reader_that_closes_the_pipe_is_no_error(words: list[str]) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.fault("R18")
 def test_closed_streams_and_a_full_device() -> None:
     arguments = child("predict", "r", "-", FAKE_ROWS="20000")
     command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *arguments["args"]]
@@ -517,6 +520,7 @@ def test_closed_streams_and_a_full_device() -> None:
 
 
 @pytest.mark.parametrize("locale", [{"LANG": "C", "LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}])
+@pytest.mark.fault("R18")
 def test_names_beyond_the_locale(locale: dict[str, str]) -> None:
     for words in (["predict", "r", "x"], ["predict", "r", "x", "--json"], ["demo"]):
         done = in_child(*words, **locale)
@@ -552,6 +556,7 @@ def test_a_terminal_gets_a_live_line_that_is_gone_at_the_end(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"NO_COLOR": "1", "FORCE_COLOR": "1"}], ids=str
 )
+@pytest.mark.fault("R18")
 def test_no_bars_and_no_colour_on_request(environment: dict[str, str], tmp_path: Path) -> None:
     text = in_terminal("train", "d", "--output", str(tmp_path / "r"), columns=80, **environment)
     assert ESCAPE not in text and "━" not in text
@@ -559,6 +564,7 @@ def test_no_bars_and_no_colour_on_request(environment: dict[str, str], tmp_path:
 
 
 @pytest.mark.parametrize(("columns", "command"), [(20, "train"), (20, "evaluate"), (20, "demo"), (1, "demo")])
+@pytest.mark.fault("R18")
 def test_a_narrow_terminal_is_survived(columns: int, command: str, tmp_path: Path) -> None:
     words = {"train": ["train", "d", "--output", str(tmp_path / "r")], "evaluate": ["evaluate", "r", "d"]}
     text = in_terminal(*words.get(command, [command]), columns=columns, FAKE_PAUSE="0.3")

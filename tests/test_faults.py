@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def whole(topic_dir: Path, tmp_path_factory: pytest.TempPathFactory, processes: 
 def kill_at_random(
     processes: Any, data: Path, whole: Path, options: list[str], directory: Path, num_kills: int, seconds: float
 ) -> dict[str, int]:
-    """Kill, look, go on, until so many kills; a run that comes to its end must equal `whole`, and another one starts."""
+    """Kill, look, go on, until so many kills; a run that ends must equal `whole`, and another one starts."""
     rng = np.random.default_rng(0)
     steps = processes.Value("q", 0, lock=False)
     counts = {"kills": 0, "unreadable": 0, "lost": 0, "strays": 0, "finished runs": 0}
@@ -224,9 +225,7 @@ CRASHES = [f"{name}:{LATER.get(name, 1)}" for name in crash.POINTS]
 FIRST = [f"{name}:1" for name in LATER]
 
 
-def crash_and_resume(
-    processes: Any, data: Path, whole: Path, directory: Path, points: list[str]
-) -> None:
+def crash_and_resume(processes: Any, data: Path, whole: Path, directory: Path, points: list[str]) -> None:
     run = directory / "run"
     if points[0].startswith("save.old-aside"):
         # A checkpoint is only replaced where an epoch was saved before its validation.
@@ -364,7 +363,9 @@ def test_a_signal_at_any_step_is_resumed(
     for number, step in cases:
         run, log = tmp_path / "run", tmp_path / "log"
         words = ["train", str(topic_dir), "--output", str(run), *sets(SAVE_AT_EPOCHS)]
-        assert run_child(processes, victims.command, words, f"step.done:{step}", number, str(log), False) == 128 + number
+        assert (
+            run_child(processes, victims.command, words, f"step.done:{step}", number, str(log), False) == 128 + number
+        )
         assert CheckpointStore(run / "checkpoints").step_of("latest") == step
         assert run_child(processes, victims.command, [*words[:4], "--resume"], None, number, str(log), False) == 0
         assert weights(run) == weights(whole)
@@ -383,7 +384,7 @@ def test_the_time_limit_saves_and_the_resumed_run_equals_the_whole(
     run = tmp_path / "run"
     result = train(topic_dir, output=run, config=load_config(assignments=SAVE_AT_EPOCHS), max_seconds=0.0)
     assert not result.finished and result.best_epoch == 0 and Path(result.best).name == "1"
-    with pytest.raises(UsageError, match="an unfinished one.*Go on with: xmc-midx train .* --resume"):
+    with pytest.raises(UsageError, match=r"an unfinished one.*Go on with: xmc-midx train .* --resume"):
         train(topic_dir, output=run)
     for _ in range(2 * TOTAL):
         result = resume(run, max_seconds=0.0)
@@ -624,7 +625,9 @@ def malicious_models(mark: Path) -> Iterator[tuple[str, Callable[[Path], None]]]
         blob = struct.pack("<Q", len(text) if length is None else length) + text + data
         return lambda path: path.write_bytes(blob) and None
 
-    one = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}'
+    one = (
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}'
+    )
     yield "pickle", lambda path: path.write_bytes(pickle.dumps(Bomb(mark))) and None
     yield "renamed .pt", lambda path: torch.save({"a": Bomb(mark)}, path)
     yield "object npz", _object_npz(mark)
@@ -675,7 +678,7 @@ def test_sealed_tensors_of_wrong_shapes_and_ids_are_refused(whole: Path, tmp_pat
         "!!python/object/apply:os.system ['touch MARK']",
         "training: !!python/name:os.system",
         "training: {epochs: " + "[" * 50_000,
-        "a: &a [x]\n" + "".join(f"{c}: &{c} [*{p},*{p},*{p},*{p},*{p},*{p},*{p},*{p}]\n" for p, c in zip("abcdefghij", "bcdefghijk", strict=True)),
+        "a: &a [x]\n" + "".join(f"{c}: &{c} [{', '.join([f'*{p}'] * 8)}]\n" for p, c in pairwise("abcdefghijk")),
         "bomb: &a [x]\ntraining:\n  epochs: &b [1,1,1,1,1,1,1,1,1]\n  seed: &c [*b,*b,*b,*b,*b,*b,*b,*b]\n"
         "  batch_size: &d [*c,*c,*c,*c,*c,*c,*c,*c]\n  patience: &e [*d,*d,*d,*d,*d,*d,*d,*d]\n"
         "  num_threads: &f [*e,*e,*e,*e,*e,*e,*e,*e]\n  device: &g [*f,*f,*f,*f,*f,*f,*f,*f]\n"
@@ -856,3 +859,33 @@ def test_of_two_trainings_in_one_directory_one_wins_and_the_other_says_so(
     text = "".join(Path(log).read_text() for log in logs)
     assert "another training is using this run directory" in text or "holds a run already" in text
     assert weights(run) == weights(whole)
+
+
+# --------------------------------------------------------------------------- R18: surroundings
+
+
+@pytest.mark.fault("R18")
+def test_paths_of_any_name_and_a_place_that_cannot_be_written(
+    topic_dir: Path, whole: Path, processes: Any, tmp_path: Path
+) -> None:
+    place = tmp_path / "Läufe – 运行 'x'"
+    place.mkdir()
+    data, log = place / "Daten 1", tmp_path / "log"
+    shutil.copytree(topic_dir, data)
+    words = ["train", str(data), "--output", str(place / "run $1"), *sets()]
+    assert run_child(processes, victims.command, words, None, signal.SIGTERM, str(log), False) == 0
+    assert weights(place / "run $1") == weights(whole)
+    (tmp_path / "file").write_text("")
+    words = ["train", str(data), "--output", str(tmp_path / "file" / "run"), *sets()]
+    assert run_child(processes, victims.command, words, None, signal.SIGTERM, str(log), False) == 4
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.fault("R18")
+def test_without_a_home_and_a_locale_commands_answer() -> None:
+    environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "LANG", "LC_ALL")}
+    for words, code in ((["datasets"], 0), (["check", "/nowhere"], 3)):
+        done = subprocess.run(
+            [sys.executable, "-m", "xmc_midx", *words], env=environment, capture_output=True, check=False
+        )
+        assert done.returncode == code and b"Traceback" not in done.stderr

@@ -131,7 +131,8 @@ class TrainingConfig(_Section):
     save_every_minutes: Annotated[float, Field(gt=0)] | None = 10
     """Minutes between two checkpoints inside an epoch; None: by the steps alone."""
     keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints that are kept, with the best one that each of them knows. All are finite: others are refused."""
+    """Newest checkpoints that are kept, with the best one that each of them knows. A model that is not finite is never
+    saved, so the newest is the last finite one."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""

@@ -87,8 +87,7 @@ def keep_freed_memory() -> None:
 def release_freed_memory() -> None:
     """Give the blocks that `keep_freed_memory` kept back to the kernel: between two stages whose blocks differ in size.
 
-    Without it the heap grows from epoch to epoch, as steps and validations cut each other's free blocks up (debian-deps,
-    three epochs: a peak of 1,250 MB against 900).
+    Without it the heap grows from epoch to epoch, as steps and validations cut up each other's free blocks.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -3,25 +3,23 @@
 Memory on the CPU, each term in bytes, with F, L, D, C, B, N as in the shape legend, nnz the stored feature values, Y
 the positives, `u` and `p` the rows of the two tables that an average batch touches:
 
-==================  ===================================================  =============================================
-libraries           450 MB                                               interpreter, torch, compiled code and products
-data                1.7 x (8 (nnz + Y) + 8 N), all splits                CSR matrices, and what reading them leaves
-training rows       4 nnz + 8 (nnz + Y)                                  normalised values, rows without the held out
-tables              4 (D + 1) (F + L)                                    both, with the labels' bias
-optimiser           8 (F + L)                                            second moment and count of each row
-sampler             60 L + 28 C^2 + 8 C D                                codes, cells, laws; codebooks
-then the largest of
-  start             4096 x 4 D (Y / N + 4)                               queries of a chunk, one for each positive
-  epoch             3 x 4 u D + 8 x 4 p D + 8 x 4 B p + 100 MB           gathered rows, gradients, logits, fragments
-                    + 4 min(L, 65536) C + 4 x 256 L                      refresh; validation
-  neighbours        12 nnz + 16 Y + 2.5 x 64 MB + 70 MB                  index, shortlist, code
-                    + 4 (D + 1) (F + L) where there are several epochs   the best model, read back
-==================  ===================================================  =============================================
+- libraries, 450 MB: interpreter, torch, compiled code and products
+- data, 1.7 x (8 (nnz + Y) + 8 N) of all splits: CSR matrices, and what reading them leaves
+- training rows, 4 nnz + 8 (nnz + Y): normalised values, and the rows that are not held out
+- tables, 4 (D + 1) (F + L): both, with the labels' bias
+- optimiser, 8 (F + L): second moment and count of each row
+- sampler, 60 L + 28 C^2 + 8 C D: codes, cells, laws; codebooks
+- the largest of three stages, as each gives back what it took:
+  - start, 4096 x 4 D (Y / N + 4): the queries of a chunk, one for each positive
+  - epoch, 12 u D + 32 p D + 32 B p + 100 MB + 4 min(L, 65536) C + 4 x 256 L: gathered rows, their gradients, logits,
+    fragments; refresh; validation
+  - neighbours, 12 nnz + 16 Y + 160 MB + 70 MB, and the tables again where there are several epochs: the index, the
+    shortlist, compiled code; the best model, read back
 
 u is exact in expectation: the sum over the features of 1 - (1 - share of the instances that have it)^B, and likewise p,
 plus the draws. On CUDA, tables, optimiser, sampler and epoch count on the device instead, and the host keeps a copy of
-the tables for the checkpoint. Where the terms come from: `xmc_midx.session` allocates them in this order; a change there
-is a change here. Measured against the peak in EXPERIMENTS.md, "Forecast".
+the tables for the checkpoint. Where the terms come from: `xmc_midx.session` allocates them in this order; a change
+there is a change here. `scripts/check_forecast.py` measures how good it is (EXPERIMENTS.md, "Forecast").
 """
 
 from __future__ import annotations
@@ -169,7 +167,7 @@ def cheaper_options(config: Config, data: TrainingData, *, cuda: bool = False) -
         _number(config.training.batch_size),
         _number(config.sampler.num_draws),
     )
-    trials = {
+    trials: dict[str, dict[str, dict[str, int | bool]]] = {
         f"model.dim={max(1, dim // 2)}": {"model": {"dim": max(1, dim // 2)}},
         f"training.batch_size={max(1, batch // 4)}": {"training": {"batch_size": max(1, batch // 4)}},
         f"sampler.num_draws={max(1, draws // 4)}": {"sampler": {"num_draws": max(1, draws // 4)}},

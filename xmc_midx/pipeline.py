@@ -394,7 +394,9 @@ def _memory_failures(config: Config, dataset: XmcDataset, training: Split) -> It
 def _training_data(dataset: XmcDataset, training: Split) -> TrainingData:
     from xmc_midx.forecast import TrainingData
 
-    matrices = [m for split in (dataset.train, dataset.test) if split is not None for m in (split.features, split.labels)]
+    matrices = [
+        m for split in (dataset.train, dataset.test) if split is not None for m in (split.features, split.labels)
+    ]
     return TrainingData(
         num_instances=training.num_instances,
         feature_counts=np.bincount(training.features.indices, minlength=dataset.num_features),

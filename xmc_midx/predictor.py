@@ -62,9 +62,7 @@ class Predictor:
         self.interpolation, self.neighbors = interpolation or Interpolation(), neighbors
 
     @classmethod
-    def load(
-        cls, run: str | Path, *, checkpoint: str = "best", device: str = "auto", verify: bool = True
-    ) -> Predictor:
+    def load(cls, run: str | Path, *, checkpoint: str = "best", device: str = "auto", verify: bool = True) -> Predictor:
         """The model of a run directory.
 
         Parameters
@@ -102,7 +100,7 @@ class Predictor:
         label_names = directory.label_names()
         if label_names is not None and len(label_names) != index.num_labels:
             raise DataError(
-                f"{directory.path / 'labels.txt'}: holds {len(label_names)} names; the model has {index.num_labels} labels."
+                f"{directory.path / 'labels.txt'}: holds {len(label_names)} names, expected {index.num_labels}."
             )
         return cls(
             encoder.to(target),

@@ -75,7 +75,9 @@ class TrainingSession:
             "train.num_instances": torch.tensor(training.labels.shape[0]),
         }
         assert isinstance(config.training.batch_size, int)
-        stream = BatchStream(features, labels, batch_size=config.training.batch_size, seed=config.training.seed, row_numbers=kept)
+        stream = BatchStream(
+            features, labels, batch_size=config.training.batch_size, seed=config.training.seed, row_numbers=kept
+        )
         softmax = build_softmax(config, self.frequencies, stream.num_instances, device)
         every = config.sampler.refresh_every
         self.trainer = Trainer(
@@ -332,7 +334,7 @@ class TrainingSession:
             return None
 
 
-class _DeadlinePassed(Exception):
+class _DeadlinePassed(Exception):  # noqa: N818  # nothing is wrong
     """The time limit is over; what there is has to be saved."""
 
 

@@ -1,8 +1,8 @@
 """Layer 1. SIGINT and SIGTERM: stop where it is safe, and at once when asked twice.
 
-Outside a `deferred_signals` block a signal interrupts at once; inside, the first one waits until the block's owner calls
-`check` at a point where everything is saved. A second signal ends the process without any clean-up: files are written
-beside their names, so nothing is half there.
+Outside a `deferred_signals` block a signal interrupts at once; inside, the first one waits until the block's owner
+calls `check` at a point where everything is saved. A second signal ends the process without any clean-up: files are
+written beside their names, so nothing is half there.
 """
 
 from __future__ import annotations

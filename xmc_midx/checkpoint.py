@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,10 +105,13 @@ class CheckpointStore:
             save_file(on_cpu, target / f"{part}.safetensors")
             crash_point("save.part-written")
         (target / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        files = {}
-        for path in sorted(target.iterdir()):
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-            _sync_file(path)
+        paths = sorted(target.iterdir())
+        # The disk writes while the processor hashes.
+        with ThreadPoolExecutor(1) as pool:
+            syncs = [pool.submit(_sync_file, path) for path in paths]
+            files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
+            for sync in syncs:
+                sync.result()
         manifest = {"format": _FORMAT, "version": FORMAT_VERSION, "step": step, "files": files}
         (target / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         _sync_file(target / "manifest.json")

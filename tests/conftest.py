@@ -18,6 +18,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The fault that a test is about goes into its report, for scripts/fault_table.py."""
+    for item in items:
+        for marker in item.iter_markers("fault"):
+            item.user_properties.append(("fault", marker.args[0]))
+
+
 @pytest.fixture
 def shared_data() -> Path:
     """The directory of the development datasets."""

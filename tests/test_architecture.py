@@ -27,6 +27,7 @@ TORCH_FREE = (
     "types",
     "config",
     "recipe",
+    "forecast",
     "rundir",
     "metrics",
     "pipeline",

@@ -107,6 +107,7 @@ def flip(path: Path, byte: int, bit: int) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.fault("R6")
 def test_every_single_bit_flip_is_detected(store: CheckpointStore) -> None:
     rng = np.random.default_rng(0)
     files = sorted(path for path in (store.directory / "9").iterdir())
@@ -125,6 +126,7 @@ def test_every_single_bit_flip_is_detected(store: CheckpointStore) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.fault("R6")
 def test_every_bit_of_a_checkpoint_is_covered(store: CheckpointStore) -> None:
     for path in sorted((store.directory / "9").iterdir()):
         before = path.read_bytes()
@@ -136,6 +138,7 @@ def test_every_bit_of_a_checkpoint_is_covered(store: CheckpointStore) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "state.json", "manifest.json"])
+@pytest.mark.fault("R6")
 def test_a_cut_extended_or_missing_file_is_refused_by_name(store: CheckpointStore, name: str) -> None:
     path = store.directory / "9" / name
     content = path.read_bytes()
@@ -150,6 +153,7 @@ def test_a_cut_extended_or_missing_file_is_refused_by_name(store: CheckpointStor
     store.load("best", PARTS)
 
 
+@pytest.mark.fault("R6")
 def test_the_manifest_or_the_directory_of_another_checkpoint_is_refused(store: CheckpointStore) -> None:
     good = (store.directory / "9" / "manifest.json").read_bytes()
     shutil.copy(store.directory / "4" / "manifest.json", store.directory / "9" / "manifest.json")
@@ -188,6 +192,7 @@ def test_a_newer_format_says_so(store: CheckpointStore) -> None:
         b'{"format": "another", "version": 1, "step": 9, "files": {}}',
     ],
 )
+@pytest.mark.fault("R7")
 def test_what_is_no_manifest_is_refused(store: CheckpointStore, content: bytes) -> None:
     (store.directory / "9" / "manifest.json").write_bytes(content)
     with pytest.raises(DataError, match=r"manifest\.json: is no checkpoint manifest"):
@@ -215,6 +220,7 @@ def test_a_pointer_to_nothing_is_refused(store: CheckpointStore) -> None:
 
 @pytest.mark.parametrize("fails_at", ["first part", "second part", "state.json", "manifest.json", "rename"])
 @pytest.mark.parametrize("kind", [OSError, SafetensorError])
+@pytest.mark.fault("R4")
 def test_a_failed_save_leaves_everything_as_it_was(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, fails_at: str, kind: type[Exception]
 ) -> None:
@@ -222,7 +228,7 @@ def test_a_failed_save_leaves_everything_as_it_was(
         path.write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device") if kind is OSError else SafetensorError("I/O error")
 
-    save_file, write_text, sync = checkpoint_module.save_file, Path.write_text, checkpoint_module._sync_directory
+    save_file, write_text, sync = checkpoint_module.save_file, Path.write_text, checkpoint_module.sync_directory
 
     def failing_save(tensors: dict[str, torch.Tensor], path: Path) -> None:
         if path.name == {"first part": "model.safetensors", "second part": "training.safetensors"}.get(fails_at):
@@ -241,7 +247,7 @@ def test_a_failed_save_leaves_everything_as_it_was(
 
     monkeypatch.setattr(checkpoint_module, "save_file", failing_save)
     monkeypatch.setattr(Path, "write_text", failing_write)
-    monkeypatch.setattr(checkpoint_module, "_sync_directory", failing_sync)
+    monkeypatch.setattr(checkpoint_module, "sync_directory", failing_sync)
     before = snapshot(store.directory.parent)
     for step in (12, 9):
         with pytest.raises(ResourceError, match="could not be written") as caught:
@@ -265,6 +271,13 @@ def test_a_pointer_that_cannot_be_written_stays_as_it_was(
     assert snapshot(store.directory.parent) == before
 
 
+def test_a_pointer_is_replaced_and_never_written_over(store: CheckpointStore, tmp_path: Path) -> None:
+    (tmp_path / "same file").hardlink_to(store.directory.parent / "latest")
+    store.point("latest", 4)
+    assert store.step_of("latest") == 4
+    assert (tmp_path / "same file").read_text() == "9\n"
+
+
 def test_a_directory_that_cannot_be_made_is_a_resource_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(ResourceError):
@@ -275,7 +288,7 @@ def test_files_are_on_disk_before_the_rename_and_the_rename_before_the_return(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[str] = []
-    for name in ("_sync_file", "_sync_directory"):
+    for name in ("_sync_file", "sync_directory"):
         sync = getattr(checkpoint_module, name)
 
         def recording(path: Path, sync: object = sync) -> None:

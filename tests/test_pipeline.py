@@ -301,6 +301,7 @@ def interrupted(run: Path, data: Path, config: Config, stops: list[int]) -> None
         ("sampler.name=in-batch", "data.validation_fraction=0"),
     ],
 )
+@pytest.mark.fault("R5")
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     topic_dir: Path, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
@@ -364,6 +365,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     left[0] = 0
 
 
+@pytest.mark.fault("R2")
 def test_a_kill_anywhere_in_a_save_leaves_pointers_that_load_and_the_same_result(
     topic_dir: Path, tmp_path: Path, kill_at: Callable[[int], None]
 ) -> None:
@@ -424,6 +426,7 @@ def test_resuming_what_is_no_run_is_refused(tmp_path: Path, topic_dir: Path) -> 
 # --------------------------------------------------------------------------- refusals
 
 
+@pytest.mark.fault("R15")
 def test_a_run_directory_that_is_in_use_says_so(topic_dir: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -480,6 +483,7 @@ def test_training_data_without_any_label_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rate", ["1e20", "1e30"])
+@pytest.mark.fault("R11")
 def test_a_divergent_training_stops_and_keeps_a_finite_checkpoint(topic_dir: Path, tmp_path: Path, rate: str) -> None:
     config = make_config(
         f"training.label_learning_rate={rate}",
@@ -563,6 +567,7 @@ TINY = {
     ("sampler", "estimator"),
     [("midx-pq", "pool"), ("midx-rq", "instance"), ("uniform", "instance"), ("in-batch", "pool"), ("full", "pool")],
 )
+@pytest.mark.fault("R10")
 def test_the_smallest_data_trains_without_nan(tmp_path: Path, text: str, sampler: str, estimator: str) -> None:
     data = write_xmc(tmp_path / "tiny.txt", text)
     config = load_config(
@@ -583,6 +588,7 @@ def test_the_smallest_data_trains_without_nan(tmp_path: Path, text: str, sampler
     assert all(sorted(row) == list(range(num_labels)) for row in top.label_ids.tolist())
 
 
+@pytest.mark.fault("R10")
 def test_a_validation_split_of_instances_without_labels_does_no_harm(
     tmp_path: Path, topic_data: Callable[..., tuple[csr_matrix, csr_matrix]]
 ) -> None:

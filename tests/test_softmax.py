@@ -377,6 +377,7 @@ def assert_unbiased(estimates: torch.Tensor, truth: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.fault("R17")
 def test_the_pools_estimate_of_the_partition_function_is_unbiased(name: str) -> None:
     softmax = make_softmax(SAMPLERS[name](L), num_draws=6)
     query_BD = make_queries(len(RAGGED), scale=0.4).detach()
@@ -393,6 +394,7 @@ def test_the_pools_estimate_of_the_partition_function_is_unbiased(name: str) -> 
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.fault("R17")
 def test_with_positives_as_a_sample_it_is_unbiased_over_random_batches(name: str) -> None:
     """One instance of a collection of 40, in batches of 6 with others that are drawn without replacement."""
     rng = np.random.default_rng(0)
@@ -451,6 +453,7 @@ def test_the_loss_estimates_the_partition_function_without_bias(name: str, estim
 
 @pytest.mark.parametrize("estimator", ["pool", "instance"])
 @pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.fault("R17")
 def test_the_gradient_of_the_estimated_partition_function_is_unbiased(name: str, estimator: str) -> None:
     # d exp(S - o_p) = exp(loss) d loss.
     softmax = make_softmax(SAMPLERS[name](L), num_draws=8, estimator=estimator)

@@ -200,6 +200,7 @@ def test_the_first_refresh_fits_the_codebooks_to_the_start_of_training_not_to_a_
         assert torch.equal(used[name], tensor), name
 
 
+@pytest.mark.fault("R10")
 def test_instances_without_labels_or_features_take_part_without_harm(data: tuple[csr_matrix, csr_matrix]) -> None:
     features, labels = data
     nothing = csr_matrix(labels.shape, dtype=np.float32)
@@ -214,6 +215,7 @@ def test_instances_without_labels_or_features_take_part_without_harm(data: tuple
 # ----------------------------------------------------------------------- divergence
 
 
+@pytest.mark.fault("R11")
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_instances(
     data: tuple[csr_matrix, csr_matrix],
 ) -> None:
@@ -231,7 +233,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_instances
     with pytest.raises(DivergedError) as caught:
         trainer.run_epoch(SilentReporter(), after_step=snapshot)
     assert caught.value.exit_code == 6
-    assert "step 3" in str(caught.value) and f"{victim}" in str(caught.value)
+    assert "The loss became" in str(caught.value) and "step 3" in str(caught.value)
+    assert f"on the training instances {victim} (" in str(caught.value)
     assert trainer.step == 2
     for name, tensor in trainer.model_tensors().items():
         assert torch.equal(tensor, snapshots[-1][name]) and torch.isfinite(tensor).all()
@@ -255,6 +258,7 @@ def finish(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("options", VARIANTS)
+@pytest.mark.fault("R5")
 def test_a_state_taken_at_any_step_continues_bit_for_bit(
     data: tuple[csr_matrix, csr_matrix], options: tuple[str, ...]
 ) -> None:

@@ -3,7 +3,8 @@
 A checkpoint is written beside its final name, every file and the directory are synced, and one rename makes it
 visible. It holds one safetensors file for each part (`model`, `training`), `state.json` for what is not a tensor, and
 `manifest.json` with the size and the sha256 of every file. `latest` and `best` are one-line text files that name a
-checkpoint, replaced by a rename too.
+checkpoint, replaced by a rename too, `latest` last. Format 2 may hold an epoch that was not validated yet
+(`pending` in the state); format 1, which could not, is read as well.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +23,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from xmc_midx.data.files import sha256_of
+from xmc_midx.crash import crash_point
+from xmc_midx.data.files import read_json, sha256_of, sync_directory
+from xmc_midx.device import is_out_of_memory
 from xmc_midx.errors import DataError, ResourceError
 
-__all__ = ["FORMAT_VERSION", "Checkpoint", "CheckpointStore"]
+__all__ = ["FORMAT_VERSION", "Checkpoint", "CheckpointStore", "refuse_misfits"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _FORMAT = "xmc-midx checkpoint"
-_UNFINISHED = ".unfinished-"
+_UNFINISHED, _REPLACED = ".unfinished-", ".replaced-"
+_MAX_MANIFEST_BYTES = 2**20
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -65,19 +71,30 @@ class CheckpointStore:
         """
         final = self.directory / str(step)
         beside = self.directory / f"{_UNFINISHED}{step}-{os.getpid()}"
+        aside = self.directory / f"{_REPLACED}{step}"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir()
+            crash_point("save.begun")
             self._write_files(beside, step, parts, state)
             if final.exists():
-                shutil.rmtree(final)
+                # A directory cannot be replaced by a rename. Between these two, `clean` finds the older one.
+                final.rename(aside)
+                crash_point("save.old-aside")
             beside.rename(final)
-            _sync_directory(self.directory)
+            crash_point("save.renamed")
+            sync_directory(self.directory)
+            shutil.rmtree(aside, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(beside, ignore_errors=True)
+            if aside.exists() and not final.exists():
+                aside.rename(final)
+            needed = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
+            free = _free_bytes(self.directory)
             raise ResourceError(
-                f"{final}: the checkpoint could not be written: {getattr(error, 'strerror', None) or error}.",
+                f"{final}: the checkpoint could not be written: {getattr(error, 'strerror', None) or error} "
+                f"(it needs {needed:,} bytes, {free:,} are free).",
                 hint="Is the disk full or read-only? Earlier checkpoints are untouched.",
             ) from error
         return final
@@ -86,15 +103,20 @@ class CheckpointStore:
         for part, tensors in parts.items():
             on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(on_cpu, target / f"{part}.safetensors")
+            crash_point("save.part-written")
         (target / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        files = {}
-        for path in sorted(target.iterdir()):
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-            _sync_file(path)
+        paths = sorted(target.iterdir())
+        # The disk writes while the processor hashes.
+        with ThreadPoolExecutor(1) as pool:
+            syncs = [pool.submit(_sync_file, path) for path in paths]
+            files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
+            for sync in syncs:
+                sync.result()
         manifest = {"format": _FORMAT, "version": FORMAT_VERSION, "step": step, "files": files}
         (target / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         _sync_file(target / "manifest.json")
-        _sync_directory(target)
+        sync_directory(target)
+        crash_point("save.manifest-written")
 
     def point(self, name: str, step: int) -> None:
         """Make the pointer `name` (`latest`, `best`) name the checkpoint of `step`."""
@@ -103,29 +125,54 @@ class CheckpointStore:
         try:
             beside.write_text(f"{step}\n", encoding="utf-8")
             _sync_file(beside)
+            crash_point("save.pointer-written")
             beside.replace(pointer)
-            _sync_directory(pointer.parent)
+            sync_directory(pointer.parent)
+            crash_point("save.pointed")
         except OSError as error:
             beside.unlink(missing_ok=True)
             raise ResourceError(
                 f"{pointer}: could not be written: {error.strerror}.", hint="Is the disk full or read-only?"
             ) from error
 
+    def unpoint(self, name: str) -> None:
+        """Remove a pointer; one that is not there is no error."""
+        (self.directory.parent / name).unlink(missing_ok=True)
+
     def prune(self, keep: Iterable[int]) -> None:
         """Delete all checkpoints but those of the steps in `keep`, and what a killed writer left behind."""
-        kept = {str(step) for step in keep}
+        kept = set(keep)
+        for step in self.steps():
+            if step not in kept:
+                shutil.rmtree(self.directory / str(step), ignore_errors=True)
+        self.clean()
+        crash_point("save.pruned")
+
+    def clean(self) -> None:
+        """Clear what a killed writer left behind, and put back a checkpoint that it was about to replace."""
         for path in self.directory.iterdir() if self.directory.is_dir() else ():
-            if path.name not in kept and (path.name.isdigit() or path.name.startswith(_UNFINISHED)):
+            if path.name.startswith(_REPLACED):
+                final = self.directory / path.name.removeprefix(_REPLACED)
+                if not final.exists():
+                    path.rename(final)
+            if path.name.startswith((_REPLACED, _UNFINISHED)):
                 shutil.rmtree(path, ignore_errors=True)
         for path in self.directory.parent.glob(f"{_UNFINISHED}*"):
             path.unlink(missing_ok=True)
 
     # ------------------------------------------------------------------- read
 
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, rising."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if _is_step(path.name))
+
     def step_of(self, name: str) -> int | None:
         """The step that a pointer names; None where there is no such pointer."""
         try:
-            return int((self.directory.parent / name).read_text(encoding="utf-8"))
+            with (self.directory.parent / name).open(encoding="utf-8") as file:
+                return int(file.read(32))
         except FileNotFoundError:
             return None
         except ValueError:
@@ -141,25 +188,76 @@ class CheckpointStore:
             )
         return self.directory / str(step)
 
-    def load(self, name: str, parts: Iterable[str]) -> Checkpoint:
+    def load(self, name: str, parts: Iterable[str], *, verify: bool = True) -> Checkpoint:
         """Read and verify the parts of the checkpoint that `name` points to.
+
+        Parameters
+        ----------
+        verify : whether the hashes are computed; the sizes are compared in any case.
 
         Raises
         ------
         DataError : a file is missing, has another size or hash than the manifest says, or is of an unknown version.
         """
-        path = self.path_of(name)
-        wanted = [f"{part}.safetensors" for part in parts]
-        _verify(path, [*wanted, "state.json"])
+        return self._load(self.path_of(name), [*parts], verify)
+
+    def load_newest(self, parts: Iterable[str], *, verify: bool = True) -> tuple[Checkpoint | None, list[str]]:
+        """The checkpoint that `latest` points to or, where that one is damaged, the newest of the others that is whole.
+
+        Returns
+        -------
+        The checkpoint, None where there is none at all; and for each damaged one that was passed over, what is wrong.
+
+        Raises
+        ------
+        DataError : there are checkpoints, and all of them are damaged.
+        """
+        faults: list[DataError] = []
+        steps = self.steps()[::-1]
         try:
+            latest = self.step_of("latest")
+        except DataError as error:
+            faults.append(error)
+        else:
+            steps = [*([] if latest is None else [latest]), *(step for step in steps if step != latest)]
+        for step in steps:
+            try:
+                return self._load(self.directory / str(step), [*parts], verify), [fault.message for fault in faults]
+            except DataError as error:
+                faults.append(error)
+        if not faults:
+            return None, []
+        raise DataError(
+            faults[0].message, hint="There is no other checkpoint to go back to; --force starts the run anew."
+        )
+
+    def _load(self, path: Path, parts: list[str], verify: bool) -> Checkpoint:
+        wanted = [f"{part}.safetensors" for part in parts]
+        _verify(path, [*wanted, "state.json"], hashes=verify)
+        with refuse_misfits(path):
             tensors = {file.removesuffix(".safetensors"): load_file(path / file) for file in wanted}
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        except (SafetensorError, ValueError, RecursionError) as error:
-            raise DataError(f"{path}: is no checkpoint of ours: {error}.") from None
+            state = read_json(path / "state.json")
+        if not isinstance(state, dict):
+            raise DataError(f"{path / 'state.json'}: expected a JSON object.")
         return Checkpoint(path=path, parts=tensors, state=state)
 
 
-def _verify(path: Path, wanted: Iterable[str]) -> None:
+@contextmanager
+def refuse_misfits(path: Path) -> Iterator[None]:
+    """Tensors or values of a checkpoint that do not fit what they are read into are the file's fault."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"{path}: is no checkpoint of this run: {type(error).__name__}: {reason}.",
+            hint="Was it copied here from another run, or edited?",
+        ) from error
+
+
+def _verify(path: Path, wanted: Iterable[str], *, hashes: bool) -> None:
     files = _read_manifest(path)
     for name in {*wanted, *files}:
         if name not in files or not (path / name).is_file():
@@ -170,7 +268,7 @@ def _verify(path: Path, wanted: Iterable[str]) -> None:
                 f"{path / name}: has {size} bytes, expected {files[name]['bytes']}.",
                 hint="It was cut or edited.",
             )
-    for name in wanted:
+    for name in wanted if hashes else ():
         if sha256_of(path / name) != files[name]["sha256"]:
             raise DataError(
                 f"{path / name}: its sha256 is not the manifest's.",
@@ -181,11 +279,11 @@ def _verify(path: Path, wanted: Iterable[str]) -> None:
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     """File name -> size and hash. Nothing else vouches for the manifest, so every field must be what we write."""
     manifest_path = path / "manifest.json"
+    if not manifest_path.exists():
+        raise DataError(f"{manifest_path}: is missing, so this is no complete checkpoint.")
     try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{manifest_path}: is missing, so this is no complete checkpoint.") from None
-    except (ValueError, RecursionError):
+        manifest = read_json(manifest_path, max_bytes=_MAX_MANIFEST_BYTES)
+    except DataError:
         manifest = None
     fields = manifest if isinstance(manifest, dict) else {}
     version, files = fields.get("version"), fields.get("files")
@@ -197,7 +295,9 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     if (
         not isinstance(files, dict)
         or not all(isinstance(entry, dict) and set(entry) == {"bytes", "sha256"} for entry in files.values())
-        or fields != {"format": _FORMAT, "version": FORMAT_VERSION, "step": fields.get("step"), "files": files}
+        or type(version) is not int
+        or not 1 <= version <= FORMAT_VERSION
+        or fields != {"format": _FORMAT, "version": version, "step": fields.get("step"), "files": files}
     ):
         raise DataError(f"{manifest_path}: is no checkpoint manifest.", hint="It was damaged or edited.")
     if str(fields["step"]) != path.name:
@@ -210,11 +310,11 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_directory(path: Path) -> None:
-    if os.name == "nt":  # Windows has no handle for a directory; its renames are journalled.
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _is_step(name: str) -> bool:
+    return name.isascii() and name.isdigit()
+
+
+def _free_bytes(directory: Path) -> int:
+    while not directory.exists():
+        directory = directory.parent
+    return shutil.disk_usage(directory).free

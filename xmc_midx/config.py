@@ -6,6 +6,7 @@ A configuration comes from a YAML file, from `section.key=value` assignments, or
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -46,6 +47,8 @@ PositiveInt = Annotated[int, Field(ge=1)]
 LearningRate = Annotated[float, Field(gt=0, le=1e30)]
 """Any step that float32 can still express: a rate beyond reason diverges, and says so."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+_MAX_CHARACTERS = 1_000_000
+"""Of a configuration file."""
 
 
 class _Section(BaseModel):
@@ -127,7 +130,12 @@ class TrainingConfig(_Section):
     patience: PositiveInt | None = None
     """Epochs without a better validation score before training stops; None runs all epochs and keeps the best."""
     save_every_steps: PositiveInt | None = None
-    """Steps between two checkpoints inside an epoch; None saves at the end of each epoch."""
+    """Steps between two checkpoints inside an epoch; None: by the clock alone. The end of an epoch is always saved."""
+    save_every_minutes: Annotated[float, Field(gt=0)] | None = 10
+    """Minutes between two checkpoints inside an epoch; None: by the steps alone."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints that are kept, with the best one that each of them knows. A model that is not finite is never
+    saved, so the newest is the last finite one."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
@@ -185,7 +193,11 @@ def dump_config(config: Config) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MAX_CHARACTERS + 1)
+        if len(text) > _MAX_CHARACTERS:
+            raise UsageError(f"{path}: is larger than {_MAX_CHARACTERS:,} characters; expected a configuration.")
+        tree = yaml.safe_load(text)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -224,7 +236,9 @@ def _explain(error: ValidationError) -> str:
     for fault in error.errors():
         # Unions report one fault a member, with the member's name in the path: the key is the first two parts.
         key = ".".join(str(part) for part in fault["loc"][:2])
-        text = "unknown key" if fault["type"] == "extra_forbidden" else f"{fault['msg']}, found {fault['input']!r}"
+        # Cut: a few lines of YAML with aliases can describe a value of any size.
+        found = reprlib.repr(fault["input"])
+        text = "unknown key" if fault["type"] == "extra_forbidden" else f"{fault['msg']}, found {found}"
         lines.append(f"{key}: {text}")
     return "Configuration: " + "; ".join(dict.fromkeys(lines)) + "."
 

@@ -60,7 +60,7 @@ class NeighborIndex:
 
     @classmethod
     def load(cls, path: Path) -> NeighborIndex:
-        """The index over what `save_rows` wrote; the caller has verified the file."""
+        """The index over what `save_rows` wrote; a ValueError, LookupError or SafetensorError where it is not that."""
         arrays = load_file(path)
         num_features, num_labels = (int(n) for n in arrays["num_features_and_labels"])
         num_rows = arrays["labels.offsets"].shape[0] - 1
@@ -70,6 +70,9 @@ class NeighborIndex:
         )
         ones = np.ones(arrays["labels.ids"].shape[0], dtype=np.float32)
         labels = csr_matrix((ones, arrays["labels.ids"], arrays["labels.offsets"]), shape=(num_rows, num_labels))
+        for matrix in (features, labels):
+            # Compiled code follows these ids without looking: the file must not lead it out of bounds.
+            matrix.check_format(full_check=True)
         return cls(features, labels)
 
     def search(self, features: csr_matrix, count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

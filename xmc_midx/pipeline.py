@@ -9,9 +9,11 @@ from __future__ import annotations
 import difflib
 import os
 import platform
+import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +26,14 @@ from xmc_midx.config import SAMPLER_NAMES, Config
 from xmc_midx.data.dataset import Split, XmcDataset, load_dataset, load_split
 from xmc_midx.data.predictions import read_predictions
 from xmc_midx.data.registry import match_spec
-from xmc_midx.errors import DataError, UsageError
+from xmc_midx.errors import DataError, ResourceError, UsageError
 from xmc_midx.metrics import breakdown_by_frequency, evaluate_topk
 from xmc_midx.recipe import DataShape, resolve
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.types import DEFAULT_KS, MetricReport, Reporter, SamplerDiagnosis, SilentReporter, TopK
 
 if TYPE_CHECKING:
+    from xmc_midx.forecast import Forecast, TrainingData
     from xmc_midx.predictor import Predictor
     from xmc_midx.session import TrainingSession
 
@@ -38,11 +41,13 @@ __all__ = [
     "DemoResult",
     "Diagnosis",
     "Evaluation",
+    "Plan",
     "Prediction",
     "TrainResult",
     "demo",
     "diagnose",
     "evaluate",
+    "plan",
     "predict",
     "resume",
     "train",
@@ -57,8 +62,10 @@ class TrainResult:
     """What a training left behind."""
 
     run: str
+    finished: bool
+    """False where the time limit came first: the run can be resumed."""
     best: str
-    """Directory of the best checkpoint."""
+    """Directory of the best checkpoint; of the latest, where no epoch has ended."""
     epochs: int
     best_epoch: int
     seconds: float
@@ -78,6 +85,7 @@ class TrainResult:
         """The JSON document of `train`."""
         return {
             "run": self.run,
+            "finished": self.finished,
             "best": self.best,
             "epochs": self.epochs,
             "best_epoch": self.best_epoch,
@@ -87,6 +95,34 @@ class TrainResult:
             "test": None if self.test is None else _report_dict(self.test),
             "model_bytes": self.model_bytes,
             "peak_memory_bytes": self.peak_memory_bytes,
+            "config": self.config.model_dump(),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a training will need, beside what there is."""
+
+    forecast: Forecast
+    available_memory: int | None
+    """Bytes that the process can get in all; None where the system does not say."""
+    available_disk: int
+    """Bytes free where the run directory would be."""
+    config: Config
+    """Resolved."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON document of `plan`."""
+        return {
+            "memory_bytes": self.forecast.host_bytes,
+            "memory": dict(self.forecast.host),
+            "available_memory_bytes": self.available_memory,
+            "device_memory_bytes": self.forecast.device_bytes,
+            "device_memory": dict(self.forecast.device),
+            "disk_bytes": self.forecast.disk_bytes,
+            "checkpoint_bytes": self.forecast.checkpoint_bytes,
+            "available_disk_bytes": self.available_disk,
+            "seconds": self.forecast.seconds,
             "config": self.config.model_dump(),
         }
 
@@ -172,6 +208,7 @@ def train(
     output: str | Path,
     config: Config | None = None,
     test: str | Path | None = None,
+    max_seconds: float | None = None,
     reporter: Reporter | None = None,
 ) -> TrainResult:
     """Train a model into a new run directory.
@@ -182,6 +219,7 @@ def train(
     output : the run directory; made here, and refused where it holds anything.
     config : open values are derived from the data (`xmc_midx.recipe`); None derives all.
     test : a sparse feature file that is evaluated at the end; it takes no part in training.
+    max_seconds : of this call; then the training is saved and stops, to be resumed. None: no limit.
     reporter : receives the progress.
 
     Raises
@@ -190,11 +228,13 @@ def train(
     """
     from xmc_midx.session import TrainingSession
 
+    deadline = None if max_seconds is None else time.monotonic() + max_seconds
     reporter = reporter or SilentReporter()
     reporter.start("read", None)
     dataset = load_dataset(data, test=test)
     training = _training_split(dataset, data)
     resolved = resolve(config or Config(), _shape(dataset, training))
+    _refuse_what_does_not_fit(resolved, dataset, training, Path(output), reporter)
     with RunDirectory.create(
         output,
         resolved,
@@ -202,13 +242,28 @@ def train(
         label_names=dataset.label_names,
         vocabulary=dataset.vocabulary,
     ) as run:
-        session = TrainingSession(run, training, reporter)
-        session.run()
+        with _memory_failures(resolved, dataset, training):
+            session = TrainingSession(run, training, reporter, deadline=deadline)
+            session.run()
         return _train_result(session, dataset, has_test=test is not None)
 
 
-def resume(run: str | Path, *, reporter: Reporter | None = None) -> TrainResult:
+def resume(
+    run: str | Path,
+    *,
+    max_seconds: float | None = None,
+    verify: bool = True,
+    reporter: Reporter | None = None,
+) -> TrainResult:
     """Go on with an interrupted training from its latest checkpoint; of a finished one, return the result.
+
+    A damaged checkpoint is passed over, with a message, for the one before it.
+
+    Parameters
+    ----------
+    run : run directory.
+    max_seconds, reporter : as in `train`.
+    verify : whether the checkpoint's hashes are computed; the sizes are compared in any case.
 
     Raises
     ------
@@ -216,6 +271,7 @@ def resume(run: str | Path, *, reporter: Reporter | None = None) -> TrainResult:
     """
     from xmc_midx.session import TrainingSession
 
+    deadline = None if max_seconds is None else time.monotonic() + max_seconds
     reporter = reporter or SilentReporter()
     directory = RunDirectory.open(run)
     with RunDirectory.lock(directory.path):
@@ -228,11 +284,132 @@ def resume(run: str | Path, *, reporter: Reporter | None = None) -> TrainResult:
                 hint="Start a new run: xmc-midx train DATA --output RUN.",
             )
         training = _training_split(dataset, provenance["data"])
-        session = TrainingSession(directory, training, reporter)
-        if session.store.step_of("latest") is not None:
-            session.load()
-        session.run()
+        with _memory_failures(directory.config, dataset, training):
+            session = TrainingSession(directory, training, reporter, deadline=deadline)
+            session.load(verify=verify)
+            session.run()
         return _train_result(session, dataset, has_test=provenance["test"] is not None)
+
+
+# --------------------------------------------------------------------------- plan
+
+
+def plan(
+    data: str | Path,
+    *,
+    output: str | Path = ".",
+    config: Config | None = None,
+    test: str | Path | None = None,
+    reporter: Reporter | None = None,
+) -> Plan:
+    """Forecast memory, disk and time of a training, without training.
+
+    Parameters
+    ----------
+    data, config, test : as in `train`.
+    output : where the run directory would be.
+    """
+    from xmc_midx.device import available_memory_bytes, find_device, find_precision, measure_speed, used_memory_bytes
+    from xmc_midx.forecast import Speed, forecast
+
+    reporter = reporter or SilentReporter()
+    reporter.start("read", None)
+    dataset = load_dataset(data, test=test)
+    training = _training_split(dataset, data)
+    resolved = resolve(config or Config(), _shape(dataset, training))
+    available = available_memory_bytes()
+    if available is not None:
+        available += used_memory_bytes()
+    batch, dim, draws = resolved.training.batch_size, resolved.model.dim, resolved.sampler.num_draws
+    assert isinstance(batch, int) and isinstance(dim, int) and isinstance(draws, int), "the configuration is resolved"
+    device = find_device(resolved.training.device)
+    flops, rate = measure_speed(
+        batch, min(draws, dataset.num_labels), dim, find_precision(resolved.training.precision, device), device
+    )
+    return Plan(
+        forecast=forecast(
+            resolved,
+            _training_data(dataset, training),
+            cuda=device.type == "cuda",
+            speed=Speed(flops=flops, bytes=rate),
+        ),
+        available_memory=available,
+        available_disk=_free_disk(Path(output)),
+        config=resolved,
+    )
+
+
+_CERTAINTY = 0.8
+"""A training is refused where even this share of its forecast is not there; the forecast is good to 20%."""
+
+
+def _refuse_what_does_not_fit(
+    config: Config, dataset: XmcDataset, training: Split, output: Path, reporter: Reporter
+) -> None:
+    """Before the first epoch, and before anything is written."""
+    from xmc_midx.device import available_memory_bytes, find_device, used_memory_bytes
+    from xmc_midx.forecast import cheaper_options, forecast
+
+    cuda = find_device(config.training.device).type == "cuda"
+    data = _training_data(dataset, training)
+    needs = forecast(config, data, cuda=cuda)
+    free = _free_disk(output)
+    if needs.disk_bytes > free:
+        raise ResourceError(
+            f"{output}: training needs {needs.disk_bytes:,} bytes on disk; {free:,} are free.",
+            hint="Free some space, choose another --output, or lower training.keep_checkpoints or model.dim.",
+        )
+    more, available = needs.host_bytes - used_memory_bytes(), available_memory_bytes()
+    if available is None or more <= available:
+        return
+    options = "; ".join(f"{name} ({size:,})" for name, size in cheaper_options(config, data))
+    fact = (
+        f"Training needs about {needs.host_bytes:,} bytes of memory, {max(more, 0):,} more than now; "
+        f"{available:,} are available."
+    )
+    hint = f"Lower it (to about so many bytes) with --set {options}."
+    if _CERTAINTY * more > available:
+        raise ResourceError(fact, hint=hint)
+    reporter.message(f"warning: {fact} {hint}")
+
+
+@contextmanager
+def _memory_failures(config: Config, dataset: XmcDataset, training: Split) -> Iterator[None]:
+    """An allocation that fails is said with the options that lower the peak."""
+    from xmc_midx.device import is_out_of_memory
+    from xmc_midx.forecast import cheaper_options
+
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        options = ", ".join(name for name, _ in cheaper_options(config, _training_data(dataset, training)))
+        raise ResourceError(
+            "The memory is used up; the run is saved up to its last checkpoint.",
+            hint=f"Train anew with --set {options}, or --resume where there is more memory.",
+        ) from error
+
+
+def _training_data(dataset: XmcDataset, training: Split) -> TrainingData:
+    from xmc_midx.forecast import TrainingData
+
+    matrices = [
+        m for split in (dataset.train, dataset.test) if split is not None for m in (split.features, split.labels)
+    ]
+    return TrainingData(
+        num_instances=training.num_instances,
+        feature_counts=np.bincount(training.features.indices, minlength=dataset.num_features),
+        label_counts=np.bincount(training.labels.indices, minlength=dataset.num_labels),
+        loaded_bytes=sum(m.data.nbytes + m.indices.nbytes + m.indptr.nbytes for m in matrices),
+    )
+
+
+def _free_disk(path: Path) -> int:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
 
 
 def _train_result(session: TrainingSession, dataset: XmcDataset, *, has_test: bool) -> TrainResult:
@@ -240,9 +417,9 @@ def _train_result(session: TrainingSession, dataset: XmcDataset, *, has_test: bo
     from xmc_midx.predictor import Predictor
 
     run = session.run_directory
-    best = session.store.path_of("best")
+    best = session.store.path_of("best" if session.best_step else "latest")
     report = None
-    if has_test:
+    if has_test and session.finished:
         assert dataset.test is not None, "load_dataset read it"
         predictor = Predictor.load(run.path, device=run.config.training.device)
         a, b, _ = _propensity(None, None, dataset, predictor.num_train)
@@ -258,6 +435,7 @@ def _train_result(session: TrainingSession, dataset: XmcDataset, *, has_test: bo
         )
     return TrainResult(
         run=str(run.path),
+        finished=session.finished,
         best=str(best),
         epochs=len(session.history),
         best_epoch=session.best_epoch,
@@ -283,6 +461,7 @@ def evaluate(
     A: float | None = None,
     B: float | None = None,
     device: str = "auto",
+    verify: bool = True,
     reporter: Reporter | None = None,
 ) -> Evaluation:
     """Metrics of a run, or of any tool's predictions, on a test split.
@@ -295,6 +474,7 @@ def evaluate(
     predictions : a file of `label:score ...` lines, one an instance; scored instead of the run's model.
     A, B : propensity constants; None takes the registry's for a dataset of known sizes, else 0.55 and 1.5.
     device : where the model runs.
+    verify : whether the hashes of the model's files are computed.
 
     Raises
     ------
@@ -311,7 +491,7 @@ def evaluate(
     if run is not None:
         from xmc_midx.predictor import Predictor
 
-        predictor = Predictor.load(run, device=device)
+        predictor = Predictor.load(run, device=device, verify=verify)
     frequencies, num_train = _training_frequencies(predictor, dataset)
     a, b, source = _propensity(A, B, dataset, num_train)
     seconds = 0.0
@@ -392,6 +572,7 @@ def predict(
     allow: str | Path | None = None,
     deny: str | Path | None = None,
     device: str = "auto",
+    verify: bool = True,
     reporter: Reporter | None = None,
 ) -> Prediction:
     """The best labels of each instance of a file, or of raw texts.
@@ -403,12 +584,13 @@ def predict(
     k : labels an instance, 1 to L.
     allow, deny : files of label ids, one a line, that alone may, or may not, be predicted.
     device : where the model runs.
+    verify : whether the hashes of the model's files are computed.
     """
     from xmc_midx.predictor import Predictor
 
     reporter = reporter or SilentReporter()
     reporter.start("read", None)
-    predictor = Predictor.load(run, device=device)
+    predictor = Predictor.load(run, device=device, verify=verify)
     _check_k(k, predictor.num_labels)
     allowed = None if allow is None else _read_label_ids(Path(allow), predictor.num_labels)
     denied = None if deny is None else _read_label_ids(Path(deny), predictor.num_labels)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
-from xmc_midx.checkpoint import CheckpointStore
+from xmc_midx.checkpoint import Checkpoint, CheckpointStore, refuse_misfits
 from xmc_midx.data.features import normalize_rows
 from xmc_midx.device import find_device
 from xmc_midx.encoder import SparseEncoder
@@ -22,7 +22,7 @@ from xmc_midx.index import ExactIndex
 from xmc_midx.interpolation import SHORTLIST, Interpolation, interpolate, keep_labels
 from xmc_midx.neighbors import NeighborIndex
 from xmc_midx.rundir import RunDirectory
-from xmc_midx.topk import empty_topk
+from xmc_midx.topk import concatenate_topk, empty_topk
 from xmc_midx.types import LabelIndex, Reporter, SilentReporter, TopK
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Predictor:
         self.interpolation, self.neighbors = interpolation or Interpolation(), neighbors
 
     @classmethod
-    def load(cls, run: str | Path, *, checkpoint: str = "best", device: str = "auto") -> Predictor:
+    def load(cls, run: str | Path, *, checkpoint: str = "best", device: str = "auto", verify: bool = True) -> Predictor:
         """The model of a run directory.
 
         Parameters
@@ -70,9 +70,19 @@ class Predictor:
         run : as `train` wrote it.
         checkpoint : `"best"` or `"latest"`.
         device : as in `training.device`.
+        verify : whether the hashes of the model's files are computed; the sizes are compared in any case.
+
+        Raises
+        ------
+        DataError : the run, its checkpoint or a file beside it is missing, damaged, or of another run.
         """
         directory = RunDirectory.open(run)
-        saved = CheckpointStore(directory.checkpoints).load(checkpoint, ["model"])
+        saved = CheckpointStore(directory.checkpoints).load(checkpoint, ["model"], verify=verify)
+        with refuse_misfits(saved.path):
+            return cls._build(directory, saved, device)
+
+    @classmethod
+    def _build(cls, directory: RunDirectory, saved: Checkpoint, device: str) -> Predictor:
         model, config = saved.parts["model"], directory.config.model
         target = find_device(device)
         num_features, dim = model["encoder.embedding"].shape
@@ -87,11 +97,16 @@ class Predictor:
         encoder.load_state_dict(names, assign=True)
         interpolation, neighbors = directory.interpolation()
         index = ExactIndex(model["labels.weight"].to(target), model["labels.bias"].to(target))
+        label_names = directory.label_names()
+        if label_names is not None and len(label_names) != index.num_labels:
+            raise DataError(
+                f"{directory.path / 'labels.txt'}: holds {len(label_names)} names, expected {index.num_labels}."
+            )
         return cls(
             encoder.to(target),
             index,
             normalize=directory.config.data.normalize,
-            label_names=directory.label_names(),
+            label_names=label_names,
             vocabulary=directory.vocabulary(),
             label_frequencies=model["train.label_frequencies"].numpy(),
             num_train=int(model["train.num_instances"]),
@@ -137,10 +152,7 @@ class Predictor:
             reporter.step(rows.stop - rows.start)
         if not parts:
             return empty_topk(0, k)
-        return TopK(
-            label_ids=np.concatenate([part.label_ids for part in parts]),
-            scores=np.concatenate([part.scores for part in parts]),
-        )
+        return concatenate_topk(parts)
 
     def _search(
         self,

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +21,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from xmc_midx.config import Config, dump_config, load_config
-from xmc_midx.data.files import sha256_of
+from xmc_midx.crash import crash_point
+from xmc_midx.data.files import atomic_write, read_json, sha256_of
 from xmc_midx.errors import DataError, ResourceError, UsageError
 from xmc_midx.interpolation import Interpolation
 from xmc_midx.neighbors import NeighborIndex, save_rows
@@ -107,22 +110,23 @@ class RunDirectory:
             _refuse_strangers(path)
         with cls.lock(path):
             if (path / "config.yaml").exists():
-                raise UsageError(
-                    f"{path}: holds a run already.",
-                    hint="Choose another --output, --resume to go on with it, or --force to replace it.",
-                )
+                raise _holds_a_run(path)
             _refuse_strangers(path)
             directory = cls(path, config)
             directory.write_json("run.json", provenance or {})
             directory.write_names(label_names, vocabulary)
             # Last: a directory with a configuration is a run that can be resumed.
             directory.write_text("config.yaml", dump_config(config))
+            crash_point("run.begun")
             yield directory
 
     @staticmethod
     @contextmanager
     def lock(path: Path) -> Iterator[None]:
-        """Hold the directory's lock, which the system drops when the process ends, however it ends."""
+        """Hold the directory's lock, which the system drops when the process ends, however it ends.
+
+        What a killed writer left is cleared once the lock is held.
+        """
         lock = FileLock(path / ".lock", thread_local=False)
         try:
             lock.acquire(timeout=0)
@@ -134,6 +138,8 @@ class RunDirectory:
         except OSError as error:
             raise ResourceError(f"{path}: cannot be written: {error.strerror}.") from None
         try:
+            for stray in path.glob(".*.tmp"):
+                stray.unlink(missing_ok=True)
             yield
         finally:
             lock.release()
@@ -141,14 +147,9 @@ class RunDirectory:
     # ------------------------------------------------------------------ files
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a file beside its name and rename it there."""
-        beside = self.path / f".{name}.{os.getpid()}"
-        try:
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(self.path / name)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            raise ResourceError(f"{self.path / name}: cannot be written: {error.strerror}.") from None
+        """Write a file beside its name, bring it to the disk and rename it there."""
+        with atomic_write(self.path / name) as file:
+            file.write(text.encode())
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         self.write_text(name, json.dumps(value, indent=1) + "\n")
@@ -162,15 +163,17 @@ class RunDirectory:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
     def read_json(self, name: str) -> dict[str, Any]:
-        try:
-            value = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise DataError(f"{self.path / name}: is missing; the run directory is incomplete.") from None
-        except ValueError:
-            raise DataError(f"{self.path / name}: is not JSON; it was damaged or edited.") from None
+        """A JSON object that `write_json` wrote; a DataError where it is missing or damaged."""
+        value = read_json(self.path / name)
         if not isinstance(value, dict):
             raise DataError(f"{self.path / name}: expected a JSON object.")
         return value
+
+    def finish(self) -> None:
+        """Note in `run.json` that the training has come to its end; a second note changes nothing."""
+        record = self.read_json("run.json")
+        if "finished" not in record:
+            self.write_json("run.json", record | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
 
     # -------------------------------------------------------------- neighbours
 
@@ -185,7 +188,7 @@ class RunDirectory:
         values = interpolation.as_dict() | {"validation": dict(validation)}
         if training_rows is not None:
             path = self.path / _NEIGHBORS
-            beside = path.with_name(f".{_NEIGHBORS}.{os.getpid()}")
+            beside = path.with_name(f".{_NEIGHBORS}.{os.getpid()}.tmp")
             try:
                 save_rows(beside, *training_rows)
                 values["neighbors_sha256"] = sha256_of(beside)
@@ -228,7 +231,10 @@ class RunDirectory:
             raise DataError(
                 f"{path}: its sha256 is not the one in interpolation.json.", hint="It was damaged or edited."
             )
-        return Interpolation.from_dict(values), NeighborIndex.load(path)
+        try:
+            return Interpolation.from_dict(values), NeighborIndex.load(path)
+        except (SafetensorError, ValueError, LookupError, TypeError) as error:
+            raise DataError(f"{path}: holds no training rows: {error}.", hint="It was edited.") from None
 
     # --------------------------------------------------------- names and words
 
@@ -250,6 +256,20 @@ class RunDirectory:
         from xmc_midx.data.vocabulary import Vocabulary
 
         return Vocabulary.load(path)
+
+
+def _holds_a_run(path: Path) -> UsageError:
+    """What to type instead."""
+    anew = f"choose another --output, or --force to replace {path}."
+    try:
+        record = read_json(path / "run.json")
+        data, finished = str(record["data"]), "finished" in record
+    except (DataError, LookupError, TypeError):
+        data, finished = "DATA", False
+    if finished:
+        return UsageError(f"{path}: holds a run already, a finished one.", hint=anew[0].upper() + anew[1:])
+    go_on = shlex.join(["xmc-midx", "train", data, "--output", str(path), "--resume"])
+    return UsageError(f"{path}: holds a run already, an unfinished one.", hint=f"Go on with: {go_on}; or {anew}")
 
 
 def _refuse_strangers(path: Path) -> None:

@@ -15,21 +15,28 @@ import numpy as np
 import torch
 
 from xmc_midx.build import build_encoder, build_softmax
-from xmc_midx.checkpoint import CheckpointStore
+from xmc_midx.checkpoint import CheckpointStore, refuse_misfits
+from xmc_midx.crash import crash_point
 from xmc_midx.data.batches import BatchStream
 from xmc_midx.data.dataset import Split
 from xmc_midx.data.features import normalize_rows
-from xmc_midx.device import find_device, keep_freed_memory
+from xmc_midx.device import find_device, keep_freed_memory, release_freed_memory
+from xmc_midx.errors import DataError, DivergedError
 from xmc_midx.index import ExactIndex
 from xmc_midx.interpolation import SHORTLIST, fit_interpolation, interpolate
 from xmc_midx.metrics import evaluate_topk
 from xmc_midx.neighbors import NeighborIndex
 from xmc_midx.predictor import Predictor
 from xmc_midx.rundir import RunDirectory
+from xmc_midx.signals import PendingSignal, deferred_signals
+from xmc_midx.topk import concatenate_topk
 from xmc_midx.trainer import Trainer
 from xmc_midx.types import DEFAULT_KS, EpochStats, Reporter, TopK
 
 __all__ = ["TrainingSession"]
+
+_VALIDATION_CHUNK = 256
+"""Instances between two looks at the signals: at a million labels, two seconds."""
 
 
 class TrainingSession:
@@ -40,10 +47,13 @@ class TrainingSession:
     run : the run directory, locked by the caller, with a resolved configuration.
     training : the training split, before the validation instances are held out.
     reporter : receives the progress.
+    deadline : of `time.monotonic()`, after which the training is saved and stops; None: no limit.
     """
 
-    def __init__(self, run: RunDirectory, training: Split, reporter: Reporter) -> None:
-        self.run_directory, self.reporter = run, reporter
+    def __init__(
+        self, run: RunDirectory, training: Split, reporter: Reporter, *, deadline: float | None = None
+    ) -> None:
+        self.run_directory, self.reporter, self.deadline = run, reporter, deadline
         self.config = config = run.config
         device = find_device(config.training.device)
         if config.training.num_threads is not None:
@@ -65,7 +75,9 @@ class TrainingSession:
             "train.num_instances": torch.tensor(training.labels.shape[0]),
         }
         assert isinstance(config.training.batch_size, int)
-        stream = BatchStream(features, labels, batch_size=config.training.batch_size, seed=config.training.seed)
+        stream = BatchStream(
+            features, labels, batch_size=config.training.batch_size, seed=config.training.seed, row_numbers=kept
+        )
         softmax = build_softmax(config, self.frequencies, stream.num_instances, device)
         every = config.sampler.refresh_every
         self.trainer = Trainer(
@@ -76,15 +88,36 @@ class TrainingSession:
             refresh_every=every if isinstance(every, int) else None,
         )
         self.store = CheckpointStore(run.checkpoints)
+        self.store.clean()
+        release_freed_memory()
         self.history: list[dict[str, Any]] = []
         self.best_step, self.best_epoch, self.best_score, self.stale = 0, 0, -1.0, 0
         self.validation: dict[str, float] = {}
         """Of the best epoch; at the end, with neighbours and frequencies, which the same instances chose."""
         self.seconds = 0.0
         self.loss = float("nan")
+        self.finished = False
+        """Whether `run` came to the end, rather than to the deadline."""
+        self._pending: EpochStats | None = None
+        """An epoch whose steps are done and whose validation is not."""
+        self._saves: list[list[int]] = []
+        """The checkpoints that are kept, oldest first: step, and the best step known then (0: none)."""
+        self._saved: tuple[int, bool] | None = None
+        """Step of the last save, and whether an epoch was pending; None before the first."""
+        self._saved_at = time.monotonic()
+        self._signals = PendingSignal()
 
     def run(self) -> None:
-        """Train to the end: all epochs, or until the validation score has not risen for `patience` epochs."""
+        """Train to the end: all epochs, or until the validation score has not risen for `patience` epochs.
+
+        SIGINT and SIGTERM wait for the end of the running step or validation chunk; then all is saved, and
+        KeyboardInterrupt or its child `Terminated` is raised. The deadline is obeyed after a step or an epoch.
+
+        Raises
+        ------
+        DivergedError : a loss, a gradient or a weight is not finite; the checkpoints that are there stay.
+        ResourceError : a checkpoint cannot be written.
+        """
         started = time.perf_counter() - self.seconds
         if self.trainer.step == 0:
             self.reporter.start("initialize", None)
@@ -92,18 +125,42 @@ class TrainingSession:
         if self.history:
             # A kill may have come between the last checkpoint and its line.
             self.run_directory.write_metrics(self.history)
-        patience = self.config.training.patience
-        while self.trainer.step < self.trainer.total_steps and (patience is None or self.stale < patience):
-            self._announce_epoch()
-            stats = self.trainer.run_epoch(self.reporter, after_step=lambda: self._save_inside_epoch(started))
-            self._end_epoch(stats, started)
+        with deferred_signals() as self._signals:
+            try:
+                self._run_epochs(started)
+            except (KeyboardInterrupt, _DeadlinePassed) as stop:
+                self.seconds = time.perf_counter() - started
+                self._save()
+                if isinstance(stop, _DeadlinePassed):
+                    return
+                stop.add_note(f"Saved at step {self.trainer.step} of {self.trainer.total_steps}.")
+                raise
+            except DivergedError as error:
+                kept = self.store.step_of("latest")
+                if kept is not None:
+                    error.hint = f"{error.hint} The checkpoint of step {kept} is finite and stays."
+                raise
         if self.config.neighbors.enabled and self.held_out is not None:
+            crash_point("neighbours.begun")
             validation = self.run_directory.interpolation_validation()
             if validation is not None:
                 self.validation = validation
             else:
                 self._choose_interpolation()
                 self.seconds = time.perf_counter() - started
+        self.finished = True
+        self.run_directory.finish()
+
+    def _run_epochs(self, started: float) -> None:
+        patience = self.config.training.patience
+        while self._pending is not None or (
+            self.trainer.step < self.trainer.total_steps and (patience is None or self.stale < patience)
+        ):
+            if self._pending is None:
+                self._announce_epoch()
+                self._pending = self.trainer.run_epoch(self.reporter, after_step=lambda: self._after_step(started))
+            self._end_epoch(self._pending, started)
+            self._stop_if_asked()
 
     def _choose_interpolation(self) -> None:
         """Let the held-out instances say how much the neighbours' labels and the label frequencies are worth."""
@@ -138,7 +195,11 @@ class TrainingSession:
             self.reporter.step(done)
 
     def _end_epoch(self, stats: EpochStats, started: float) -> None:
+        crash_point("validation.begun")
+        release_freed_memory()
         validation = self._validate()
+        release_freed_memory()
+        crash_point("validation.done")
         stats = dataclasses.replace(stats, validation=validation)
         score = _score(validation)
         self.loss = stats.loss
@@ -149,6 +210,7 @@ class TrainingSession:
         else:
             self.stale += 1
         self.history.append(_history_line(stats))
+        self._pending = None
         self.seconds = time.perf_counter() - started
         self._save()
         self.seconds = time.perf_counter() - started
@@ -159,7 +221,11 @@ class TrainingSession:
         if self.held_out is None:
             return {}
         features, _ = self.held_out
-        return self._metrics(self._predictor().predict(features, k=max(DEFAULT_KS)))
+        predictor, parts = self._predictor(), []
+        for begin in range(0, features.shape[0], _VALIDATION_CHUNK):
+            self._signals.check()
+            parts.append(predictor.predict(features[begin : begin + _VALIDATION_CHUNK], k=max(DEFAULT_KS)))
+        return self._metrics(concatenate_topk(parts))
 
     def _predictor(self) -> Predictor:
         """The model as it stands; its rows come normalised already."""
@@ -180,41 +246,107 @@ class TrainingSession:
 
     # ------------------------------------------------------------ checkpoints
 
-    def _save_inside_epoch(self, started: float) -> None:
-        every = self.config.training.save_every_steps
-        if every is None or self.trainer.step % every or self.trainer.step % self.trainer.stream.steps_per_epoch == 0:
-            return
-        self.seconds = time.perf_counter() - started
-        self._save()
+    def _after_step(self, started: float) -> None:
+        """Between two steps: save if it is time, and stop if asked to."""
+        if self.trainer.step % self.trainer.stream.steps_per_epoch and self._save_is_due():
+            self.seconds = time.perf_counter() - started
+            self._save()
+        if self.trainer.step % self.trainer.stream.steps_per_epoch:
+            self._stop_if_asked()
+
+    def _save_is_due(self) -> bool:
+        steps, minutes = self.config.training.save_every_steps, self.config.training.save_every_minutes
+        by_steps = steps is not None and self.trainer.step % steps == 0
+        return by_steps or (minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes)
+
+    def _stop_if_asked(self) -> None:
+        self._signals.check()
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            raise _DeadlinePassed
 
     def _save(self) -> None:
-        step = self.trainer.step
+        """Save what there is, unless it was saved just now."""
+        step, moment = self.trainer.step, (self.trainer.step, self._pending is not None)
+        if moment == self._saved:
+            return
+        model = self.trainer.model_tensors()
+        _require_finite(model, step)
+        saves = [save for save in self._saves if save[0] != step] + [[step, self.best_step]]
+        saves = saves[-self.config.training.keep_checkpoints :]
         state = {
             "counters": self.trainer.counters(),
             "history": self.history,
             "best": [self.best_step, self.best_epoch, self.best_score, self.stale],
             "seconds": self.seconds,
             "loss": self.loss if self.history else None,
+            "pending": None if self._pending is None else dataclasses.asdict(self._pending),
+            "saves": saves,
         }
-        parts = {
-            "model": self.trainer.model_tensors() | self._known,
-            "training": self.trainer.training_tensors(),
-        }
+        parts = {"model": model | self._known, "training": self.trainer.training_tensors()}
         self.store.save(step, parts, state)
         if self.best_step == step:
             self.store.point("best", step)
         self.store.point("latest", step)
-        self.store.prune({step, self.best_step})
+        self._saves = saves
+        self.store.prune(kept for save in saves for kept in save)
+        self._saved, self._saved_at = moment, time.monotonic()
 
-    def load(self) -> None:
-        """Take up the latest checkpoint."""
-        saved = self.store.load("latest", ["model", "training"])
-        self.trainer.load(saved.parts["model"], saved.parts["training"], saved.state["counters"])
-        self.history = list(saved.state["history"])
-        self.best_step, self.best_epoch, self.best_score, self.stale = saved.state["best"]
-        self.validation = dict(self.history[self.best_epoch - 1]["validation"]) if self.best_epoch else {}
-        self.seconds = float(saved.state["seconds"])
-        self.loss = float(saved.state["loss"]) if self.history else float("nan")
+    def load(self, *, verify: bool = True) -> None:
+        """Take up the latest checkpoint, or the one before it where the latest is damaged; nothing where none is.
+
+        Raises
+        ------
+        DataError : all checkpoints are damaged, or they are not of this run.
+        """
+        saved, faults = self.store.load_newest(["model", "training"], verify=verify)
+        if saved is None:
+            return
+        with refuse_misfits(saved.path):
+            state = saved.state
+            self.trainer.load(saved.parts["model"], saved.parts["training"], state["counters"])
+            self.history = list(state["history"])
+            self.best_step, self.best_epoch, self.best_score, self.stale = state["best"]
+            self.validation = dict(self.history[self.best_epoch - 1]["validation"]) if self.best_epoch else {}
+            self.seconds = float(state["seconds"])
+            self.loss = float(state["loss"]) if self.history else float("nan")
+            self._pending = EpochStats(**state["pending"]) if state.get("pending") else None
+            self._saves = [list(save) for save in state.get("saves", [[self.trainer.step, self.best_step]])]
+        for fault in faults:
+            self.reporter.message(f"warning: {fault}")
+        if faults:
+            self.reporter.message(f"warning: going back to the checkpoint of step {self.trainer.step}")
+        self._saved = (self.trainer.step, self._pending is not None)
+        self._point_back()
+
+    def _point_back(self) -> None:
+        """Let the pointers name what this checkpoint knows; they may be ahead of it after a kill or a damage."""
+        if self._pointed("latest") != self.trainer.step:
+            self.store.point("latest", self.trainer.step)
+        if self.best_step == 0:
+            self.store.unpoint("best")
+        elif self._pointed("best") != self.best_step:
+            self.store.point("best", self.best_step)
+
+    def _pointed(self, name: str) -> int | None:
+        try:
+            return self.store.step_of(name)
+        except DataError:
+            return None
+
+
+class _DeadlinePassed(Exception):  # noqa: N818  # nothing is wrong
+    """The time limit is over; what there is has to be saved."""
+
+
+def _require_finite(model: Mapping[str, torch.Tensor], step: int) -> None:
+    """A model that is not finite is not saved: every checkpoint can be gone on with."""
+    for name, tensor in model.items():
+        # The sum first: one pass and no temporary; it may overflow where the terms do not.
+        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+            raise DivergedError(
+                f"The model is not finite after step {step}: {name}.",
+                hint="Lower training.encoder_learning_rate and training.label_learning_rate.",
+            )
 
 
 def _hold_out(num_instances: int, fraction: float | str, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from xmc_midx.types import TopK
 
-__all__ = ["empty_topk", "exact_topk", "merge_topk"]
+__all__ = ["concatenate_topk", "empty_topk", "exact_topk", "merge_topk"]
 
 _CHUNK_ELEMENTS = 1 << 24
 """Scores held at once (64 MiB in float32)."""
@@ -66,6 +68,14 @@ def merge_topk(
     ids = torch.cat([left[0], right[0]], dim=1)
     scores = torch.cat([left[1], right[1]], dim=1)
     return _sorted(ids, scores, min(k, ids.shape[1]))
+
+
+def concatenate_topk(parts: Sequence[TopK]) -> TopK:
+    """The instances of several results, one after the other; at least one part."""
+    return TopK(
+        label_ids=np.concatenate([part.label_ids for part in parts]),
+        scores=np.concatenate([part.scores for part in parts]),
+    )
 
 
 def empty_topk(num_instances: int, k: int) -> TopK:

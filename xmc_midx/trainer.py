@@ -10,17 +10,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from xmc_midx.config import TrainingConfig
+from xmc_midx.crash import crash_point
 from xmc_midx.data.batches import BatchStream
 from xmc_midx.encoder import SparseEncoder
 from xmc_midx.errors import DivergedError
 from xmc_midx.optim import RowAdam
 from xmc_midx.softmax import LabelSoftmax
-from xmc_midx.types import EpochStats, Reporter
+from xmc_midx.types import Batch, EpochStats, Reporter
 
 __all__ = ["Trainer"]
 
@@ -79,7 +79,7 @@ class Trainer:
 
         Raises
         ------
-        DivergedError : the loss of a batch is not finite; the step is not taken.
+        DivergedError : the loss of a batch or a gradient is not finite; the step is not taken.
         """
         epoch, first_step = divmod(self.step, self.stream.steps_per_epoch)
         if first_step == 0:
@@ -89,13 +89,16 @@ class Trainer:
         self.encoder.train()
         for batch in self.stream.epoch(epoch + 1, first_step=first_step):
             if self._refresh_is_due():
+                crash_point("refresh.begun")
                 self.softmax.refresh()
+                crash_point("refresh.done")
             self._loss_sum += self._train_step(batch.to(self.device))
             self._pool_sum += self.softmax.pool_size
             num_instances += batch.num_instances
             seconds = time.perf_counter() - started
             done = self.step - epoch * self.stream.steps_per_epoch
             reporter.step(1, loss=self._loss_sum / done, instances_per_second=num_instances / seconds)
+            crash_point("step.done")
             if after_step is not None:
                 after_step()
         seconds = time.perf_counter() - started
@@ -111,22 +114,32 @@ class Trainer:
             sampler={"pool_size": self._pool_sum / steps},
         )
 
-    def _train_step(self, batch: Any) -> float:
+    def _train_step(self, batch: Batch) -> float:
         self._set_rates()
         query_BD = self.encoder(batch.features)
         loss = self.softmax(query_BD, (batch.positives, batch.positive_offsets))
         value = float(loss.detach())
         if not math.isfinite(value):
-            ids = ", ".join(str(i) for i in batch.instance_ids[:8].tolist())
-            raise DivergedError(
-                f"The loss became {value} at step {self.step + 1}, on the batch of training instances {ids}, ...",
-                hint="Lower training.encoder_learning_rate and training.label_learning_rate; is the data finite?",
-            )
+            raise _diverged(f"The loss became {value} at step {self.step + 1}", batch, query_BD)
         loss.backward()
+        if not self._gradients_are_finite():
+            raise _diverged(f"A gradient is not finite at step {self.step + 1}", batch, query_BD)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return value
+
+    def _gradients_are_finite(self) -> bool:
+        """By the biases alone, whose gradients are sums of what the tables' are made of: a sum is finite only where all
+        its terms are, and the tables' own gradients take 2.5% of a step to look at. A product of finite numbers that
+        overflows shows in the next loss, and before a checkpoint is saved."""
+        total = torch.zeros((), device=self.device)
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter.dim() == 1:
+                    gradient = parameter.grad._values() if parameter.grad.is_sparse else parameter.grad
+                    total += gradient.sum()
+        return math.isfinite(float(total))
 
     def _set_rates(self) -> None:
         """Linear warm-up, then linear decay to zero at the last step."""
@@ -183,6 +196,17 @@ class Trainer:
         generator = self.encoder.dropout.generator
         assert generator is not None
         return generator
+
+
+def _diverged(fact: str, batch: Batch, query_BD: torch.Tensor) -> DivergedError:
+    """Names the instances whose queries are not finite; where all are, the batch."""
+    suspects = torch.nonzero(~torch.isfinite(query_BD.detach()).all(1)).flatten().cpu()
+    ids = batch.instance_ids[suspects] if 0 < suspects.shape[0] < batch.num_instances else batch.instance_ids
+    shown = ", ".join(str(i) for i in ids[:8].tolist()) + (", ..." if ids.shape[0] > 8 else "")
+    return DivergedError(
+        f"{fact}, on the training instances {shown} (row numbers from 0).",
+        hint="Lower training.encoder_learning_rate and training.label_learning_rate; is the data finite?",
+    )
 
 
 def _optimizer(encoder: SparseEncoder, softmax: LabelSoftmax, config: TrainingConfig) -> RowAdam:

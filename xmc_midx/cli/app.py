@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import signal
 import sys
 import textwrap
 import warnings
@@ -18,15 +17,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
 
 from xmc_midx import __version__
-from xmc_midx.cli import check, datasets, demo, diagnose, evaluate, predict, render, train
+from xmc_midx.cli import check, datasets, demo, diagnose, evaluate, plan, predict, render, train
 from xmc_midx.errors import XmcMidxError
+from xmc_midx.signals import Terminated, interrupt_on_signals
 
 __all__ = ["main", "run"]
 
@@ -35,10 +34,6 @@ RESOURCE_ERRNOS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE),
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EBADF),
 }
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM. A KeyboardInterrupt, so that the library saves and stops as it does on Ctrl-C."""
 
 
 class _Command(TyperCommand):
@@ -82,6 +77,7 @@ for _module, _function in (
     (predict, predict.predict),
     (diagnose, diagnose.diagnose),
     (check, check.check),
+    (plan, plan.plan),
     (datasets, datasets.datasets),
     (demo, demo.demo),
 ):
@@ -103,7 +99,7 @@ def main() -> NoReturn:
     _prepare_streams()
     if not sys.warnoptions and "--debug" not in sys.argv:
         warnings.simplefilter("ignore")
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    interrupt_on_signals()
     sys.exit(run(sys.argv[1:]))
 
 
@@ -202,10 +198,6 @@ def _show(failure: Failure, *, as_json: bool) -> None:
     if width is not None:
         text = textwrap.fill(text, max(width, 20), break_long_words=False, break_on_hyphens=False)
     sys.stderr.write(f"{text}\n")
-
-
-def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
 
 
 def _prepare_streams() -> None:

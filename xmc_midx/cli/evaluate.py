@@ -32,6 +32,7 @@ def evaluate(
     a: Annotated[float | None, typer.Option("--A", metavar="A", help="Propensity A; else the registry's.")] = None,
     b: Annotated[float | None, typer.Option("--B", metavar="B", help="Propensity B; else the registry's.")] = None,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compute the model's hashes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
     """Measure P, nDCG, recall, PSP and PSnDCG at k on the test split.
@@ -52,7 +53,15 @@ def evaluate(
 
     with render.progress(as_json=as_json) as reporter:
         evaluation = pipeline.evaluate(
-            source, data=data, ks=ks, predictions=predictions, A=a, B=b, device=device, reporter=reporter
+            source,
+            data=data,
+            ks=ks,
+            predictions=predictions,
+            A=a,
+            B=b,
+            device=device,
+            verify=not no_verify,
+            reporter=reporter,
         )
     if as_json:
         render.print_json(evaluation.as_dict())

@@ -71,6 +71,7 @@ def predict(
     text: Annotated[bool, typer.Option("--text", help="INPUT is raw text, also where it could be rows.")] = False,
     exact: Annotated[bool, typer.Option("--exact", help="Score all labels, as this release always does.")] = False,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compute the model's hashes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
     """Predict the best labels of each instance of INPUT.
@@ -97,6 +98,7 @@ def predict(
             allow=Path(allow) if allow is not None else None,
             deny=Path(deny) if deny is not None else None,
             device=device,
+            verify=not no_verify,
             reporter=reporter,
         )
     num_instances = len(prediction.top.label_ids)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -17,6 +19,7 @@ from xmc_midx.errors import UsageError
 if TYPE_CHECKING:
     from xmc_midx.pipeline import TrainResult
 
+PROGRAM = "xmc-midx"
 EPILOG = """\b
 Examples:
   xmc-midx train debtags --output runs/debtags
@@ -67,14 +70,26 @@ def train(
     device: Annotated[
         str | None, typer.Option("--device", metavar="NAME", help="auto (default), cpu, cuda or cuda:N.")
     ] = None,
+    save_every: Annotated[
+        str | None,
+        typer.Option("--save-every", metavar="N", help="Steps between checkpoints, or minutes: 500 or 10m (default)."),
+    ] = None,
+    max_time: Annotated[
+        str | None,
+        typer.Option("--max-time", metavar="T", help="Save and stop after this time: 90m, 2h, 1h30m, 45s."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with RUN from its latest checkpoint.")] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="With --resume: do not compute the checkpoint's hashes.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the run that is in RUN.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
     """Train on DATA, keep the best epoch in RUN.
 
     What is not given is chosen from the data. An option such as --epochs overrides --set, and --set overrides
-    --config; the resolved configuration is in RUN/config.yaml. After Ctrl-C or SIGTERM, --resume goes on.
+    --config; the resolved configuration is in RUN/config.yaml. Ctrl-C, SIGTERM and --max-time save and stop
+    after the running step; --resume goes on.
     """
     flags = {
         "training.preset": preset,
@@ -86,36 +101,66 @@ def train(
         "model.dim": dim,
         "training.seed": seed,
         "training.device": device,
+        **(_save_interval(save_every) if save_every is not None else {}),
     }
+    seconds = None if max_time is None else _seconds(max_time)
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
     if resume:
         _refuse_changes(test, config, sets, given, force)
+    elif no_verify:
+        raise UsageError("--no-verify goes with --resume: a new run has nothing to verify.")
     from xmc_midx.config import load_config
 
     settings = load_config(config, assignments=[*(sets or []), *given])
     run = Path(output)
+    go_on = _command("train", data, "--output", output, "--resume")
     place = _place_for(run, force=force)
 
     from xmc_midx import pipeline
 
-    try:
-        with place, render.progress(as_json=as_json) as reporter:
+    with place, render.progress(as_json=as_json) as reporter:
+        try:
             if resume:
-                result = pipeline.resume(run, reporter=reporter)
+                result = pipeline.resume(run, max_seconds=seconds, verify=not no_verify, reporter=reporter)
             else:
-                result = pipeline.train(data, output=run, config=settings, test=test, reporter=reporter)
-    except KeyboardInterrupt as stop:
-        if (run / "latest").exists():
-            stop.add_note(f"Go on with: {_command('train', data, '--output', output, '--resume')}")
-        raise
+                result = pipeline.train(
+                    data, output=run, config=settings, test=test, max_seconds=seconds, reporter=reporter
+                )
+        except KeyboardInterrupt as stop:
+            if (run / "latest").exists() or (not force and (run / "config.yaml").exists()):
+                stop.add_note(f"Go on with: {go_on}")
+            else:
+                stop.add_note(f"Nothing was trained yet. Start again with: {shlex.join([PROGRAM, *sys.argv[1:]])}")
+            raise
     if as_json:
         render.print_json(result.as_dict())
+        return
+    _print_summary(result)
+    render.print_line()
+    if not result.finished:
+        render.print_line("The time is over. Go on with:")
+        render.print_line(f"  {go_on}")
     else:
-        _print_summary(result)
-        render.print_line()
         render.print_line("Next:")
         render.print_line(f"  {_command('evaluate', output, data)}")
         render.print_line(f"  {_command('predict', output, test or 'INPUT')}")
+
+
+def _save_interval(text: str) -> dict[str, str]:
+    """`500` -> steps; `10m`, `1h30m`, `90s` -> minutes; what is given is the only interval."""
+    if text.isascii() and text.isdigit():
+        return {"training.save_every_steps": text, "training.save_every_minutes": "null"}
+    return {"training.save_every_minutes": f"{_seconds(text, '--save-every', 'steps as 500 or a time') / 60:g}"}
+
+
+def _seconds(text: str, option: str = "--max-time", expected: str = "a time") -> float:
+    """`90m`, `1h30m`, `45s`, `2.5h` -> seconds."""
+    units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+    parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", text)
+    seconds = sum(float(number) * units[unit] for number, unit in parts)
+    if "".join(number + unit for number, unit in parts) != text or seconds <= 0:
+        raise UsageError(f"{option} {text}: expected {expected} such as 90m, 2h, 1h30m or 45s.")
+    return seconds
 
 
 def _refuse_changes(
@@ -139,18 +184,27 @@ def _refuse_changes(
 
 def _place_for(run: Path, *, force: bool) -> AbstractContextManager[None]:
     """With --force the run that is there is replaced; anything else in the way the pipeline refuses."""
-    if not force or not (run / "config.yaml").exists():
+    aside = _aside(run)
+    if not force or not ((run / "config.yaml").exists() or aside.exists()):
         return nullcontext()
     from xmc_midx.rundir import RunDirectory
 
-    with RunDirectory.lock(run):
+    with RunDirectory.lock(run) if run.exists() else nullcontext():
+        if aside.exists() and not (run / "latest").exists():
+            # A replacement that was killed before its first checkpoint: the old run is the one to keep.
+            shutil.rmtree(run, ignore_errors=True)
+            aside.rename(run)
         return _replacing(run)
+
+
+def _aside(run: Path) -> Path:
+    return run.with_name(f".{run.name}.replaced")
 
 
 @contextmanager
 def _replacing(run: Path) -> Iterator[None]:
     """The old run stands aside until the new one has a checkpoint; without one, the old one comes back."""
-    aside = run.with_name(f".{run.name}.replaced")
+    aside = _aside(run)
     shutil.rmtree(aside, ignore_errors=True)
     run.rename(aside)
     try:
@@ -186,4 +240,4 @@ def _print_summary(result: TrainResult) -> None:
 
 
 def _command(*words: str) -> str:
-    return shlex.join(["xmc-midx", *words])
+    return shlex.join([PROGRAM, *words])

@@ -27,11 +27,20 @@ class BatchStream:
     labels : (N, L); a stored value is a positive, whatever its size.
     batch_size : B; the last batch of an epoch holds what is left.
     seed : of the orders.
+    row_numbers : (N,) what the batches call the instances; None: 0..N-1.
     """
 
-    def __init__(self, features: csr_matrix, labels: csr_matrix, *, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        features: csr_matrix,
+        labels: csr_matrix,
+        *,
+        batch_size: int,
+        seed: int,
+        row_numbers: np.ndarray | None = None,
+    ) -> None:
         assert features.shape[0] == labels.shape[0], "features and labels are rows of the same instances"
-        self.features, self.labels = features, labels
+        self.features, self.labels, self.row_numbers = features, labels, row_numbers
         self.batch_size, self.seed = batch_size, seed
 
     @property
@@ -54,5 +63,5 @@ class BatchStream:
             features=sparse_rows(self.features[instances]),
             positives=torch.from_numpy(labels.indices.astype(np.int64)),
             positive_offsets=torch.from_numpy(labels.indptr.astype(np.int64)),
-            instance_ids=torch.from_numpy(instances),
+            instance_ids=torch.from_numpy(instances if self.row_numbers is None else self.row_numbers[instances]),
         )

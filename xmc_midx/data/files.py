@@ -9,6 +9,7 @@ import bz2
 import errno
 import gzip
 import hashlib
+import json
 import lzma
 import os
 import uuid
@@ -17,12 +18,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
+from xmc_midx.crash import crash_point
 from xmc_midx.data.problems import Problem, Report
 from xmc_midx.errors import DataError, ResourceError
 
-__all__ = ["MAX_LINE_BYTES", "SUFFIXES", "LineChunks", "atomic_write", "find_variant", "sha256_of"]
+__all__ = [
+    "MAX_LINE_BYTES",
+    "SUFFIXES",
+    "LineChunks",
+    "atomic_write",
+    "find_variant",
+    "read_json",
+    "sha256_of",
+    "sync_directory",
+]
 
 SUFFIXES = ("", ".gz", ".bz2", ".xz")
 """What may follow the name of a text file: plain, gzip, bzip2, xz."""
@@ -195,7 +206,10 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
                 yield stream
             file.flush()
             os.fsync(file.fileno())
+        crash_point("file.written")
         temporary.replace(path)
+        sync_directory(path.parent)
+        crash_point("file.renamed")
     except OSError as error:
         hint = "Free some space." if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
         raise ResourceError(f"{path}: cannot be written: {error.strerror or error}.", hint=hint) from error
@@ -217,6 +231,39 @@ def _open_write(file: BinaryIO, suffix: str) -> Iterator[BinaryIO]:
             yield cast("BinaryIO", stream)
     else:
         yield file
+
+
+def sync_directory(path: Path) -> None:
+    """Bring the names in a directory to the disk: a rename is only then there for good."""
+    if os.name == "nt":  # Windows has no handle for a directory; its renames are journalled.
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path, *, max_bytes: int = 64 * 2**20) -> Any:
+    """The value in a JSON file.
+
+    Raises
+    ------
+    DataError : the file is missing, larger than `max_bytes`, not JSON in UTF-8, or nested too deeply.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(max_bytes + 1)
+    except FileNotFoundError:
+        raise DataError(f"{path}: is missing.") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
+    if len(content) > max_bytes:
+        raise DataError(f"{path}: is larger than {max_bytes:,} bytes, more than we ever write there.")
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        raise DataError(f"{path}: is not JSON; it was damaged or edited.") from None
 
 
 def sha256_of(path: Path) -> str:

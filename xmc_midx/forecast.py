@@ -1,0 +1,217 @@
+"""Layer 3. What a training will need: memory at its peak, disk, and time, from the data and a resolved configuration.
+
+Memory on the CPU, each term in bytes, with F, L, D, C, B, N as in the shape legend, nnz the stored feature values, Y
+the positives, `u` and `p` the rows of the two tables that an average batch touches:
+
+- libraries, 450 MB: interpreter, torch, compiled code and products
+- data, 1.7 x (8 (nnz + Y) + 8 N) of all splits: CSR matrices, and what reading them leaves
+- training rows, 4 nnz + 8 (nnz + Y): normalised values, and the rows that are not held out
+- tables, 4 (D + 1) (F + L): both, with the labels' bias
+- optimiser, 8 (F + L): second moment and count of each row
+- sampler, 60 L + 28 C^2 + 8 C D: codes, cells, laws; codebooks
+- the largest of three stages, as each gives back what it took:
+  - start, 4096 x 4 D (Y / N + 4): the queries of a chunk, one for each positive
+  - epoch, 12 u D + 32 p D + 32 B p + 100 MB + 4 min(L, 65536) C + 4 x 256 L: gathered rows, their gradients, logits,
+    fragments; refresh; validation
+  - neighbours, 12 nnz + 16 Y + 160 MB + 70 MB, and the tables again where there are several epochs: the index, the
+    shortlist, compiled code; the best model, read back
+
+u is exact in expectation: the sum over the features of 1 - (1 - share of the instances that have it)^B, and likewise p,
+plus the draws. On CUDA, tables, optimiser, sampler and epoch count on the device instead, and the host keeps a copy of
+the tables for the checkpoint. Where the terms come from: `xmc_midx.session` allocates them in this order; a change
+there is a change here. `scripts/check_forecast.py` measures how good it is (EXPERIMENTS.md, "Forecast").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xmc_midx.config import Config
+
+__all__ = ["Forecast", "Speed", "TrainingData", "cheaper_options", "forecast"]
+
+_MB = 10**6
+_LIBRARIES = 450 * _MB
+_READING = 1.7
+_FRAGMENTS = 100 * _MB
+_SHORTLIST_CHUNKS = 160 * _MB
+_NEIGHBOR_CODE = 70 * _MB
+_ASSIGN_CHUNK = 65_536
+_ENCODE_CHUNK = 4096
+_VALIDATION_CHUNK = 256
+_SCORES_AT_ONCE = 1 << 24
+_STEP_OVERHEAD = 4e-3
+"""Seconds of a step that do no arithmetic."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingData:
+    """What the forecast looks at in the data."""
+
+    num_instances: int
+    """N of the training split."""
+    feature_counts: NDArray[np.int64]
+    """(F,) training instances that have a feature."""
+    label_counts: NDArray[np.int64]
+    """(L,) training instances of a label."""
+    loaded_bytes: int
+    """CSR bytes of all splits that are read."""
+
+    @property
+    def num_values(self) -> int:
+        return int(self.feature_counts.sum())
+
+    @property
+    def num_positives(self) -> int:
+        return int(self.label_counts.sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """Of this machine, measured."""
+
+    flops: float
+    """Multiplications and additions a second of a product of a step's size and precision."""
+    bytes: float
+    """Bytes a second of rows gathered from a table."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """Bytes at the peak of a training, by what they are for; bytes on disk; seconds."""
+
+    host: Mapping[str, int]
+    device: Mapping[str, int]
+    """Empty where training runs on the CPU."""
+    checkpoint_bytes: int
+    disk_bytes: int
+    """Of the run directory at its fullest: what is kept, and a checkpoint in writing."""
+    seconds: float | None
+    """Of the training without reading; None where no speed is known."""
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.device.values())
+
+
+def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: Speed | None = None) -> Forecast:
+    """What training on `data` with a resolved configuration needs; the terms are those of the table above.
+
+    Parameters
+    ----------
+    cuda : whether tables and steps are on a device of their own.
+    speed : of the machine that trains; None forecasts no time.
+    """
+    model, sampler, training = config.model, config.sampler, config.training
+    dim, batch, codewords = _number(model.dim), _number(training.batch_size), _number(sampler.num_codewords)
+    num_features, num_labels = data.feature_counts.shape[0], data.label_counts.shape[0]
+    tables = 4 * (dim + 1) * (num_features + num_labels) + 4 * model.num_hidden_layers * dim**2
+    optimizer = 8 * (num_features + num_labels) + 8 * model.num_hidden_layers * dim**2
+    sampler_state = 60 * num_labels + 28 * codewords**2 + 8 * codewords * dim
+    rows, pool = _rows_of_a_batch(config, data)
+    logits = batch * min(pool, _SCORES_AT_ONCE // batch)
+    epoch = 12 * rows * dim + 32 * pool * dim + 32 * logits + _FRAGMENTS
+    if sampler.name.startswith("midx"):
+        epoch += 4 * min(num_labels, _ASSIGN_CHUNK) * codewords
+    held_out = round(_fraction(config) * data.num_instances)
+    epoch += 4 * min(held_out, _VALIDATION_CHUNK) * num_labels
+    kept = 1.0 - _fraction(config)
+    host = {
+        "libraries": _LIBRARIES,
+        "data": int(_READING * data.loaded_bytes),
+        "training rows": int(4 * data.num_values + 8 * kept * (data.num_values + data.num_positives)),
+        "tables": tables,
+    }
+    device: dict[str, int] = {}
+    (device if cuda else host).update(optimizer=optimizer, sampler=sampler_state)
+    start = 0.0
+    if model.label_init == "mean-instance":
+        chunk = min(data.num_instances, _ENCODE_CHUNK)
+        start = 4 * chunk * dim * (data.num_positives / max(data.num_instances, 1) + 4)
+    neighbors = 0
+    if config.neighbors.enabled and held_out:
+        scores = min(4 * _SCORES_AT_ONCE, 4 * held_out * num_labels) * _SHORTLIST_CHUNKS // (64 * _MB)
+        neighbors = 12 * data.num_values + 16 * data.num_positives + _NEIGHBOR_CODE + scores
+        neighbors += tables if _number(training.epochs) > 1 else 0
+    if cuda:
+        device |= {"tables": tables, "epoch": int(max(start, epoch))}
+        host["neighbours"] = int(neighbors)
+    else:
+        stages = {"start": start, "epoch": epoch, "neighbours": neighbors}
+        largest = max(stages, key=lambda stage: stages[stage])
+        host[largest] = int(stages[largest])
+    checkpoint = tables + optimizer + 16 * num_labels + 4 * codewords * dim
+    rows_kept = 6 * data.num_values + 4 * data.num_positives if config.neighbors.enabled else 0
+    keep = training.keep_checkpoints
+    return Forecast(
+        host=host,
+        device=device,
+        checkpoint_bytes=checkpoint,
+        disk_bytes=(2 * keep + 1) * checkpoint + rows_kept + 10 * _MB,
+        seconds=None if speed is None else _seconds(config, data, rows, pool, speed),
+    )
+
+
+def cheaper_options(config: Config, data: TrainingData, *, cuda: bool = False) -> list[tuple[str, int]]:
+    """Options that lower the peak, each with the bytes that it would then be, the most useful first."""
+    dim, batch, draws = (
+        _number(config.model.dim),
+        _number(config.training.batch_size),
+        _number(config.sampler.num_draws),
+    )
+    trials: dict[str, dict[str, dict[str, int | bool]]] = {
+        f"model.dim={max(1, dim // 2)}": {"model": {"dim": max(1, dim // 2)}},
+        f"training.batch_size={max(1, batch // 4)}": {"training": {"batch_size": max(1, batch // 4)}},
+        f"sampler.num_draws={max(1, draws // 4)}": {"sampler": {"num_draws": max(1, draws // 4)}},
+        "neighbors.enabled=false": {"neighbors": {"enabled": False}},
+    }
+    costs = []
+    for name, change in trials.items():
+        tree = config.model_dump()
+        for section, values in change.items():
+            tree[section] |= values
+        result = forecast(Config.model_validate(tree), data, cuda=cuda)
+        costs.append((name, result.device_bytes if cuda else result.host_bytes))
+    return sorted(costs, key=lambda pair: pair[1])[:3]
+
+
+def _rows_of_a_batch(config: Config, data: TrainingData) -> tuple[int, int]:
+    """Features, and labels of the pool, that an average batch touches."""
+    batch = _number(config.training.batch_size)
+
+    def distinct(counts: NDArray[np.int64]) -> float:
+        share = np.minimum(counts / max(data.num_instances, 1), 1.0)
+        return float((1.0 - (1.0 - share) ** batch).sum())
+
+    num_labels = data.label_counts.shape[0]
+    if config.sampler.name == "full":
+        return int(distinct(data.feature_counts)), num_labels
+    draws = _number(config.sampler.num_draws) * (1 if config.sampler.estimator == "pool" else batch)
+    return int(distinct(data.feature_counts)), int(min(num_labels, draws + distinct(data.label_counts)))
+
+
+def _seconds(config: Config, data: TrainingData, rows: int, pool: int, speed: Speed) -> float:
+    """Steps times: the products of a step, the rows that it moves, and what does no arithmetic."""
+    dim, batch = _number(config.model.dim), _number(config.training.batch_size)
+    kept = data.num_instances * (1.0 - _fraction(config))
+    values = batch * data.num_values / max(data.num_instances, 1)
+    step = 6.0 * batch * pool * dim / speed.flops + 4.0 * dim * (2 * values + 6 * (rows + pool)) / speed.bytes
+    return float(_number(config.training.epochs) * -(-kept // batch) * (step + _STEP_OVERHEAD))
+
+
+def _number(value: int | str) -> int:
+    assert not isinstance(value, str), "the configuration is resolved"
+    return value
+
+
+def _fraction(config: Config) -> float:
+    assert not isinstance(config.data.validation_fraction, str), "the configuration is resolved"
+    return config.data.validation_fraction

@@ -27,7 +27,7 @@ OPTIONS = (
     "training.epochs=3",
     "training.batch_size=32",
     "training.label_learning_rate=0.05",
-    "training.encoder_learning_rate=0.04",
+    "training.encoder_learning_rate=0.2",
     "sampler.num_codewords=3",
     "sampler.num_draws=8",
 )
@@ -171,7 +171,7 @@ def test_rates_rise_linearly_and_fall_to_zero(data: tuple[csr_matrix, csr_matrix
     for _ in range(3):
         trainer.run_epoch(SilentReporter())
     expected = [min((i + 1) / 3, 1.0) * (1 - i / 15) for i in range(15)]
-    np.testing.assert_allclose(rates, np.outer(expected, [0.04, 0.05]))
+    np.testing.assert_allclose(rates, np.outer(expected, [0.2, 0.025, 0.05]))
 
 
 @pytest.mark.parametrize(("every", "steps"), [("epoch", [0, 5, 10]), ("4", [0, 4, 8, 12])])

@@ -7,7 +7,7 @@ the positives, `u` and `p` the rows of the two tables that an average batch touc
 - data, 1.7 x (8 (nnz + Y) + 8 N) of all splits: CSR matrices, and what reading them leaves
 - training rows, 4 nnz + 8 (nnz + Y): normalised values, and the rows that are not held out
 - tables, 4 (D + 1) (F + L): both, with the labels' bias
-- optimiser, 8 (F + L): second moment and count of each row
+- optimiser, 4 F + 8 L: a second moment of each row, and a count of each label's
 - sampler, 60 L + 28 C^2 + 8 C D: codes, cells, laws; codebooks
 - the largest of three stages, as each gives back what it took:
   - start, 4096 x 4 D (Y / N + 4): the queries of a chunk, one for each positive
@@ -114,7 +114,7 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     dim, batch, codewords = _number(model.dim), _number(training.batch_size), _number(sampler.num_codewords)
     num_features, num_labels = data.feature_counts.shape[0], data.label_counts.shape[0]
     tables = 4 * (dim + 1) * (num_features + num_labels) + 4 * model.num_hidden_layers * dim**2
-    optimizer = 8 * (num_features + num_labels) + 8 * model.num_hidden_layers * dim**2
+    optimizer = 4 * num_features + 8 * num_labels + 8 * model.num_hidden_layers * dim**2
     sampler_state = 60 * num_labels + 28 * codewords**2 + 8 * codewords * dim
     rows, pool = _rows_of_a_batch(config, data)
     logits = batch * min(pool, _SCORES_AT_ONCE // batch)

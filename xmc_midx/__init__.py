@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if TYPE_CHECKING:
     from xmc_midx.config import Config, load_config
     from xmc_midx.data.dataset import XmcDataset, load_dataset
+    from xmc_midx.data.download import download
     from xmc_midx.errors import XmcMidxError
     from xmc_midx.pipeline import evaluate, predict, resume, train
     from xmc_midx.predictor import Predictor
@@ -34,6 +35,7 @@ __all__ = [
     "TopK",
     "XmcDataset",
     "XmcMidxError",
+    "download",
     "evaluate",
     "load_config",
     "load_dataset",
@@ -50,6 +52,7 @@ _HOMES = {
     "TopK": "types",
     "XmcDataset": "data.dataset",
     "XmcMidxError": "errors",
+    "download": "data.download",
     "evaluate": "pipeline",
     "load_config": "config",
     "load_dataset": "data.dataset",

@@ -65,6 +65,9 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with RUN from its latest checkpoint.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the run that is in RUN.")] = False,
+    fetch: Annotated[
+        bool, typer.Option("--download", help="Fetch DATA first if it is a name and not on disk.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
     """Train on DATA, keep the best epoch in RUN.
@@ -92,9 +95,12 @@ def train(
     place = _place_for(run, force=force)
 
     from xmc_midx import pipeline
+    from xmc_midx.data.download import download_if_missing
 
     try:
         with place, render.progress(as_json=as_json) as reporter:
+            if fetch:
+                download_if_missing(data, reporter=reporter)
             if resume:
                 result = pipeline.resume(run, reporter=reporter)
             else:

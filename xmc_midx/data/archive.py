@@ -7,6 +7,7 @@ this refuses.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import lzma
@@ -73,8 +74,8 @@ def extract(archive: Path, target: Path, *, reporter: Reporter, limits: Limits =
             reporter.start("unpack", need)
             return {str(path): _write(file, info, target, path, archive, reporter) for info, path in members}
     except OSError as error:
-        if error.errno is not None:
-            raise  # of the disk; those without a number are a decompressor's
+        if error.errno not in (None, errno.EINVAL):
+            raise  # of the disk; a decompressor's has no number, and a seek to a damaged offset is invalid
         raise _unsound(archive, error) from None
     except _FAULTS as error:
         raise _unsound(archive, error) from None

@@ -194,10 +194,10 @@ class _Job:
         failures: list[str] = []
         for source in self.spec.sources(self.kind):
             url = drive_url(source.drive) if source.drive else str(source.url)
-            archive = self.downloads / f"{self.spec.name}-{re.sub(r'[^A-Za-z0-9]+', '-', source.key)[-60:]}.zip"
+            archive = self._archive(source)
             known = source.sha256 or self._recorded(source.key)
             try:
-                if archive.exists() and (known is None or sha256_of(archive) != known):
+                if known is not None and archive.exists() and sha256_of(archive) != known:
                     discard(archive)
                 if not archive.exists():
                     if offline:
@@ -217,7 +217,6 @@ class _Job:
                 failures.append(f"{url}: {error.message.rstrip('.')}")
                 self.reporter.message(failures[-1])
                 continue
-            discard(archive)
             return self._done(hashes, url, known, began)
         recorded = any(source.sha256 is None and self._recorded(source.key) for source in self.spec.sources(self.kind))
         place = f" Recorded hashes are in {self._hashes}." if recorded and not offline else ""
@@ -267,6 +266,8 @@ class _Job:
         return hashes
 
     def _done(self, hashes: dict[str, str], source: str, sha256: str, began: float) -> Download:
+        for other in self.spec.sources(self.kind):
+            discard(self._archive(other))  # also what came of a source that was given up
         return Download(
             name=self.spec.name,
             directory=str(self.target),
@@ -276,6 +277,11 @@ class _Job:
             was_there=False,
             seconds=time.monotonic() - began,
         )
+
+    def _archive(self, source: Mirror) -> Path:
+        """Where the archive of a source is until it is unpacked."""
+        plain = re.sub("[^A-Za-z0-9]+", "-", source.key)[-60:]
+        return self.downloads / f"{self.spec.name}-{plain}.zip"
 
     @property
     def _hashes(self) -> Path:

@@ -112,6 +112,19 @@ def test_a_member_that_lies_about_its_size_stays_within_it(tmp_path: Path) -> No
     assert sum(p.stat().st_size for p in (tmp_path / "deep").rglob("a")) <= 1000
 
 
+def test_a_member_shorter_than_promised_is_refused(tmp_path: Path) -> None:
+    """Python's zipfile returns it without a word: its CRC is right."""
+    path = write(tmp_path / "a.zip", [("a", b"content")])
+    data = bytearray(path.read_bytes())
+    central = data.rfind(b"PK\x01\x02")
+    data[central + 24 : central + 28] = struct.pack("<I", 9)
+    path.write_bytes(data)
+    with zipfile.ZipFile(path) as file:
+        assert file.read("a") == b"content"
+    with pytest.raises(DownloadError, match="damaged: 7 bytes of 9"):
+        unpack(path)
+
+
 def test_every_flipped_byte_and_every_cut_is_found_or_harmless(tmp_path: Path) -> None:
     """Whatever byte is damaged: the files are those that were packed, or there is an error of ours."""
     content = {"f/train.txt": b"1 2 3\n0 1:1\n", "f/test.txt": b"1 2 3\n"}

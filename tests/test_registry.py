@@ -41,6 +41,37 @@ def test_every_benchmark_is_there_with_the_facts_of_its_publisher() -> None:
         assert ";".join(mirrors) == (row[mirror_column] or "")
 
 
+def test_the_published_results_are_the_publishers() -> None:
+    path = FACTS.with_name("published_results.tsv")
+    if not path.is_file():
+        pytest.skip(f"the published results are not at {path}")
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    stated = [(spec.name, result) for spec in load_registry() for result in spec.results]
+    assert len(stated) == len(rows) > 300
+    for row in rows:
+        name = row["dataset"].partition(" / ")[0]
+        figures = [[row[f"{family}@{k}"] for k in (1, 3, 5)] for family in ("P", "PSP")]
+        P, PSP = (tuple(None if text in ("", "-") else float(text) for text in texts) for texts in figures)
+        expected = (name, registry.PublishedResult(method=row["Method"], P=P, PSP=PSP))  # type: ignore[arg-type]
+        assert expected in stated
+
+
+def test_the_repository_is_asked_before_its_mirrors_and_each_archive_once() -> None:
+    for spec in load_registry():
+        for kind in ("bow", "raw"):
+            sources = spec.sources(kind)  # type: ignore[arg-type]
+            own = getattr(spec.drive, kind, None)
+            assert len({source.key for source in sources}) == len(sources)
+            assert own is None or sources[0].drive == own
+            assert bool(sources) or spec.embedded or kind == "raw"
+    assert find_spec("LF-Amazon-131K").sources()[0].train == ("train.txt",)
+    assert [source.format for source in find_spec("Wiki10-31K").sources()] == ["bow", "bow", "bow-v1"]
+    assert [source.format for source in find_spec("Wiki10-31K").sources("bow-v1")] == ["bow-v1"]
+    with pytest.raises(ValidationError, match="one of drive and url"):
+        registry.Mirror(format="bow")
+
+
 def test_every_entry_says_whom_to_cite() -> None:
     for spec in load_registry():
         assert spec.citation and spec.licence and spec.homepage.startswith("http"), spec.name

@@ -24,6 +24,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 if TYPE_CHECKING:
     from xmc_midx.config import Config, load_config
     from xmc_midx.data.dataset import XmcDataset, load_dataset
+    from xmc_midx.data.download import download
     from xmc_midx.errors import XmcMidxError
     from xmc_midx.pipeline import evaluate, predict, resume, train
     from xmc_midx.predictor import Predictor
@@ -38,6 +39,7 @@ __all__ = [
     "TopK",
     "XmcDataset",
     "XmcMidxError",
+    "download",
     "evaluate",
     "load_config",
     "load_dataset",
@@ -54,6 +56,7 @@ _HOMES = {
     "TopK": "types",
     "XmcDataset": "data.dataset",
     "XmcMidxError": "errors",
+    "download": "data.download",
     "evaluate": "pipeline",
     "load_config": "config",
     "load_dataset": "data.dataset",

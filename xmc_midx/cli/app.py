@@ -23,7 +23,7 @@ import typer
 from typer.core import TyperCommand
 
 from xmc_midx import __version__
-from xmc_midx.cli import check, datasets, demo, diagnose, evaluate, plan, predict, render, train
+from xmc_midx.cli import check, datasets, demo, diagnose, download, evaluate, plan, predict, render, train
 from xmc_midx.errors import XmcMidxError
 from xmc_midx.signals import Terminated, interrupt_on_signals
 
@@ -79,6 +79,7 @@ for _module, _function in (
     (check, check.check),
     (plan, plan.plan),
     (datasets, datasets.datasets),
+    (download, download.download),
     (demo, demo.demo),
 ):
     app.command(cls=_Command, epilog=_module.EPILOG)(_function)
@@ -193,11 +194,14 @@ def _show(failure: Failure, *, as_json: bool) -> None:
         facts = {"code": failure.code, "message": failure.message, "hint": failure.hint}
         render.print_json({"error": facts})
         return
-    text = render.printable(f"Error: {failure.message} {failure.hint or ''}".strip())
+    # A hint may have lines of its own: commands to type.
+    first, *commands = (failure.hint or "").split("\n")
     width = render.terminal_width(sys.stderr)
-    if width is not None:
-        text = textwrap.fill(text, max(width, 20), break_long_words=False, break_on_hyphens=False)
-    sys.stderr.write(f"{text}\n")
+    for text in (f"Error: {failure.message} {first}".strip(), *commands):
+        line = render.printable(text)
+        if width is not None:
+            line = textwrap.fill(line, max(width, 20), break_long_words=False, break_on_hyphens=False)
+        sys.stderr.write(f"{line}\n")
 
 
 def _prepare_streams() -> None:

@@ -45,6 +45,9 @@ def check(
     limit: Annotated[
         int, typer.Option("--limit", metavar="N", min=1, help="Problems shown of each kind in each file.")
     ] = 20,
+    fetch: Annotated[
+        bool, typer.Option("--download", help="Fetch DATA first if it is a name and not on disk.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
     """Validate DATA and describe it; exit 3 if it has errors.
@@ -53,6 +56,11 @@ def check(
     """
     from xmc_midx.data.check import check_dataset
 
+    if fetch:
+        from xmc_midx.data.download import download_if_missing
+
+        with render.progress(as_json=as_json) as reporter:
+            download_if_missing(data, reporter=reporter)
     report = check_dataset(data, test=test, limit=limit)
     if as_json:
         render.print_json(report.as_dict())

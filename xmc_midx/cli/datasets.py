@@ -83,6 +83,14 @@ def _print_entry(spec: DatasetSpec) -> None:
             ("on disk", f"{'yes' if _on_disk(spec) else 'no'}: {spec.directory}"),
         ]
     )
+    if spec.results:
+        render.print_line()
+        heads = ("method", *(f"{family}@{k}" for family in ("P", "PSP") for k in (1, 3, 5)))
+        rows = [
+            (result.method, *("" if value is None else f"{value:.2f}" for value in (*result.P, *result.PSP)))
+            for result in spec.results
+        ]
+        render.print_table(heads, rows, title="Published by the repository, in %", right=range(1, 7))
 
 
 def _short(count: int | None) -> str:

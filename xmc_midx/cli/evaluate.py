@@ -33,6 +33,9 @@ def evaluate(
     b: Annotated[float | None, typer.Option("--B", metavar="B", help="Propensity B; else the registry's.")] = None,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compute the model's hashes.")] = False,
+    fetch: Annotated[
+        bool, typer.Option("--download", help="Fetch DATA first if it is a name and not on disk.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
     """Measure P, nDCG, recall, PSP and PSnDCG at k on the test split.
@@ -50,8 +53,11 @@ def evaluate(
         raise UsageError(f"--predictions {predictions}: is no file.")
 
     from xmc_midx import pipeline
+    from xmc_midx.data.download import download_if_missing
 
     with render.progress(as_json=as_json) as reporter:
+        if fetch:
+            download_if_missing(data, reporter=reporter)
         evaluation = pipeline.evaluate(
             source,
             data=data,

@@ -48,6 +48,9 @@ STAGES = {
     "train": "training",
     "predict": "predicting",
     "diagnose": "diagnosing",
+    "download": "downloading",
+    "unpack": "unpacking",
+    "verify": "verifying",
 }
 """What a stage of the pipeline is called on the live line."""
 
@@ -372,6 +375,8 @@ class _LiveReporter:
             parts.append(f"loss {self.facts['loss']:.3f}")
         if "instances_per_second" in self.facts:
             parts.append(f"{self.facts['instances_per_second']:,.0f}/s")
+        if "bytes_per_second" in self.facts:
+            parts.append(f"{size(int(self.facts['bytes_per_second']))}/s")
         if self.last is not None and "P@1" in self.last.validation:
             parts.append(f"P@1 {percent(self.last.validation['P@1'])}%")
         if total and 0 < done <= total:

@@ -83,6 +83,9 @@ def train(
         bool, typer.Option("--no-verify", help="With --resume: do not compute the checkpoint's hashes.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the run that is in RUN.")] = False,
+    fetch: Annotated[
+        bool, typer.Option("--download", help="Fetch DATA first if it is a name and not on disk.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
     """Train on DATA, keep the best epoch in RUN.
@@ -117,9 +120,12 @@ def train(
     place = _place_for(run, force=force)
 
     from xmc_midx import pipeline
+    from xmc_midx.data.download import download_if_missing
 
     with place, render.progress(as_json=as_json) as reporter:
         try:
+            if fetch:
+                download_if_missing(data, reporter=reporter)
             if resume:
                 result = pipeline.resume(run, max_seconds=seconds, verify=not no_verify, reporter=reporter)
             else:

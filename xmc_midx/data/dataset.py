@@ -16,6 +16,7 @@ from scipy.sparse import csr_matrix
 
 from xmc_midx.data.files import SUFFIXES, find_variant
 from xmc_midx.data.formats import read_labels, read_xmc
+from xmc_midx.data.manifest import verify_directory
 from xmc_midx.data.registry import DatasetSpec, find_spec, match_spec
 from xmc_midx.errors import DataError, UsageError
 
@@ -241,6 +242,11 @@ def _spec_on_disk(name: str) -> DatasetSpec:
     if not spec.directory.is_dir():
         again = "Install xmc-midx again." if spec.embedded else f"`xmc-midx download {spec.name}` fetches it."
         raise DataError(f"{spec.name}: is not on disk, expected in {spec.directory}.", hint=again)
+    try:
+        verify_directory(spec.directory)
+    except DataError as error:
+        again = f"Remove {spec.directory}, then `xmc-midx download {spec.name}` fetches it again."
+        raise DataError(error.message, hint=again) from None
     return spec
 
 

@@ -20,9 +20,11 @@ from xmc_midx.errors import DataError, UsageError
 __all__ = [
     "DEFAULT_A",
     "DEFAULT_B",
+    "ArchiveFormat",
     "DatasetSpec",
     "DriveIds",
     "Mirror",
+    "PublishedResult",
     "cache_directory",
     "find_spec",
     "load_registry",
@@ -32,6 +34,9 @@ __all__ = [
 DEFAULT_A = 0.55
 """A of the propensity model for a set that is not in the registry (Jain et al. 2016)."""
 DEFAULT_B = 1.5
+
+ArchiveFormat = Literal["bow", "bow-v1", "raw"]
+"""Bag-of-words features, their first release, raw text."""
 
 Size = Annotated[int, Field(ge=1)]
 
@@ -52,15 +57,39 @@ class DriveIds(_Record):
 class Mirror(_Record):
     """An archive elsewhere, and the files to expect in it."""
 
-    format: Literal["bow", "bow-v1", "raw"]
+    format: ArchiveFormat
     """`bow-v1`: the first release of the features, the one of older publications."""
-    drive: str
-    """Google Drive id."""
-    folder: str
+    drive: str | None = None
+    """Google Drive id; either this or `url`."""
+    url: str | None = None
+    """Address of the archive itself."""
+    sha256: str | None = None
+    """Of the archive, where it is known; else the first download's is recorded on the user's machine."""
+    folder: str = ""
     """Folder inside the archive."""
-    train: tuple[str, ...]
-    """One file, or two: features, labels."""
-    test: tuple[str, ...]
+    train: tuple[str, ...] = ()
+    """One file, or two: features, labels. Empty: not known, recognised by their names."""
+    test: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _has_one_place(self) -> Mirror:
+        if (self.drive is None) == (self.url is None):
+            raise ValueError("expected one of drive and url")
+        return self
+
+    @property
+    def key(self) -> str:
+        """What the archive is known by on the user's machine."""
+        return f"drive:{self.drive}" if self.drive else str(self.url)
+
+
+class PublishedResult(_Record):
+    """A row of the repository's tables, in percent; the marks in a method's name are the repository's."""
+
+    method: str
+    P: tuple[float | None, float | None, float | None]
+    """P@1, P@3, P@5; None where the table has no figure."""
+    PSP: tuple[float | None, float | None, float | None]
 
 
 class DatasetSpec(_Record):
@@ -86,6 +115,22 @@ class DatasetSpec(_Record):
     """Of the published split; cite it with the original source."""
     original_citation: str | None = None
     """Of the original source, where it is known for certain."""
+    results: tuple[PublishedResult, ...] = ()
+    """What the repository states of other methods on this split."""
+
+    def sources(self, kind: ArchiveFormat = "bow") -> tuple[Mirror, ...]:
+        """Where an archive is, in the order to try: the repository, then its mirrors.
+
+        `bow` ends with the first release of the features: where the sizes are equal, it is the same set.
+        """
+        wanted = ("bow", "bow-v1") if kind == "bow" else (kind,)
+        mirrors = [mirror for format in wanted for mirror in self.mirrors if mirror.format == format]
+        own = getattr(self.drive, kind, None) if self.drive else None
+        if own is None:
+            return tuple(mirrors)
+        # A mirror of the same archive knows its files.
+        first = next((m for m in mirrors if m.drive == own), None) or Mirror(format=kind, drive=own)
+        return (first, *(mirror for mirror in mirrors if mirror is not first))
 
     @property
     def directory(self) -> Path:

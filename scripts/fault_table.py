@@ -38,7 +38,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "report.xml"
         chosen = "fault and soak" if arguments.soak else "fault and not soak"
-        command = [sys.executable, "-m", "pytest", "-m", chosen, f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", "-m", chosen, f"--junitxml={report}", "-o", "junit_family=xunit1"]
         code = subprocess.run(command, check=False, stdout=sys.stderr).returncode
         cases = ElementTree.parse(report).getroot().iter("testcase")
         print_table(list(cases))

@@ -638,6 +638,40 @@ def test_force_replaces_a_run_only_when_the_new_one_has_a_checkpoint(cli: Any, p
     assert [path.name for path in tmp_path.iterdir()] == ["r"], "nothing is left beside the run"
 
 
+@pytest.mark.parametrize(
+    ("text", "steps", "minutes"), [("500", 500, None), ("10m", None, 10), ("1h30m", None, 90), ("45s", None, 0.75)]
+)
+def test_the_interval_of_saves_is_in_steps_or_time(
+    text: str, steps: int | None, minutes: float | None, cli: Any, pipeline: Any, calls: Any, tmp_path: Path
+) -> None:
+    assert cli("train", "d", "--output", tmp_path / "r", "--save-every", text).code == 0
+    training = calls[0]["config"].training
+    assert (training.save_every_steps, training.save_every_minutes) == (steps, minutes)
+
+
+@pytest.mark.parametrize("text", ["", "0m", "5", "10 m", "m", "-3h", "1h!", "h1"])
+def test_what_is_no_time_is_refused(text: str, cli: Any, pipeline: Any, calls: Any, tmp_path: Path) -> None:
+    shown = cli("train", "d", "--output", tmp_path / "r", "--max-time", text)
+    assert shown.code == 2 and "such as 90m" in shown.err and calls == []
+
+
+def test_a_time_limit_ends_with_the_way_to_go_on(cli: Any, pipeline: Any, tmp_path: Path) -> None:
+    shown = cli("train", "d", "--output", tmp_path / "r", "--max-time", "90m")
+    assert shown.code == 0 and shown.out.splitlines()[-1] == f"  xmc-midx train d --output {tmp_path / 'r'} --resume"
+
+
+def test_force_puts_an_old_run_back_that_a_killed_replacement_left_aside(
+    cli: Any, pipeline: Any, tmp_path: Path
+) -> None:
+    (tmp_path / ".r.replaced").mkdir()
+    (tmp_path / ".r.replaced" / "config.yaml").write_text("old")
+    (tmp_path / "r").mkdir()
+    pipeline.failure = DataError("No such dataset.")
+    assert cli("train", "d", "--output", tmp_path / "r", "--force").code == 3
+    assert (tmp_path / "r" / "config.yaml").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
+
+
 def test_force_deletes_nothing_that_is_no_run(cli: Any, pipeline: Any, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     assert cli("train", "d", "--output", tmp_path, "--force").code == 0

@@ -831,8 +831,10 @@ def test_too_little_memory_names_three_options_that_lower_it(
     code = run_child(processes, victims.starve, words, 600_000_000, str(log), blind)
     text = " ".join(log.read_text().split())
     assert code == 4, text
-    found = re.findall(r"model\.dim=2000000|training\.batch_size=\d+|sampler\.num_draws=\d+|neighbors\.enabled", text)
-    assert len(set(found)) == 3 and "model.dim=2000000" in found and "Traceback" not in text
+    found = re.findall(
+        r"model\.dim=\d+|training\.batch_size=\d+|sampler\.num_draws=\d+|neighbors\.enabled|model\.label_init", text
+    )
+    assert len(set(found)) == 3 and "model.dim=1000000" in found and "Traceback" not in text
     assert ("are available" in text) != blind and ("is used up" in text) == blind
     assert blind or not (tmp_path / "run").exists()
 

@@ -161,26 +161,33 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
 
 
 def cheaper_options(config: Config, data: TrainingData, *, cuda: bool = False) -> list[tuple[str, int]]:
-    """Options that lower the peak, each with the bytes that it would then be, the most useful first."""
+    """Options that lower the peak, each with the bytes that it would then be; three at most, the most useful first."""
     dim, batch, draws = (
         _number(config.model.dim),
         _number(config.training.batch_size),
         _number(config.sampler.num_draws),
     )
-    trials: dict[str, dict[str, dict[str, int | bool]]] = {
+    trials: dict[str, dict[str, dict[str, int | bool | str]]] = {
+        f"model.dim={max(1, dim // 4)}": {"model": {"dim": max(1, dim // 4)}},
         f"model.dim={max(1, dim // 2)}": {"model": {"dim": max(1, dim // 2)}},
         f"training.batch_size={max(1, batch // 4)}": {"training": {"batch_size": max(1, batch // 4)}},
         f"sampler.num_draws={max(1, draws // 4)}": {"sampler": {"num_draws": max(1, draws // 4)}},
+        "model.label_init=random": {"model": {"label_init": "random"}},
         "neighbors.enabled=false": {"neighbors": {"enabled": False}},
     }
+
+    def peak(settings: Config) -> int:
+        result = forecast(settings, data, cuda=cuda)
+        return result.device_bytes if cuda else result.host_bytes
+
     costs = []
     for name, change in trials.items():
         tree = config.model_dump()
         for section, values in change.items():
             tree[section] |= values
-        result = forecast(Config.model_validate(tree), data, cuda=cuda)
-        costs.append((name, result.device_bytes if cuda else result.host_bytes))
-    return sorted(costs, key=lambda pair: pair[1])[:3]
+        costs.append((name, peak(Config.model_validate(tree))))
+    now = peak(config)
+    return sorted((cost for cost in costs if cost[1] < now), key=lambda cost: cost[1])[:3]
 
 
 def _rows_of_a_batch(config: Config, data: TrainingData) -> tuple[int, int]:

@@ -1,0 +1,94 @@
+"""The forecast of memory, disk and time: its terms against the parts that are built, and its sense of direction."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from xmc_midx.build import build_encoder, build_softmax
+from xmc_midx.cli import app
+from xmc_midx.config import load_config
+from xmc_midx.data.dataset import load_dataset
+from xmc_midx.forecast import TrainingData, _rows_of_a_batch, cheaper_options, forecast
+from xmc_midx.pipeline import plan, train
+from xmc_midx.recipe import DataShape, resolve
+
+COUNTS = np.array([90, 40, 3, 0, 1, 77], dtype=np.int64)
+DATA = TrainingData(
+    num_instances=100, feature_counts=COUNTS, label_counts=np.array([5, 50, 0, 1], dtype=np.int64), loaded_bytes=10**6
+)
+SHAPE = DataShape(num_instances=100, num_features=6, num_labels=4)
+
+
+def resolved(*assignments: str):  # type: ignore[no-untyped-def]
+    return resolve(load_config(assignments=assignments), SHAPE)
+
+
+def test_the_tables_are_those_that_are_built() -> None:
+    import torch
+
+    config = resolved("model.dim=12")
+    encoder, softmax = build_encoder(config, 6), build_softmax(config, DATA.label_counts, 100, torch.device("cpu"))
+    built = sum(p.nbytes for p in [*encoder.parameters(), *softmax.parameters()])
+    assert forecast(config, DATA).host["tables"] == pytest.approx(built, rel=0.05)
+
+
+def test_the_rows_of_a_batch_are_their_expectation() -> None:
+    rng = np.random.default_rng(0)
+    has = np.array([rng.permutation(100) < count for count in COUNTS])
+    seen = [has[:, rng.integers(100, size=16)].any(1).sum() for _ in range(4000)]
+    rows, pool = _rows_of_a_batch(resolved("training.batch_size=16"), DATA)
+    assert rows == int(np.mean(seen)) and pool <= 4
+
+
+def test_each_option_lowers_the_peak_and_the_most_useful_comes_first() -> None:
+    data = TrainingData(
+        num_instances=10**5,
+        feature_counts=np.full(10**6, 5),
+        label_counts=np.full(10**6, 1),
+        loaded_bytes=10**8,
+    )
+    config = resolve(
+        load_config(assignments=["training.batch_size=1024"]),
+        DataShape(num_instances=10**5, num_features=10**6, num_labels=10**6),
+    )
+    peak = forecast(config, data).host_bytes
+    options = cheaper_options(config, data)
+    assert len(options) == 3 and options[0][0] == "model.dim=128"
+    assert all(size < peak for _, size in options) and options == sorted(options, key=lambda pair: pair[1])
+    on_cuda = forecast(config, data, cuda=True)
+    assert on_cuda.device["tables"] == forecast(config, data).host["tables"]
+
+
+def test_the_disk_forecast_holds_the_run_directory(topic_dir: Path, tmp_path: Path) -> None:
+    config = load_config(assignments=["training.epochs=4", "training.save_every_steps=5"])
+    needs = plan(topic_dir, config=config).forecast
+    result = train(topic_dir, output=tmp_path / "run", config=config)
+    sizes = [sum(f.stat().st_size for f in path.iterdir()) for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert needs.checkpoint_bytes == pytest.approx(max(sizes), rel=0.2)
+    assert sum(f.stat().st_size for f in Path(result.run).rglob("*") if f.is_file()) <= needs.disk_bytes
+
+
+def test_plan_prints_what_is_needed_beside_what_there_is(
+    topic_dir: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert app.run(["plan", str(topic_dir), "--set", "model.dim=64", "--output", str(tmp_path / "run")]) == 0
+    text = capsys.readouterr().out
+    for word in ("Memory at the peak", "tables", "in all", "a checkpoint", "free", "time"):
+        assert word in text
+    assert app.run(["plan", str(topic_dir), "--set", "model.dim=64", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["memory_bytes"] == sum(document["memory"].values()) and document["seconds"] > 0
+    assert document["config"]["model"]["dim"] == 64 and not (tmp_path / "run").exists()
+
+
+def test_the_counts_of_the_data_are_those_of_the_training_split(topic_dir: Path) -> None:
+    from xmc_midx.pipeline import _training_data
+
+    dataset = load_dataset(topic_dir)
+    assert dataset.train is not None
+    data = _training_data(dataset, dataset.train)
+    assert (data.num_values, data.num_positives) == (dataset.train.features.nnz, dataset.train.labels.nnz)

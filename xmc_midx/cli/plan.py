@@ -32,7 +32,7 @@ def plan(
 ) -> None:
     """Forecast the memory, disk and time of a training on DATA, without training.
 
-    Memory is good to about 20%, time to a factor of two. `train` refuses to begin what cannot fit.
+    Memory is good to about 20%, time is a rough lower bound. `train` refuses to begin what cannot fit.
     """
     from xmc_midx.config import load_config
 

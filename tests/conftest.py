@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Before torch starts its threads: the tests' tensors are tiny, and two threads that wait for each other on a busy
 # machine take twice the time of one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The tests leave the user's cache alone; those of the cache have their own.
+os.environ["XMC_MIDX_NO_CACHE"] = "1"
 
 SHARED_DATA = ROOT.parent / "shared" / "data"
 

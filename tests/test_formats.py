@@ -17,7 +17,7 @@ import pytest
 from scipy.sparse import csr_matrix, random_array
 from sklearn.datasets import load_svmlight_file
 
-from xmc_midx.data import files, formats
+from xmc_midx.data import files, formats, table
 from xmc_midx.data.formats import (
     read_labels,
     read_predictions,
@@ -37,6 +37,12 @@ LABELS = np.array([[1, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1]], dtype=np.float32)
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def short_texts_take_the_quick_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files of these tests are short, and would all be left to the strict reader."""
+    monkeypatch.setattr(table, "SHORT_BYTES", 0)
 
 
 def put(directory: Path, text: bytes, name: str = "train.txt") -> Path:
@@ -330,6 +336,18 @@ def test_a_huge_line_takes_bounded_memory(tmp_path: Path) -> None:
 # --- Two ways, one result
 
 
+def random_number(rng: random.Random) -> str:
+    """A number as files have it, of one digit or of thirty."""
+    digits = rng.choice([1, 4, 5, 6, 8, 15, 16, 17, 19, 20, 30])
+    shapes = (
+        rng.choice(["1", "0.25", "-3e-2", ".5", "+7.", "0", "-0.0", "00012.50"]),
+        f"{rng.random():.{digits}f}",
+        f"{rng.uniform(-1, 1) * 10 ** rng.uniform(-50, 38):.{digits}e}",
+        repr(rng.gauss(0, 1)),
+    )
+    return rng.choice(shapes)
+
+
 def random_file(rng: random.Random) -> bytes:
     num_rows, num_features, num_labels = rng.randint(0, 12), rng.randint(1, 30), rng.randint(1, 12)
     lines = [f"{num_rows} {num_features} {num_labels}"]
@@ -338,7 +356,7 @@ def random_file(rng: random.Random) -> bytes:
         ids = rng.sample(range(num_features), rng.randint(0, min(6, num_features)))
         ids = sorted(ids) if rng.random() < 0.8 else ids
         blank = rng.choice([" ", " ", " ", "\t", "  "])
-        pairs = blank.join(f"{i}:{rng.choice(['1', '0.25', '-3e-2', '.5', f'{rng.random():.6g}'])}" for i in ids)
+        pairs = blank.join(f"{i}:{random_number(rng)}" for i in ids)
         lines.append(",".join(map(str, labels)) + (blank + pairs if pairs or rng.random() < 0.5 else ""))
     return (rng.choice(["\n", "\n", "\r\n"]).join([*lines, ""])).encode()
 
@@ -394,7 +412,7 @@ def outcome(path: Path, *, line_by_line: bool, limit: int | None) -> tuple[objec
         rebuilt = csr_matrix((matrix.data, matrix.indices, matrix.indptr), shape=matrix.shape)
         assert rebuilt.has_canonical_format
     arrays = [
-        (matrix.shape, matrix.indptr.tolist(), matrix.indices.tolist(), matrix.data.tolist())
+        (matrix.shape, matrix.indptr.tolist(), matrix.indices.tolist(), matrix.data.tobytes())
         for matrix in (scan.features, scan.labels)
     ]
     return (*arrays, scan.final_newline, *found.problems, found.counts)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from scipy.sparse import csr_matrix
 
+from xmc_midx.data.cache import read_cached
 from xmc_midx.data.files import SUFFIXES, find_variant
 from xmc_midx.data.formats import read_labels, read_xmc
 from xmc_midx.data.manifest import verify_directory
@@ -251,8 +252,8 @@ def _spec_on_disk(name: str) -> DatasetSpec:
 
 
 def load_split(path: str | Path) -> Split:
-    """One sparse feature file; see `read_xmc` for the format and the errors."""
-    features, labels = read_xmc(path)
+    """One sparse feature file; see `read_xmc` for the format and the errors, `read_cached` for the cache it fills."""
+    features, labels = read_cached(lambda: read_xmc(path), reader="xmc", sources=[path])
     return Split(features=features, labels=labels, path=str(path))
 
 

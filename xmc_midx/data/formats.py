@@ -16,7 +16,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from xmc_midx.data.files import LineChunks, atomic_write
-from xmc_midx.data.parser import Rules, parse_lines, parse_rows
+from xmc_midx.data.parser import Rules
 from xmc_midx.data.predictions import read_predictions, write_predictions
 from xmc_midx.data.problems import Problem, Report, excerpt, raise_error
 from xmc_midx.data.table import RowTable, pair_texts, row_texts
@@ -118,7 +118,7 @@ def scan_xmc(path: Path, report: Report, *, line_by_line: bool = False) -> XmcSc
         report,
         num_rows=header.num_instances,
         source=f"the header says {header.num_instances}",
-        parse=parse_lines if line_by_line else parse_rows,
+        line_by_line=line_by_line,
     )
     table.read(lines, itertools.chain([(2, rest)] if rest else [], chunks))
     return XmcScan(header=header, features=table.features(), labels=table.labels(), final_newline=lines.final_newline)

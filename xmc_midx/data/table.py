@@ -7,14 +7,18 @@ which differ in their headers alone.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+import os
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.sparse import csr_matrix
 
 from xmc_midx.data.files import LineChunks
-from xmc_midx.data.parser import Rows, Rules, parse_rows
+from xmc_midx.data.parser import Rows, Rules, parse_chunk, parse_lines
 from xmc_midx.data.problems import Problem, Report
 
 if TYPE_CHECKING:
@@ -22,47 +26,89 @@ if TYPE_CHECKING:
 
 __all__ = ["RowTable", "pair_texts", "row_texts"]
 
-Parse = Callable[[bytes, int, Rules, Report], Rows]
+_DTYPES: dict[str, type[np.generic]] = {
+    "label_ids": np.int32,
+    "num_labels": np.int64,
+    "feature_ids": np.int32,
+    "values": np.float32,
+    "num_features": np.int64,
+}
+"""The fields of `Rows`."""
+
+SHORT_BYTES = 2**19
+"""A shorter file is left to `parse_lines`, which takes less time than numba's start."""
+
+_PENDING_BYTES = 48 * 2**20
+"""Text that waits for its rows, one chunk aside: very long lines make large chunks."""
 
 
 class RowTable:
     """The rows read so far of a file that should hold `num_rows` of them.
 
+    Chunks are parsed by several threads while the next ones are read, and joined and reported in the file's order. The
+    memory beyond the result: an eighth of it, and the chunks at hand.
+
     Parameters
     ----------
-    rules, report : as for `parse_rows`.
+    rules, report : as for `parse_lines`.
     num_rows : rows to read; None reads every line as a row.
     source : who says so, such as `the header says 5 instances`.
-    parse : `parse_rows`, or the strict reader that is its reference.
+    line_by_line : leave all lines to `parse_lines`: the reference of the tests.
     """
 
     def __init__(
-        self, rules: Rules, report: Report, *, num_rows: int | None, source: str, parse: Parse = parse_rows
+        self, rules: Rules, report: Report, *, num_rows: int | None, source: str, line_by_line: bool = False
     ) -> None:
         self.num_rows = 0
-        self._chunks: list[Rows] = []
         self._wanted = num_rows
         self._source = source
         self._rules = rules
         self._report = report
-        self._parse = parse
+        self._line_by_line = line_by_line
+        self._columns = {name: _Growing(dtype) for name, dtype in _DTYPES.items()}
 
     def read(self, lines: LineChunks, chunks: Iterable[tuple[int, bytes]]) -> None:
         """Read `chunks`, the rest of `lines`. Another number of rows than wanted is a fault, kind `rows`."""
-        for first_line, text in chunks:
-            wanted, surplus = self._split(text)
-            if wanted:
-                rows = self._parse(wanted, first_line, self._rules, self._report)
-                self._chunks.append(rows)
-                self.num_rows += len(rows.num_labels)
-            if surplus.strip():
-                blank = surplus[: len(surplus) - len(surplus.lstrip())]
-                line = first_line + wanted.count(b"\n") + blank.count(b"\n")
-                self._fault(line, f"a row too many, {self._source}.", "Is this the header of another file?")
-                return
-        if lines.complete and self._wanted is not None and self.num_rows < self._wanted:
-            text_ = f"the file ends after {self.num_rows} instances, {self._source}."
-            self._fault(lines.num_lines, text_, "Is the file cut?")
+        # The stream is ahead of the rows; its fault, always the last thing of a file, waits for theirs.
+        late: list[Problem] = []
+        lines.report = late.append
+        num_workers = _num_workers()
+        pool = ThreadPoolExecutor(num_workers)
+        pending: deque[_Pending] = deque()
+        try:
+            for first_line, text in chunks:
+                wanted, surplus = self._split(text)
+                pending.append(self._start(pool, first_line, wanted))
+                if surplus.strip():
+                    blank = surplus[: len(surplus) - len(surplus.lstrip())]
+                    line = first_line + wanted.count(b"\n") + blank.count(b"\n")
+                    hint = "Is this the header of another file?"
+                    late.append(self._fault(line, f"a row too many, {self._source}.", hint))
+                    break
+                while len(pending) > num_workers or sum(len(chunk.text) for chunk in pending) > _PENDING_BYTES:
+                    self._take(pending.popleft())
+            while pending:
+                self._take(pending.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+        if lines.complete and not late and self._wanted is not None and self.num_rows < self._wanted:
+            fact = f"the file ends after {self.num_rows} instances, {self._source}."
+            late.append(self._fault(lines.num_lines, fact, "Is the file cut?"))
+        for problem in late:
+            self._report(problem)
+
+    def _start(self, pool: ThreadPoolExecutor, first_line: int, text: bytes) -> _Pending:
+        is_short_file = self.num_rows == 0 and len(text) <= SHORT_BYTES
+        self.num_rows += text.count(b"\n")
+        rows = None if self._line_by_line or is_short_file else pool.submit(parse_chunk, text, self._rules)
+        return _Pending(first_line, text, rows)
+
+    def _take(self, chunk: _Pending) -> None:
+        rows = chunk.rows.result() if chunk.rows else None
+        if rows is None:
+            rows = parse_lines(chunk.text, chunk.first_line, self._rules, self._report)
+        for name, column in self._columns.items():
+            column.extend(getattr(rows, name))
 
     def _split(self, text: bytes) -> tuple[bytes, bytes]:
         """The lines that are still wanted, and the rest."""
@@ -74,25 +120,54 @@ class RowTable:
         end = int(np.flatnonzero(np.frombuffer(text, dtype=np.uint8) == ord("\n"))[missing - 1]) + 1
         return text[:end], text[end:]
 
-    def _fault(self, line: int, text: str, hint: str) -> None:
-        self._report(Problem(kind="rows", file=self._rules.file, line=line, text=text, hint=hint))
+    def _fault(self, line: int, text: str, hint: str) -> Problem:
+        return Problem(kind="rows", file=self._rules.file, line=line, text=text, hint=hint)
 
     def features(self) -> csr_matrix[Any]:
         """(rows, F) float32, ids ascending in each row."""
-        ids = _join([rows.feature_ids for rows in self._chunks], np.int32)
-        values = _join([rows.values for rows in self._chunks], np.float32)
-        counts = _join([rows.num_features for rows in self._chunks], np.int64)
-        return _csr(values, ids, counts, self._rules.num_features)
+        ids, values = self._columns["feature_ids"].array(), self._columns["values"].array()
+        return _csr(values, ids, self._columns["num_features"].array(), self._rules.num_features)
 
     def labels(self) -> csr_matrix[Any]:
         """(rows, L) float32, all ones, ids ascending in each row."""
-        ids = _join([rows.label_ids for rows in self._chunks], np.int32)
-        counts = _join([rows.num_labels for rows in self._chunks], np.int64)
-        return _csr(np.ones(len(ids), dtype=np.float32), ids, counts, self._rules.num_labels)
+        ids = self._columns["label_ids"].array()
+        ones = np.ones(len(ids), dtype=np.float32)
+        return _csr(ones, ids, self._columns["num_labels"].array(), self._rules.num_labels)
 
 
-def _join(parts: list[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
-    return np.concatenate([np.empty(0, dtype=dtype), *parts])
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A chunk that is being parsed."""
+
+    first_line: int
+    text: bytes
+    rows: Future[Rows | None] | None
+    """None where it is left to `parse_lines`."""
+
+
+def _num_workers() -> int:
+    """Threads that parse: a stream of more than 8 times the speed of one is rare, and each holds a chunk."""
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
+
+
+class _Growing:
+    """An array that grows at its end. Up to an eighth of it is spare; Linux moves the pages, not their bytes."""
+
+    def __init__(self, dtype: type[np.generic]) -> None:
+        self._array = np.empty(0, dtype=dtype)
+        self._size = 0
+
+    def extend(self, part: NDArray[Any]) -> None:
+        size = self._size + len(part)
+        if size > len(self._array):
+            self._array.resize(size + size // 8, refcheck=False)
+        self._array[self._size : size] = part
+        self._size = size
+
+    def array(self) -> NDArray[Any]:
+        """What it holds; nothing can be added afterwards."""
+        self._array.resize(self._size, refcheck=False)
+        return self._array
 
 
 def _csr(values: NDArray[Any], ids: NDArray[Any], counts: NDArray[np.int64], num_columns: int) -> csr_matrix[Any]:

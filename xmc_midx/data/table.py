@@ -91,7 +91,7 @@ class RowTable:
                 self._take(pending.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
-        if lines.complete and not late and self._wanted is not None and self.num_rows < self._wanted:
+        if lines.complete and self._wanted is not None and self.num_rows < self._wanted:
             fact = f"the file ends after {self.num_rows} instances, {self._source}."
             late.append(self._fault(lines.num_lines, fact, "Is the file cut?"))
         for problem in late:

@@ -68,7 +68,7 @@ class RowTable:
         self._columns = {name: _Growing(dtype) for name, dtype in _DTYPES.items()}
 
     def read(self, lines: LineChunks, chunks: Iterable[tuple[int, bytes]]) -> None:
-        """Read `chunks`, the rest of `lines`. Another number of rows than wanted is a fault, kind `rows`."""
+        """Read `chunks` of `lines`, up to its end. Another number of rows than wanted is a fault, kind `rows`."""
         # The stream is ahead of the rows; its fault, always the last thing of a file, waits for theirs.
         late: list[Problem] = []
         lines.report = late.append
@@ -77,11 +77,14 @@ class RowTable:
         pending: deque[_Pending] = deque()
         try:
             for first_line, text in chunks:
-                wanted, surplus = self._split(text)
+                num_lines = lines.num_lines - first_line + 1  # `lines` has counted them
+                wanted, surplus = self._split(text, num_lines)
+                num_wanted = num_lines - surplus.count(b"\n")
                 pending.append(self._start(pool, first_line, wanted))
+                self.num_rows += num_wanted
                 if surplus.strip():
                     blank = surplus[: len(surplus) - len(surplus.lstrip())]
-                    line = first_line + wanted.count(b"\n") + blank.count(b"\n")
+                    line = first_line + num_wanted + blank.count(b"\n")
                     hint = "Is this the header of another file?"
                     late.append(self._fault(line, f"a row too many, {self._source}.", hint))
                     break
@@ -99,7 +102,6 @@ class RowTable:
 
     def _start(self, pool: ThreadPoolExecutor, first_line: int, text: bytes) -> _Pending:
         is_short_file = self.num_rows == 0 and len(text) <= SHORT_BYTES
-        self.num_rows += text.count(b"\n")
         rows = None if self._line_by_line or is_short_file else pool.submit(parse_chunk, text, self._rules)
         return _Pending(first_line, text, rows)
 
@@ -110,10 +112,10 @@ class RowTable:
         for name, column in self._columns.items():
             column.extend(getattr(rows, name))
 
-    def _split(self, text: bytes) -> tuple[bytes, bytes]:
-        """The lines that are still wanted, and the rest."""
-        missing = text.count(b"\n") if self._wanted is None else self._wanted - self.num_rows
-        if text.count(b"\n") <= missing:
+    def _split(self, text: bytes, num_lines: int) -> tuple[bytes, bytes]:
+        """The lines of `text` that are still wanted, and the rest."""
+        missing = num_lines if self._wanted is None else self._wanted - self.num_rows
+        if num_lines <= missing:
             return text, b""
         if missing == 0:
             return b"", text

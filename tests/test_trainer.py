@@ -158,6 +158,16 @@ def test_the_loss_falls_and_is_the_mean_of_the_steps(data: tuple[csr_matrix, csr
     assert all(0 < stats.sampler["pool_size"] <= 23 and stats.instances_per_second > 0 for stats in epochs)
 
 
+def test_the_feature_table_sums_its_squares_and_the_label_table_averages_them(
+    data: tuple[csr_matrix, csr_matrix],
+) -> None:
+    trainer = make_trainer(data)
+    trainer.run_epoch(SilentReporter())
+    state = trainer.optimizer.state
+    assert "table_moment" in state[trainer.encoder.embedding] and "count" not in state[trainer.encoder.embedding]
+    assert "count" in state[trainer.softmax.weight]
+
+
 def test_rates_rise_linearly_and_fall_to_zero(data: tuple[csr_matrix, csr_matrix]) -> None:
     trainer = make_trainer(data, "training.warmup_fraction=0.2")
     rates: list[list[float]] = []

@@ -126,6 +126,7 @@ class TrainingConfig(_Section):
     encoder_learning_rate: LearningRate | Auto = "auto"
     """Of the feature table, whose steps fall with the root of a row's gradients so far."""
     label_learning_rate: LearningRate | Auto = "auto"
+    """Of the label table; the encoder's bias and layers take half of it."""
     warmup_fraction: Fraction = 0.05
     patience: PositiveInt | None = None
     """Epochs without a better validation score before training stops; None runs all epochs and keeps the best."""

@@ -131,7 +131,7 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
         "tables": tables,
     }
     device: dict[str, int] = {}
-    (device if cuda else host).update(optimizer=optimizer, sampler=sampler_state)
+    (device if cuda else host).update({"optimiser": optimizer, "sampler": sampler_state})
     start = 0.0
     if model.label_init == "mean-instance":
         chunk = min(data.num_instances, _ENCODE_CHUNK)

@@ -222,9 +222,9 @@ def fit_interpolation(
     without_scores = scores(candidates, without)
     if _wins(without_scores, best_scores):
         best, best_scores = without, without_scores
+    if neighbors is None or found is None:
+        return best
     for temperature in _TEMPERATURES:
-        if neighbors is None or found is None:
-            break
         candidates = _candidates(shortlist, neighbors.votes(*found, temperature), label_frequencies)
         fitted = _fit(candidates, labels, weight_L, [0, 1, 2, 3, 4]).tolist()
         trial = Interpolation(**dict(zip(_NAMES, fitted, strict=True)), temperature=temperature, count=count)
@@ -239,7 +239,8 @@ def _fit(candidates: _Candidates, labels: csr_matrix, weight_L: _Floats, free: l
     the model's alone.
 
     The loss is convex: the mean over the positives p among the candidates, weighted by `weight_L` and by 1/|Y|, of
-    log(1 + exp(S - s_p)), with S the log of the summed exponentials of the instance's other candidates.
+    log(1 + exp(S - s_p)), with S the log of the summed exponentials of the instance's negatives among the candidates,
+    summed over the instances, plus `_PULL` times the squared distance from the model alone, in standard deviations.
     """
     positive = _is_positive(candidates, labels)
     start = Interpolation().coefficients

@@ -131,7 +131,7 @@ class Predictor:
         deny: Sequence[int] | None = None,
         reporter: Reporter | None = None,
     ) -> TopK:
-        """The k best labels of each instance, with logits, or log masses where neighbours or a discount are added.
+        """The k best labels of each instance, with logits, or the scores of `interpolation` where it is fitted.
 
         Parameters
         ----------

@@ -248,11 +248,12 @@ class TrainingSession:
 
     def _after_step(self, started: float) -> None:
         """Between two steps: save if it is time, and stop if asked to."""
-        if self.trainer.step % self.trainer.stream.steps_per_epoch and self._save_is_due():
+        if self.trainer.step % self.trainer.stream.steps_per_epoch == 0:
+            return  # the end of the epoch saves and stops
+        if self._save_is_due():
             self.seconds = time.perf_counter() - started
             self._save()
-        if self.trainer.step % self.trainer.stream.steps_per_epoch:
-            self._stop_if_asked()
+        self._stop_if_asked()
 
     def _save_is_due(self) -> bool:
         steps, minutes = self.config.training.save_every_steps, self.config.training.save_every_minutes

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xmc_midx.cli import render
+from xmc_midx.cli import options, render
 
 if TYPE_CHECKING:
     from xmc_midx.data.check import CheckReport
@@ -38,17 +38,15 @@ STATISTICS = {
 
 
 def check(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="Name in `datasets`, directory, or sparse file.")],
+    data: options.Data,
     test: Annotated[
         str | None, typer.Option("--test", metavar="FILE", help="Sparse file in place of the test split.")
     ] = None,
     limit: Annotated[
         int, typer.Option("--limit", metavar="N", min=1, help="Problems shown of each kind in each file.")
     ] = 20,
-    fetch: Annotated[
-        bool, typer.Option("--download", help="Fetch DATA first if it is a name and not on disk.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
+    fetch: options.Fetch = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Validate DATA and describe it; exit 3 if it has errors.
 

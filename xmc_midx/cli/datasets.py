@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xmc_midx.cli import render
+from xmc_midx.cli import options, render
 
 if TYPE_CHECKING:
     from xmc_midx.data.registry import DatasetSpec
@@ -19,7 +19,7 @@ Examples:
 
 def datasets(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Entry to show; all are listed if absent.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """List the known datasets, or show one: sizes, A, B, licence, citation."""
     from xmc_midx.data.registry import find_spec, load_registry

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from xmc_midx.cli import render
+from xmc_midx.cli import options, render
 from xmc_midx.cli.evaluate import print_evaluation
 
 EPILOG = """\b
@@ -22,7 +22,7 @@ def demo(
         str | None,
         typer.Option("--output", "-o", metavar="RUN", help="Keep the run here; otherwise it is not kept."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Train, evaluate and predict on the embedded dataset.
 

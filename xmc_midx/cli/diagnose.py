@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from xmc_midx.cli import render
+from xmc_midx.cli import options, render
 
 if TYPE_CHECKING:
     from xmc_midx.pipeline import Diagnosis
@@ -25,7 +25,7 @@ GRADIENT_HEADS = ("", "pool", "bias", "noise", "dev.", "error", "fit s", "draw Â
 
 def diagnose(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory.")],
-    data: Annotated[str, typer.Argument(metavar="DATA", help="Name in `datasets`, directory, or sparse file.")],
+    data: options.Data,
     samplers: Annotated[
         str | None, typer.Option("--samplers", metavar="A,B,...", help="Names as in `train`; else all but full.")
     ] = None,
@@ -46,7 +46,7 @@ def diagnose(
         str | None, typer.Option("--plot", metavar="FILE", help="Draw a figure: .png, .svg or .pdf; needs matplotlib.")
     ] = None,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Measure samplers against the full softmax of a trained model.
 

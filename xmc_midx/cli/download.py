@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from xmc_midx.cli import render
+from xmc_midx.cli import options, render
 from xmc_midx.errors import UsageError
 
 EPILOG = """\b
@@ -30,7 +30,7 @@ def download(
     offline: Annotated[
         bool, typer.Option("--offline", help="Fetch nothing, use what is on disk; or set XMC_MIDX_OFFLINE=1.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Fetch a known dataset, verify and unpack it; what is there already is verified.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xmc_midx.cli import render
+from xmc_midx.cli import options, render
 from xmc_midx.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ Examples:
 
 def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or - with --predictions.")],
-    data: Annotated[str, typer.Argument(metavar="DATA", help="Name in `datasets`, directory, or sparse file.")],
+    data: options.Data,
     k: Annotated[str, typer.Option("--k", "-k", metavar="K,K,...", help="Cut-offs of the metrics.")] = "1,3,5",
     predictions: Annotated[
         str | None,
@@ -33,10 +33,8 @@ def evaluate(
     b: Annotated[float | None, typer.Option("--B", metavar="B", help="Propensity B; else the registry's.")] = None,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compute the model's hashes.")] = False,
-    fetch: Annotated[
-        bool, typer.Option("--download", help="Fetch DATA first if it is a name and not on disk.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
+    fetch: options.Fetch = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Measure P, nDCG, recall, PSP and PSnDCG at k on the test split.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from xmc_midx.cli import render
+from xmc_midx.cli import options, render
 
 if TYPE_CHECKING:
     from xmc_midx.pipeline import Plan
@@ -18,25 +18,23 @@ Examples:
 
 
 def plan(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="Name in `datasets`, directory, or sparse file.")],
+    data: options.Data,
     output: Annotated[str, typer.Option("--output", "-o", metavar="RUN", help="Where the run would be.")] = ".",
-    test: Annotated[
-        str | None, typer.Option("--test", metavar="FILE", help="Sparse file to evaluate on at the end.")
-    ] = None,
-    config: Annotated[str | None, typer.Option("--config", metavar="FILE", help="Configuration in YAML.")] = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Set a key, as in model.dim=256; repeatable."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
+    test: options.TestFile = None,
+    config: options.ConfigFile = None,
+    sets: options.Sets = None,
+    preset: options.Preset = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Forecast the memory, disk and time of a training on DATA, without training.
 
-    Memory is good to about 20%, time is a rough lower bound. `train` refuses to begin what cannot fit.
+    Memory is good to about 20%; time is rough, and short trainings take several times as long. `train` refuses to
+    begin what cannot fit.
     """
     from xmc_midx.config import load_config
 
-    settings = load_config(config, assignments=sets or [])
+    given = [] if preset is None else [f"training.preset={preset}"]
+    settings = load_config(config, assignments=[*(sets or []), *given])
 
     from xmc_midx import pipeline
 
@@ -67,5 +65,5 @@ def _print_plan(result: Plan) -> None:
         ("disk at the fullest", f"{render.size(needs.disk_bytes)} of {render.size(result.available_disk)} free"),
     ]
     if needs.seconds is not None:
-        facts.append(("time", f"about {render.duration(needs.seconds)} for {training.epochs} epochs"))
+        facts.append(("time", f"roughly {render.duration(needs.seconds)} for {training.epochs} epochs"))
     render.print_facts(facts)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
-from xmc_midx.cli import render
+from xmc_midx.cli import options, render
 from xmc_midx.errors import DataError, ResourceError, UsageError, XmcMidxError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def predict(
     exact: Annotated[bool, typer.Option("--exact", help="Score all labels, as this release always does.")] = False,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compute the model's hashes.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Predict the best labels of each instance of INPUT.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from xmc_midx.cli import render
+from xmc_midx.cli import options, render
 from xmc_midx.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,20 +28,12 @@ Examples:
 
 
 def train(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="Name in `datasets`, directory, or sparse file.")],
+    data: options.Data,
     output: Annotated[str, typer.Option("--output", "-o", metavar="RUN", help="Run directory to write.")],
-    test: Annotated[
-        str | None, typer.Option("--test", metavar="FILE", help="Sparse file to evaluate on at the end.")
-    ] = None,
-    config: Annotated[str | None, typer.Option("--config", metavar="FILE", help="Configuration in YAML.")] = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Set a key, as in training.seed=1; repeatable."),
-    ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option("--preset", metavar="NAME", help="fast, default or best: how long what is derived may take."),
-    ] = None,
+    test: options.TestFile = None,
+    config: options.ConfigFile = None,
+    sets: options.Sets = None,
+    preset: options.Preset = None,
     sampler: Annotated[
         str | None,
         typer.Option(
@@ -83,10 +75,8 @@ def train(
         bool, typer.Option("--no-verify", help="With --resume: do not compute the checkpoint's hashes.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the run that is in RUN.")] = False,
-    fetch: Annotated[
-        bool, typer.Option("--download", help="Fetch DATA first if it is a name and not on disk.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
+    fetch: options.Fetch = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Train on DATA, keep the best epoch in RUN.
 

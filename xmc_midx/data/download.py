@@ -314,7 +314,7 @@ class _Job:
         sources = self.spec.sources(self.kind)
         places = [drive_view_url(s.drive) if s.drive else str(s.url) for s in sources] or [self.spec.homepage]
         kind = "" if self.kind == "bow" else f" --format {self.kind}"
-        next_step = f"xmc-midx check {self.spec.name}" if self.kind == "bow" else f"xmc-midx prepare {self.target}"
+        next_step = f"xmc-midx check {self.spec.name}" if self.kind == "bow" else f"The files are then in {self.target}"
         return (
             f"By hand:\n1. Save the archive with a browser from {' or '.join(places)}"
             f"\n2. xmc-midx download {self.spec.name}{kind} --from-file ARCHIVE.zip\n3. {next_step}"

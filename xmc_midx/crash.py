@@ -28,7 +28,9 @@ POINTS = (
     "save.pruned",
     "validation.begun",
     "validation.done",
+    "model.begun",
     "neighbours.begun",
+    "model.unsealed",
     "file.written",
     "file.renamed",
 )

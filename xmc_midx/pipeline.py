@@ -443,7 +443,7 @@ def _train_result(session: TrainingSession, dataset: XmcDataset, *, has_test: bo
         loss=session.loss,
         validation=session.validation,
         test=report,
-        model_bytes=(best / "model.safetensors").stat().st_size + run.neighbors_bytes,
+        model_bytes=run.model_bytes or (best / "model.safetensors").stat().st_size,
         peak_memory_bytes=peak_memory_bytes(),
         config=run.config,
     )

@@ -405,7 +405,9 @@ def outcome(path: Path, *, line_by_line: bool, limit: int | None) -> tuple[objec
         return (str(error),)
     if scan is None:
         return tuple(found.problems)
-    assert limit is not None or scan.features.shape[0] == scan.labels.shape[0] == scan.header.num_instances
+    if limit is None:
+        stated = int(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split()[0])
+        assert scan.features.shape[0] == scan.labels.shape[0] == stated
     for matrix in (scan.features, scan.labels):
         matrix.check_format(full_check=True)
         assert np.isfinite(matrix.data).all()
@@ -415,7 +417,7 @@ def outcome(path: Path, *, line_by_line: bool, limit: int | None) -> tuple[objec
         (matrix.shape, matrix.indptr.tolist(), matrix.indices.tolist(), matrix.data.tobytes())
         for matrix in (scan.features, scan.labels)
     ]
-    return (*arrays, scan.final_newline, *found.problems, found.counts)
+    return (*arrays, *found.problems, found.counts)
 
 
 def fuzz(directory: Path, num_files: int, seed: int) -> int:

@@ -38,8 +38,8 @@ Examples:
   xmc-midx predict runs/a rows.txt | awk -F'\\t' '$2 == 1 {print $3}'"""
 
 
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
-"""How gzip, bzip2 and xz files begin."""
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"PK")
+"""How gzip, bzip2, xz and zip (.npz) files begin."""
 
 
 class Format(StrEnum):

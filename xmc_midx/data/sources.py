@@ -103,11 +103,11 @@ def source_of(path: str | Path) -> Source:
     if name.endswith(_SVMLIGHT_ENDS):
         return Source(format="svmlight", features=path, labels=path)
     format: Literal["pair", "npz"] = "npz" if name.endswith(".npz") else "pair"
-    for features, labels in _namings(name, of_features=True):
+    for _, labels in _namings(name, of_features=True):
         found = find_variant(path.parent, labels) if format == "pair" else _existing(path.with_name(labels))
         if found is None:
             text = f"{path}: holds features alone, expected their labels in {labels} beside it."
-            raise DataError(text, hint=f"Only `predict` does without labels. {features} is called so for its features.")
+            raise DataError(text, hint="Only `predict` does without labels.")
         return Source(format=format, features=path, labels=found)
     for features, _ in _namings(name, of_features=False):
         raise DataError(f"{path}: holds labels alone.", hint=f"Name the file of the features, {features}.")

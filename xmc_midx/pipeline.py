@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,14 +138,11 @@ class Evaluation:
     """Of prediction; 0 where predictions were read from a file."""
     breakdown: Sequence[Mapping[str, Any]]
     """Recall by label frequency; empty where the training frequencies are unknown."""
-    num_ignored: int = 0
-    """Pairs of an instance and a label that a filter file leaves out of predictions and truth."""
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON document of `evaluate`."""
         return {
             **_report_dict(self.report),
-            "num_ignored": self.num_ignored,
             "propensity_source": self.propensity_source,
             "seconds": round(self.seconds, 3),
             "breakdown": [dict(group) for group in self.breakdown],
@@ -439,6 +436,7 @@ def _train_result(session: TrainingSession, dataset: XmcDataset, *, has_test: bo
             A=a,
             B=b,
         )
+        report = _with_ignored(report, dataset.test)
     return TrainResult(
         run=str(run.path),
         finished=session.finished,
@@ -516,6 +514,7 @@ def evaluate(
         seconds = time.perf_counter() - started
     top, labels = without_ignored(top, split.labels, split.ignored)
     report = evaluate_topk(top, labels, ks=ks, label_frequencies=frequencies, num_train=num_train, A=a, B=b)
+    report = _with_ignored(report, split)
     groups: Sequence[Any] = ()
     if frequencies is not None:
         groups = breakdown_by_frequency(top, labels, frequencies, k=max(ks))
@@ -524,8 +523,11 @@ def evaluate(
         propensity_source=source,
         seconds=seconds,
         breakdown=[asdict(group) for group in groups],
-        num_ignored=0 if split.ignored is None else split.ignored.nnz,
     )
+
+
+def _with_ignored(report: MetricReport, split: Split) -> MetricReport:
+    return report if split.ignored is None else replace(report, num_ignored=split.ignored.nnz)
 
 
 def _k_with_ignored(split: Split, k: int) -> int:
@@ -818,6 +820,7 @@ def _report_dict(report: MetricReport) -> dict[str, Any]:
         "metrics": dict(report.metrics),
         "num_instances": report.num_instances,
         "num_without_labels": report.num_without_labels,
+        "num_ignored": report.num_ignored,
         "propensity": {"A": report.propensity_a, "B": report.propensity_b},
         "definition": report.definition,
     }

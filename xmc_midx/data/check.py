@@ -216,7 +216,7 @@ class _Check:
     def _check_unread(self) -> None:
         for other, source in self.files.unread:
             names = " and ".join(path.name for path in source.paths)
-            self._warn("unread", f"is not read, {names} goes before it.", file=str(other.features))
+            self._warn("unread", f"is not read: the split is in {names}.", file=str(other.features))
 
     def _check_names(self) -> None:
         """Names of labels and features, and the vocabulary, against the first split that could be read."""

@@ -232,6 +232,7 @@ DAMAGE = [
 ]
 
 
+@pytest.mark.fault("R8")
 @pytest.mark.parametrize(("text", "message"), [pytest.param(*case[1:], id=case[0]) for case in DAMAGE])
 @pytest.mark.parametrize("line_by_line", [False, True], ids=["by chunks", "by lines"])
 def test_each_class_of_damage_has_its_message(tmp_path: Path, text: bytes, message: str, line_by_line: bool) -> None:
@@ -254,6 +255,7 @@ def test_a_missing_file_a_directory_and_a_wrong_name_are_named(tmp_path: Path) -
             read_xmc(path)
 
 
+@pytest.mark.fault("R8")
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
 def test_a_compressed_file_cut_at_any_byte_is_refused(tmp_path: Path, suffix: str) -> None:
     whole = COMPRESS[suffix](GOOD)
@@ -276,6 +278,7 @@ def test_a_cut_stream_names_the_line_it_ends_in(tmp_path: Path, suffix: str) -> 
     assert 20_000 < int(found[1]) < 50_000
 
 
+@pytest.mark.fault("R8")
 def test_every_flipped_bit_of_a_gzip_file_is_refused_or_harmless(tmp_path: Path) -> None:
     whole = gzip.compress(GOOD, mtime=0)
     for place in range(len(whole)):
@@ -285,6 +288,7 @@ def test_every_flipped_bit_of_a_gzip_file_is_refused_or_harmless(tmp_path: Path)
             assert_good(put(tmp_path, bytes(damaged), "train.txt.gz"))
 
 
+@pytest.mark.fault("R8")
 def test_a_file_cut_at_any_byte_is_refused_or_has_all_its_rows(tmp_path: Path) -> None:
     accepted = 0
     for size in range(len(GOOD)):
@@ -300,6 +304,7 @@ def test_a_file_cut_at_any_byte_is_refused_or_has_all_its_rows(tmp_path: Path) -
     assert accepted <= len(b"3 4:1.5e-2\n")
 
 
+@pytest.mark.fault("R9")
 def test_a_line_without_end_is_refused_before_it_fills_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +316,7 @@ def test_a_line_without_end_is_refused_before_it_fills_the_memory(
     assert read_xmc(put(tmp_path, b"1 5 4\n0" + b" " * 998 + b"\n"))[0].shape == (1, 5)
 
 
+@pytest.mark.fault("R9")
 def test_a_huge_line_takes_bounded_memory(tmp_path: Path) -> None:
     path = tmp_path / "train.txt.gz"
     with gzip.open(path, "wb", compresslevel=1) as file:
@@ -436,6 +442,7 @@ def fuzz(directory: Path, num_files: int, seed: int) -> int:
     return num_read
 
 
+@pytest.mark.fault("R8")
 @pytest.mark.parametrize("chunk_bytes", [1, 37, 2**20])
 def test_chunks_and_lines_give_the_same_for_good_and_damaged_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
@@ -491,6 +498,7 @@ def test_fuzzed_predictions_and_names_are_read_or_refused(tmp_path: Path) -> Non
     assert 20 < num_read < 380
 
 
+@pytest.mark.fault("R8")
 @pytest.mark.soak
 def test_ten_thousand_fuzzed_files(tmp_path: Path) -> None:
     fuzz(tmp_path, 10_000, seed=3)

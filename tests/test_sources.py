@@ -248,6 +248,27 @@ def test_splits_of_other_sizes_are_refused_where_the_size_stands(
     assert [str(p) for p in check_dataset(tmp_path / form).problems if p.level == "error"] == [message]
 
 
+@pytest.mark.fault("R9")
+def test_a_line_without_end_is_refused_in_every_text(
+    directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xmc_midx.data.files.MAX_LINE_BYTES", 40_000)
+    monkeypatch.setattr("xmc_midx.data.files.CHUNK_BYTES", 10_000)
+    for form, name in (
+        ("pair", "trn_X_Xf.txt"),
+        ("pair", "tst_X_Y.txt"),
+        ("svmlight", "train.svm"),
+        ("xmc", "filter_labels_test.txt"),
+    ):
+        place = tmp_path / name
+        shutil.copytree(directories[form], place)
+        with (place / name).open("ab") as file:
+            file.write(b" 1:1" * 15_000)
+        with pytest.raises(DataError, match=rf"{re.escape(name)}:\d+: the line is longer than 40,000 bytes"):
+            load_dataset(place)
+        assert [p.kind for p in check_dataset(place).problems if p.level == "error"][-1] == "line-length"
+
+
 # --- Label and feature maps
 
 

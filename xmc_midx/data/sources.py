@@ -36,9 +36,11 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 __all__ = [
+    "Format",
     "Part",
     "Source",
     "SplitName",
+    "file_names",
     "find_sources",
     "read_half",
     "read_source",
@@ -47,6 +49,7 @@ __all__ = [
     "split_of",
 ]
 
+Format = Literal["xmc", "pair", "svmlight", "npz"]
 SplitName = Literal["train", "test"]
 Part = Literal["features", "labels"]
 
@@ -61,7 +64,7 @@ _NPZ_STARTS = (("X.", "Y."), ("X_", "Y_"))
 class Source:
     """The files of one split."""
 
-    format: Literal["xmc", "pair", "svmlight", "npz"]
+    format: Format
     features: Path
     """The only file of `xmc` and `svmlight`."""
     labels: Path
@@ -148,6 +151,17 @@ def split_of(path: Path) -> SplitName | None:
     """The split that a file belongs to, by its name."""
     name = _plain_name(path)
     return next((split for split in _SHORT if name in _feature_names(split)), None)
+
+
+def file_names(format: Format, split: SplitName) -> tuple[str, str]:
+    """What the files of features and of labels are called where they are written; they are the same in two formats."""
+    short = _SHORT[split]
+    return {
+        "xmc": (f"{split}.txt", f"{split}.txt"),
+        "pair": (f"{short}_X_Xf.txt", f"{short}_X_Y.txt"),
+        "svmlight": (f"{split}.svm", f"{split}.svm"),
+        "npz": (f"X.{short}.npz", f"Y.{short}.npz"),
+    }[format]
 
 
 def _feature_names(split: SplitName) -> list[str]:

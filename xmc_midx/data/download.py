@@ -41,7 +41,7 @@ __all__ = ["Download", "download", "download_if_missing"]
 OFFLINE = "XMC_MIDX_OFFLINE"
 """With this variable set (not empty, not 0) nothing is fetched."""
 
-# What a file of a split may be called in an archive, and what `dataset` calls it. A gzip suffix stays.
+# What a file of an archive may be called, and what `dataset` calls it. A gzip suffix stays.
 _ROLES = {
     "train.txt": r"(.*[_-])?train\.txt",
     "test.txt": r"(.*[_-])?test\.txt",
@@ -51,11 +51,6 @@ _ROLES = {
     "tst_X_Y.txt": r"(tst|test)_X_Y\.txt",
     "trn.json": r"trn(\.raw)?\.json",
     "tst.json": r"tst(\.raw)?\.json",
-}
-
-# Files that go with the splits, under their own names: names of labels and features, labels to pass over.
-_COMPANIONS = {
-    name: re.escape(name) for name in ("Y.txt", "Yf.txt", "Xf.txt", "filter_labels_train.txt", "filter_labels_test.txt")
 }
 
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -355,8 +350,10 @@ def _arrange(directory: Path, hashes: dict[str, str], source: Mirror | None) -> 
             raise DownloadError(f"the archive holds {shown}, expected {', '.join(stated)}.")
     for path in hashes:
         name = path.rpartition("/")[2]
+        if stated and name not in stated:
+            continue
         suffix = next((s for s in SUFFIXES if s and name.endswith(s)), "")
-        for role, pattern in (_COMPANIONS if stated and name not in stated else _ROLES | _COMPANIONS).items():
+        for role, pattern in _ROLES.items():
             if not re.fullmatch(pattern, name.removesuffix(suffix), re.IGNORECASE):
                 continue
             final = role + suffix

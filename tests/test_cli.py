@@ -900,6 +900,16 @@ def test_text_is_told_from_rows_where_the_run_has_a_vocabulary(
         assert not isinstance(calls[-1]["content"], list), "this run has no vocabulary"
 
 
+@pytest.mark.parametrize("name", ["a.svm", "a.libsvm.gz", "X.trn.npz", "trn_X_Xf.txt"])
+def test_a_file_that_is_called_rows_is_never_text(
+    name: str, cli: Any, pipeline: Any, calls: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "vocabulary.txt").touch()
+    (tmp_path / name).write_text("# made by hand\n0 1:1\n")
+    assert cli("predict", tmp_path, tmp_path / name).code == 0
+    assert not isinstance(calls[-1]["content"], list)
+
+
 def test_a_file_of_texts_and_label_lists(cli: Any, pipeline: Any, calls: Any, tmp_path: Path) -> None:
     file = tmp_path / "t.txt"
     file.write_text("one\ntwo\n")

@@ -42,6 +42,7 @@ __all__ = [
     "SplitName",
     "file_names",
     "find_sources",
+    "is_named",
     "read_half",
     "read_source",
     "scan_source",
@@ -118,6 +119,12 @@ def source_of(path: str | Path) -> Source:
         text = f"{path}: is a matrix, expected a name that says which, such as X.trn.npz beside Y.trn.npz."
         raise DataError(text, hint="Or trn_X_Xf.npz beside trn_X_Y.npz, or train_X.npz beside train_Y.npz.")
     return Source(format="xmc", features=path, labels=path)
+
+
+def is_named(path: Path) -> bool:
+    """Whether the name says that a file holds sparse rows; XMC text may be called anything."""
+    name = _plain_name(path)
+    return name.endswith((*_SVMLIGHT_ENDS, ".npz")) or any(_namings(name, of_features=True))
 
 
 def find_sources(directory: Path, split: SplitName) -> list[Source]:

@@ -121,7 +121,7 @@ DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "ids out of range": (
         {"indices": np.array([0, 7, 2**40, 4])},
-        ": row 0: feature id 7 is outside 0..4 (the shape has 5 columns). So are 1 others.",
+        ": row 0: feature id 7 is outside 0..4 (the shape has 5 columns). There are 2 of them.",
     ),
     "a negative id": ({"indices": np.array([0, 3, 1, -1])}, ": row 2: feature id -1 is outside 0..4"),
     "an id beyond int64": (
@@ -129,7 +129,7 @@ DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
         ": row 1: feature id 18446744073709551615 is outside 0..4",
     ),
     "an id twice": ({"indices": np.array([3, 3, 1, 4])}, ": row 0: feature id 3 occurs twice, expected once."),
-    "NaN and inf": ({"data": NAN}, ": row 0: the value nan of feature id 0 is not finite. So are 1 others."),
+    "NaN and inf": ({"data": NAN}, ": row 0: the value nan of feature id 0 is not finite. There are 2 of them."),
     "1e39": ({"data": HUGE}, ": row 0: the value 1e+39 of feature id 3 is beyond the range of float32."),
     "complex values": ({"data": np.ones(4, complex)}, ": the array 'data' is 4 of complex128, expected 4 of numbers."),
     "ids that are floats": ({"indices": np.ones(4)}, ": the array 'indices' is 4 of float64, expected 4 of integers."),

@@ -95,41 +95,40 @@ def _checked(
     report: Report,
 ) -> csr_matrix[Any]:
     """The matrix without its faulty entries, float32, ids ascending in each row."""
-    counts: NDArray[np.int64] = offsets[1:] - offsets[:-1]
-    rows = np.repeat(np.arange(shape[0], dtype=np.int32), counts)
+    with np.errstate(over="ignore"):
+        numbers = values.astype(np.float32, copy=False)
+    outside, odd = (ids < 0) | (ids >= shape[1]), ~np.isfinite(numbers)
+    falls = ids[1:] <= ids[:-1]
+    starts = offsets[1:-1]
+    falls[starts[(starts > 0) & (starts < len(ids))] - 1] = False  # a row may begin with any id
+    if not (outside.any() or odd.any() or falls.any()):
+        return canonical(csr_matrix((numbers, ids.astype(np.int32, copy=False), offsets), shape=shape))
+    rows = np.repeat(np.arange(shape[0], dtype=np.int32), np.diff(offsets).astype(np.int64))
     name = "feature id" if column == "feature" else "label"
 
     def fault(kind: str, faulty: NDArray[np.bool_], text: str, hint: str | None = None) -> None:
         """`text` is about the first one."""
         number, first = int(faulty.sum()), int(np.argmax(faulty))
         text = text.format(id=ids[first], value=values[first])
-        more = f" So are {number - 1} others." if number > 1 else ""
+        more = f" There are {number} of them." if number > 1 else ""
         report(Problem(kind=kind, text=text + more, hint=hint, **places.of(int(rows[first]))))
 
-    outside = (ids < 0) | (ids >= shape[1])
     if outside.any():
         text = f"{name} {{id}} is outside 0..{shape[1] - 1} (the shape has {shape[1]} columns)."
         past_end = bool((ids[outside] == shape[1]).all())
         hint = f"Do the {column} ids start from 1?" if past_end else None
         fault(f"{column}-past-end" if past_end else f"{column}-range", outside, text, hint)
-    with np.errstate(over="ignore"):
-        numbers = values.astype(np.float32)
-    odd = ~np.isfinite(numbers)
     if odd.any():
-        is_number = np.isfinite(values[int(np.argmax(odd))])
-        end = "beyond the range of float32" if is_number else "not finite"
+        end = "beyond the range of float32" if np.isfinite(values[int(np.argmax(odd))]) else "not finite"
         fault("value", odd, f"the value {{value}} of {name} {{id}} is {end}.")
-    kept = ~(outside | odd)
-    if not kept.all():
-        rows, ids, numbers, values = rows[kept], ids[kept], numbers[kept], values[kept]
-    falls = (rows[1:] == rows[:-1]) & (ids[1:] <= ids[:-1])
-    if falls.any():
-        order = np.lexsort((ids, rows))
-        rows, ids, numbers, values = rows[order], ids[order], numbers[order], values[order]
-        twice = np.concatenate([[False], (rows[1:] == rows[:-1]) & (ids[1:] == ids[:-1])])
-        if twice.any():
-            fault(f"{column}-duplicate", twice, f"{name} {{id}} occurs twice, expected once.")
-            rows, ids, numbers = rows[~twice], ids[~twice], numbers[~twice]
+    kept = np.flatnonzero(~(outside | odd))
+    order = kept[np.lexsort((ids[kept], rows[kept]))]
+    rows, ids, values, numbers = rows[order], ids[order], values[order], numbers[order]
+    twice = np.zeros(len(ids), dtype=np.bool_)
+    twice[1:] = (rows[1:] == rows[:-1]) & (ids[1:] == ids[:-1])
+    if twice.any():
+        fault(f"{column}-duplicate", twice, f"{name} {{id}} occurs twice, expected once.")
+        rows, ids, numbers = rows[~twice], ids[~twice], numbers[~twice]
     ends = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=shape[0]))])
     return canonical(csr_matrix((numbers, ids.astype(np.int32), ends), shape=shape))
 

@@ -485,7 +485,7 @@ def test_the_command_line_says_so_with_exit_code_3(
 @pytest.mark.fault("R8")
 @pytest.mark.parametrize("size", [3, 200])
 def test_a_file_cut_at_every_byte_is_refused_or_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, record_property: Callable[[str, int], None]
 ) -> None:
     monkeypatch.setattr(files, "CHUNK_BYTES", 1000)
     whole = b"\n".join([*sound(LAYOUTS["xmc"], size), b""])
@@ -493,7 +493,9 @@ def test_a_file_cut_at_every_byte_is_refused_or_whole(
     path.write_bytes(whole)
     features, labels = read_xmc(path)
     taken = []
-    for length in range(0, len(whole), 1 if size == 3 else 3):
+    lengths = range(0, len(whole), 1 if size == 3 else 3)
+    record_property("count", len(lengths))
+    for length in lengths:
         path.write_bytes(whole[:length])
         try:
             cut_features, cut_labels = read_xmc(path)

@@ -10,6 +10,7 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -257,8 +258,11 @@ def test_a_missing_file_a_directory_and_a_wrong_name_are_named(tmp_path: Path) -
 
 @pytest.mark.fault("R8")
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
-def test_a_compressed_file_cut_at_any_byte_is_refused(tmp_path: Path, suffix: str) -> None:
+def test_a_compressed_file_cut_at_any_byte_is_refused(
+    tmp_path: Path, suffix: str, record_property: Callable[[str, int], None]
+) -> None:
     whole = COMPRESS[suffix](GOOD)
+    record_property("count", len(whole))
     for size in range(len(whole)):
         with pytest.raises(DataError, match=r"train\.txt"):
             read_xmc(put(tmp_path, whole[:size], f"train.txt{suffix}"))
@@ -279,8 +283,11 @@ def test_a_cut_stream_names_the_line_it_ends_in(tmp_path: Path, suffix: str) -> 
 
 
 @pytest.mark.fault("R8")
-def test_every_flipped_bit_of_a_gzip_file_is_refused_or_harmless(tmp_path: Path) -> None:
+def test_every_flipped_bit_of_a_gzip_file_is_refused_or_harmless(
+    tmp_path: Path, record_property: Callable[[str, int], None]
+) -> None:
     whole = gzip.compress(GOOD, mtime=0)
+    record_property("count", len(whole))
     for place in range(len(whole)):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << place % 8
@@ -289,7 +296,10 @@ def test_every_flipped_bit_of_a_gzip_file_is_refused_or_harmless(tmp_path: Path)
 
 
 @pytest.mark.fault("R8")
-def test_a_file_cut_at_any_byte_is_refused_or_has_all_its_rows(tmp_path: Path) -> None:
+def test_a_file_cut_at_any_byte_is_refused_or_has_all_its_rows(
+    tmp_path: Path, record_property: Callable[[str, int], None]
+) -> None:
+    record_property("count", len(GOOD))
     accepted = 0
     for size in range(len(GOOD)):
         try:
@@ -445,9 +455,10 @@ def fuzz(directory: Path, num_files: int, seed: int) -> int:
 @pytest.mark.fault("R8")
 @pytest.mark.parametrize("chunk_bytes", [1, 37, 2**20])
 def test_chunks_and_lines_give_the_same_for_good_and_damaged_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, record_property: Callable[[str, int], None]
 ) -> None:
     monkeypatch.setattr(files, "CHUNK_BYTES", chunk_bytes)
+    record_property("count", 300)
     num_read = fuzz(tmp_path, 300, seed=chunk_bytes)
     assert 80 < num_read < 220
 
@@ -500,7 +511,8 @@ def test_fuzzed_predictions_and_names_are_read_or_refused(tmp_path: Path) -> Non
 
 @pytest.mark.fault("R8")
 @pytest.mark.soak
-def test_ten_thousand_fuzzed_files(tmp_path: Path) -> None:
+def test_ten_thousand_fuzzed_files(tmp_path: Path, record_property: Callable[[str, int], None]) -> None:
+    record_property("count", 10_000)
     fuzz(tmp_path, 10_000, seed=3)
 
 

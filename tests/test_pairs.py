@@ -123,7 +123,9 @@ def test_both_files_are_read_to_the_end_before_anyone_is_told(tmp_path: Path) ->
 
 
 @pytest.mark.fault("R8")
-def test_a_file_cut_at_every_byte_is_refused_or_has_its_rows(tmp_path: Path) -> None:
+def test_a_file_cut_at_every_byte_is_refused_or_has_its_rows(
+    tmp_path: Path, record_property: Callable[[str, int], None]
+) -> None:
     path = tmp_path / "x.txt"
     taken = []
     for size in range(len(TEXT)):
@@ -138,6 +140,7 @@ def test_a_file_cut_at_every_byte_is_refused_or_has_its_rows(tmp_path: Path) -> 
     # Text has no checksum: a cut inside the last number can look whole.
     assert taken and taken[0] > len(TEXT) - len(b"1:2.5\n")
     packed = gzip.compress(TEXT)
+    record_property("count", len(TEXT) + len(packed))
     for size in range(len(packed)):
         (tmp_path / "x.txt.gz").write_bytes(packed[:size])
         with pytest.raises(DataError):

@@ -150,7 +150,10 @@ def random_text(rng: random.Random) -> bytes:
 
 @pytest.mark.fault("R8")
 @pytest.mark.parametrize("chunk_bytes", [5, 2**20])
-def test_chunks_and_lines_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
+def test_chunks_and_lines_give_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, record_property: Callable[[str, int], None]
+) -> None:
+    record_property("count", 300)
     monkeypatch.setattr(files, "CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr(table, "SHORT_BYTES", 0)
     rng = random.Random(chunk_bytes)

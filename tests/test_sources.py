@@ -23,7 +23,7 @@ from xmc_midx.data.ignored import read_ignored
 from xmc_midx.data.npz import write_npz
 from xmc_midx.data.pairs import write_sparse
 from xmc_midx.data.problems import ProblemList
-from xmc_midx.data.sources import Source, source_of
+from xmc_midx.data.sources import Source, source_of, stem_of
 from xmc_midx.data.svmlight import write_svmlight
 from xmc_midx.errors import DataError
 
@@ -174,6 +174,7 @@ def test_the_name_of_the_features_says_what_a_file_is(tmp_path: Path, features: 
     for name in (features, labels):
         (tmp_path / name).touch()
     source = source_of(tmp_path / features)
+    assert stem_of(tmp_path / features) == re.sub(r"(\.(txt|svm|svmlight|libsvm|npz))?(\.(gz|bz2))?$", "", features)
     assert (source.format, source.features.name, source.labels.name) == (form, features, labels)
     if features != labels:
         with pytest.raises(DataError, match=r"holds labels alone\. Name the file of the features"):

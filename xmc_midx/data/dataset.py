@@ -16,14 +16,14 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from xmc_midx.data.cache import read_cached
-from xmc_midx.data.files import SUFFIXES, find_variant
+from xmc_midx.data.files import find_variant
 from xmc_midx.data.formats import read_labels
 from xmc_midx.data.ignored import read_ignored
 from xmc_midx.data.manifest import verify_directory
 from xmc_midx.data.problems import Report, raise_error
 from xmc_midx.data.registry import DatasetSpec, find_spec, match_spec
 from xmc_midx.data.scans import MAX_SIZE, canonical
-from xmc_midx.data.sources import Part, Source, find_sources, read_half, read_source, source_of, split_of
+from xmc_midx.data.sources import Part, Source, find_sources, read_half, read_source, source_of, split_of, stem_of
 from xmc_midx.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -241,10 +241,8 @@ def find_files(data: str | Path, *, test: str | Path | None = None) -> DataFiles
     own_test = None if test_path is None else source_of(test_path)
     ignored_test = None if test_path is None else _ignored_beside(test_path)
     if not path.is_dir():
-        name = path.name.removesuffix(path.suffix if path.suffix in SUFFIXES else "")
-        name = name.removesuffix(Path(name).suffix) if Path(name).suffix in (".txt", ".npz", ".svm") else name
         return DataFiles(
-            name=name,
+            name=stem_of(path),
             train=source_of(path),
             test=own_test,
             ignored_train=_ignored_beside(path),

@@ -48,6 +48,7 @@ __all__ = [
     "scan_source",
     "source_of",
     "split_of",
+    "stem_of",
 ]
 
 Format = Literal["xmc", "pair", "svmlight", "npz"]
@@ -81,6 +82,7 @@ class Source:
         return self.format != "svmlight"
 
     def path_of(self, part: Part) -> Path:
+        """The file of the features or of the labels."""
         return self.features if part == "features" else self.labels
 
     def size_problem(self, part: Part, size: int, expected: str, hint: str) -> Problem:
@@ -194,6 +196,12 @@ def _namings(name: str, *, of_features: bool) -> Iterator[tuple[str, str]]:
             rest = name.removeprefix(starts[mine])
             yield starts[0] + rest, starts[1] + rest
             return
+
+
+def stem_of(path: Path) -> str:
+    """The name of a file without what says its format."""
+    name = _plain_name(path)
+    return next((name.removesuffix(end) for end in (".txt", ".npz", *_SVMLIGHT_ENDS) if name.endswith(end)), name)
 
 
 def _plain_name(path: Path) -> str:

@@ -19,10 +19,8 @@ from xmc_midx.data import cache, dataset
 from xmc_midx.data.check import check_dataset
 from xmc_midx.data.dataset import load_dataset, load_features, load_split
 from xmc_midx.data.formats import write_xmc
-from xmc_midx.data.ignored import read_ignored
 from xmc_midx.data.npz import write_npz
 from xmc_midx.data.pairs import write_sparse
-from xmc_midx.data.problems import ProblemList
 from xmc_midx.data.sources import Source, source_of, stem_of
 from xmc_midx.data.svmlight import write_svmlight
 from xmc_midx.errors import DataError
@@ -301,37 +299,6 @@ def test_label_maps_are_used_where_they_fit_and_pointed_out_where_not(
 
 
 # --- Filter files
-
-
-def test_a_filter_file_is_pairs(tmp_path: Path) -> None:
-    path = tmp_path / "filter_labels_test.txt"
-    path.write_bytes(b"0 3\n2 1\r\n\n 2\t1 \n0 0\n0 3\n")
-    assert read_ignored(path, 3, 4).toarray().tolist() == [[1, 0, 0, 1], [0] * 4, [0, 1, 0, 0]]
-    for text in (b"", b"\n\n"):
-        path.write_bytes(text)
-        assert read_ignored(path, 3, 4).nnz == 0
-    found = ProblemList(9)
-    path.write_bytes(b"0 4\n3 0\n1 1\n0,1\n-1 0\n1 1 1\n")
-    assert read_ignored(path, 3, 4, report=found).nnz == 1
-    assert [(p.line, p.kind, p.text) for p in found.problems] == [
-        (1, "pair-range", "label 4 is outside 0..3 (the split has 4 labels)."),
-        (2, "pair-range", "instance 3 is outside 0..2 (the split has 3 instances)."),
-        (4, "token", "'0,1' is not `instance label`."),
-        (5, "token", "'-1 0' is not `instance label`."),
-        (6, "token", "'1 1 1' is not `instance label`."),
-    ]
-    with pytest.raises(DataError, match=r"filter_labels_test\.txt:1: label 4 is outside 0\.\.3"):
-        read_ignored(path, 3, 4)
-
-
-def test_a_long_filter_file_is_read_as_by_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xmc_midx.data.files.CHUNK_BYTES", 1000)
-    pairs = np.random.default_rng(0).integers(0, [500, 60], (3000, 2))
-    path = tmp_path / "filter.txt.gz"
-    np.savetxt(path, pairs, fmt="%d")
-    expected = np.zeros((500, 60))
-    expected[pairs[:, 0], pairs[:, 1]] = 1
-    assert (read_ignored(path, 500, 60).toarray() == expected).all()
 
 
 def test_evaluation_passes_over_the_pairs_of_a_filter_file(

@@ -184,6 +184,14 @@ def test_a_check_goes_on_without_the_faulty_entries(tmp_path: Path) -> None:
     ]
 
 
+def test_matrices_of_other_numbers_of_rows_are_no_pair(tmp_path: Path) -> None:
+    put(tmp_path)
+    save_npz(tmp_path / "Y.trn.npz", csr_matrix(Y[:2]))
+    message = r"Y\.trn\.npz: there are 2 rows of labels, expected 3 as of features in X\.trn\.npz\. Are both files of"
+    with pytest.raises(DataError, match=message):
+        load_dataset(tmp_path)
+
+
 def test_what_is_no_matrix_is_named(tmp_path: Path) -> None:
     put(tmp_path)
     path = tmp_path / "X.trn.npz"

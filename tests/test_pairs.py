@@ -104,12 +104,19 @@ def test_labels_are_what_is_stored_and_not_zero(tmp_path: Path) -> None:
 
 def test_files_of_other_numbers_of_rows_are_no_pair(tmp_path: Path) -> None:
     paths = put_pair(tmp_path, b"3 2\n0:1\n1:1\n\n", b"2 4\n3:1\n1:1\n")
-    with pytest.raises(DataError, match=r"trn_X_Y\.txt: holds 2 rows of labels, expected 3 as trn_X_Xf\.txt has\. Are"):
+    with pytest.raises(
+        DataError, match=r"trn_X_Y\.txt:1: there are 2 rows of labels, expected 3 as of features in trn"
+    ):
         scan_pair(*paths, raise_error)
     found = ProblemList(1)
     scan = scan_pair(*paths, found)
     assert scan is not None and scan.features.shape[0] == scan.labels.shape[0] == 2
     assert found.count(kind="rows") == 1
+    # A file that is cut is one fault, not two.
+    found = ProblemList(1)
+    scan = scan_pair(*put_pair(tmp_path, b"3 2\n0:1\n1:1\n\n", b"3 4\n3:1\n1:1\n"), found)
+    assert scan is not None and scan.features.shape[0] == scan.labels.shape[0] == 2
+    assert [problem.text for problem in found.problems] == ["the file ends after 2 instances, the header says 3."]
 
 
 def test_both_files_are_read_to_the_end_before_anyone_is_told(tmp_path: Path) -> None:

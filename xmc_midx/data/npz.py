@@ -54,7 +54,8 @@ def scan_npz(path: Path, report: Report, *, column: Column = "feature") -> Matri
     except MemoryError:
         raise ResourceError(f"{path}: its arrays do not fit into the memory.") from None
     places = RowPlaces(file=str(path))
-    return MatrixScan(matrix=_checked(values, ids, offsets, shape, places, column, report), places=places)
+    matrix = _checked(values, ids, offsets, shape, places, column, report)
+    return MatrixScan(matrix=matrix, num_rows=shape[0], places=places)
 
 
 def _read_csr(path: Path, arrays: ArrayFile) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64], tuple[int, int]]:

@@ -77,7 +77,7 @@ def scan_sparse(
     table = RowTable(rules, report, num_rows=num_rows, source=source, line_by_line=line_by_line)
     table.read(lines, itertools.chain([(2, rest)] if rest else [], chunks))
     warn_of_cut(lines, report)
-    return MatrixScan(matrix=table.features(), places=RowPlaces(file=str(path), first_line=2))
+    return MatrixScan(matrix=table.features(), num_rows=num_rows, places=RowPlaces(file=str(path), first_line=2))
 
 
 def write_sparse(path: str | Path, matrix: csr_matrix[Any]) -> None:

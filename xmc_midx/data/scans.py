@@ -61,6 +61,8 @@ class MatrixScan:
 
     matrix: csr_matrix[Any]
     """float32, ids ascending in each row, without duplicates, finite."""
+    num_rows: int
+    """That the file states; a file that ends before is a fault of its own."""
     places: RowPlaces
 
 
@@ -78,18 +80,23 @@ class SplitScan:
 
 def join_scans(features: MatrixScan, labels: MatrixScan, report: Report) -> SplitScan:
     """A split of two files; another number of rows is a fault of the labels, kind `rows`."""
-    num_rows, num_labelled = features.matrix.shape[0], labels.matrix.shape[0]
-    if num_rows != num_labelled:
-        text = f"holds {num_labelled} rows of labels, expected {num_rows} as {Path(features.places.file).name} has."
-        hint = "Are both files whole, and of the same data set?"
-        report(Problem(kind="rows", file=labels.places.file, text=text, hint=hint))
-    least = min(num_rows, num_labelled)
+    if features.num_rows != labels.num_rows:
+        name = Path(features.places.file).name
+        text = f"there are {labels.num_rows} rows of labels, expected {features.num_rows} as of features in {name}."
+        line = 1 if labels.places.first_line else None
+        hint = "Are both files of the same split?"
+        report(Problem(kind="rows", file=labels.places.file, line=line, text=text, hint=hint))
+    least = min(features.matrix.shape[0], labels.matrix.shape[0])
     return SplitScan(
-        features=canonical(features.matrix[:least]) if num_rows > least else features.matrix,
-        labels=ones_like(labels.matrix[:least] if num_labelled > least else labels.matrix, labels.places, report),
+        features=_head(features.matrix, least),
+        labels=ones_like(_head(labels.matrix, least), labels.places, report),
         features_at=features.places,
         labels_at=labels.places,
     )
+
+
+def _head(matrix: csr_matrix[Any], num_rows: int) -> csr_matrix[Any]:
+    return matrix if matrix.shape[0] == num_rows else canonical(matrix[:num_rows])
 
 
 def ones_like(labels: csr_matrix[Any], places: RowPlaces, report: Report) -> csr_matrix[Any]:

@@ -29,7 +29,7 @@ from xmc_midx.errors import DataError, DivergedError, DownloadError, ResourceErr
 from xmc_midx.types import EpochStats, MetricReport, SamplerDiagnosis, Spread, TopK
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("train", "evaluate", "predict", "diagnose", "check", "plan", "datasets", "download", "demo")
+COMMANDS = ("train", "evaluate", "predict", "diagnose", "check", "convert", "plan", "datasets", "download", "demo")
 ESCAPE = "\x1b"
 METRICS = {f"{family}@{k}": 0.1 * k for family in ("P", "nDCG", "R", "PSP", "PSnDCG") for k in (1, 3, 5)}
 REPORT = MetricReport(metrics=METRICS, num_instances=2515, num_without_labels=14, propensity_a=0.55, propensity_b=1.5)
@@ -898,6 +898,16 @@ def test_text_is_told_from_rows_where_the_run_has_a_vocabulary(
         stdin(content.encode())
         cli("predict", tmp_path / "other", source)
         assert not isinstance(calls[-1]["content"], list), "this run has no vocabulary"
+
+
+@pytest.mark.parametrize("name", ["a.svm", "a.libsvm.gz", "X.trn.npz", "trn_X_Xf.txt"])
+def test_a_file_that_is_called_rows_is_never_text(
+    name: str, cli: Any, pipeline: Any, calls: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "vocabulary.txt").touch()
+    (tmp_path / name).write_text("# made by hand\n0 1:1\n")
+    assert cli("predict", tmp_path, tmp_path / name).code == 0
+    assert not isinstance(calls[-1]["content"], list)
 
 
 def test_a_file_of_texts_and_label_lists(cli: Any, pipeline: Any, calls: Any, tmp_path: Path) -> None:

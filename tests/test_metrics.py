@@ -20,7 +20,7 @@ from xmc_midx.metrics import (
 )
 from xmc_midx.types import TopK
 
-NUM_CASES = 300
+NUM_CASES = 1000
 
 
 def make_top(rows, width=None):
@@ -83,8 +83,10 @@ def by_definition(true, predicted, q, k):
     }
 
 
+@pytest.mark.fault("R16")
 @pytest.mark.parametrize("block", range(10))
-def test_random_cases_equal_the_plain_definition(block):
+def test_random_cases_equal_the_plain_definition(block, record_property):
+    record_property("count", NUM_CASES // 10)
     for seed in range(block * NUM_CASES // 10, (block + 1) * NUM_CASES // 10):
         true, predicted, num_labels, frequencies, num_train, a, b = random_case(seed)
         report = evaluate_topk(
@@ -106,8 +108,10 @@ def test_random_cases_equal_the_plain_definition(block):
         assert report.num_without_labels == sum(len(row) == 0 for row in true)
 
 
+@pytest.mark.fault("R16")
 @pytest.mark.parametrize("block", range(10))
-def test_random_cases_equal_napkinxc(block):
+def test_random_cases_equal_napkinxc(block, record_property):
+    record_property("count", NUM_CASES // 10)
     for seed in range(block * NUM_CASES // 10, (block + 1) * NUM_CASES // 10):
         true, predicted, num_labels, frequencies, num_train, a, b = random_case(seed)
         if not any(len(row) for row in true):

@@ -43,6 +43,7 @@ __all__ = [
     "evaluate_topk",
     "instance_scores",
     "inverse_propensity",
+    "without_ignored",
 ]
 
 DEFINITIONS: Mapping[str, str] = {
@@ -156,6 +157,36 @@ def evaluate_topk(
         propensity_a=None if weight_L is None else float(A),
         propensity_b=None if weight_L is None else float(B),
     )
+
+
+def without_ignored(top: TopK, labels: csr_matrix, ignored: csr_matrix | None) -> tuple[TopK, csr_matrix]:
+    """Predictions and truth without the labels that are passed over; what follows in a ranking moves up.
+
+    Some sets name such labels for each instance in a filter file: the instance itself, where instances are labels too.
+    Both of what comes back may go to `evaluate_topk` and `breakdown_by_frequency`.
+
+    Parameters
+    ----------
+    top, labels : as in `evaluate_topk`. To have k labels left, an instance needs k more than are passed over.
+    ignored : (N, L), not 0 where a label is passed over; None passes over nothing.
+
+    Raises
+    ------
+    DataError : `ignored` is not of the shape of `labels`.
+    """
+    if ignored is None:
+        return top, labels
+    if ignored.shape != labels.shape or top.label_ids.shape[0] != labels.shape[0]:
+        raise DataError(f"The ignored labels are {ignored.shape}, the true ones {labels.shape}.")
+    ignored, labels = _canonical(ignored), _canonical(labels)
+    is_out = _hits(top.label_ids, ignored)
+    # A stable sort by "is it out?" keeps the ranking of the others and moves the rest to the end.
+    order = np.argsort(is_out, axis=1, kind="stable")
+    ids = np.take_along_axis(np.where(is_out, -1, top.label_ids), order, axis=1)
+    scores = np.take_along_axis(np.where(is_out, -np.inf, top.scores), order, axis=1).astype(np.float32)
+    kept = csr_matrix(labels - labels.multiply(ignored))
+    kept.eliminate_zeros()
+    return TopK(label_ids=ids, scores=scores), kept
 
 
 def instance_scores(

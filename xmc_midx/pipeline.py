@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,11 @@ from scipy.sparse import csr_matrix
 
 from xmc_midx import __version__
 from xmc_midx.config import SAMPLER_NAMES, Config
-from xmc_midx.data.dataset import Split, XmcDataset, load_dataset, load_split
+from xmc_midx.data.dataset import Split, XmcDataset, load_dataset, load_features
 from xmc_midx.data.predictions import read_predictions
 from xmc_midx.data.registry import match_spec
 from xmc_midx.errors import DataError, ResourceError, UsageError
-from xmc_midx.metrics import breakdown_by_frequency, evaluate_topk
+from xmc_midx.metrics import breakdown_by_frequency, evaluate_topk, without_ignored
 from xmc_midx.recipe import DataShape, resolve
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.types import DEFAULT_KS, MetricReport, Reporter, SamplerDiagnosis, SilentReporter, TopK
@@ -233,6 +233,9 @@ def train(
     reporter.start("read", None)
     dataset = load_dataset(data, test=test)
     training = _training_split(dataset, data)
+    if not training.source.states_sizes:
+        sizes = f"{dataset.num_features} features and {dataset.num_labels} labels"
+        reporter.message(f"{training.path}: states no sizes; the largest ids make {sizes}")
     resolved = resolve(config or Config(), _shape(dataset, training))
     _refuse_what_does_not_fit(resolved, dataset, training, Path(output), reporter)
     with RunDirectory.create(
@@ -423,16 +426,17 @@ def _train_result(session: TrainingSession, dataset: XmcDataset, *, has_test: bo
         assert dataset.test is not None, "load_dataset read it"
         predictor = Predictor.load(run.path, device=run.config.training.device)
         a, b, _ = _propensity(None, None, dataset, predictor.num_train)
-        top = predictor.predict(dataset.test.features, k=max(DEFAULT_KS), reporter=session.reporter)
+        k = _k_with_ignored(dataset.test, max(DEFAULT_KS))
+        top = predictor.predict(dataset.test.features, k=k, reporter=session.reporter)
         report = evaluate_topk(
-            top,
-            dataset.test.labels,
+            *without_ignored(top, dataset.test.labels, dataset.test.ignored),
             ks=DEFAULT_KS,
             label_frequencies=predictor.label_frequencies,
             num_train=predictor.num_train,
             A=a,
             B=b,
         )
+        report = _with_ignored(report, dataset.test)
     return TrainResult(
         run=str(run.path),
         finished=session.finished,
@@ -482,16 +486,16 @@ def evaluate(
     """
     reporter = reporter or SilentReporter()
     reporter.start("read", None)
-    dataset = load_dataset(data)
-    split = dataset.test if dataset.test is not None else dataset.train
-    assert split is not None, "a dataset has a split"
-    if dataset.test is None and Path(data).is_dir():
-        raise DataError(f"{data}: has no test split to evaluate on.", hint="Give the file itself.")
     predictor = None
     if run is not None:
         from xmc_midx.predictor import Predictor
 
         predictor = Predictor.load(run, device=device, verify=verify)
+    dataset = load_dataset(data, sizes=None if predictor is None else (predictor.num_features, predictor.num_labels))
+    split = dataset.test if dataset.test is not None else dataset.train
+    assert split is not None, "a dataset has a split"
+    if dataset.test is None and Path(data).is_dir():
+        raise DataError(f"{data}: has no test split to evaluate on.", hint="Give the file itself.")
     frequencies, num_train = _training_frequencies(predictor, dataset)
     a, b, source = _propensity(A, B, dataset, num_train)
     seconds = 0.0
@@ -506,18 +510,30 @@ def evaluate(
             raise UsageError("There is nothing to evaluate: expected a run directory or a predictions file.")
         _check_labels(predictor, dataset, max(ks))
         started = time.perf_counter()
-        top = predictor.predict(split.features, k=max(ks), reporter=reporter)
+        top = predictor.predict(split.features, k=_k_with_ignored(split, max(ks)), reporter=reporter)
         seconds = time.perf_counter() - started
-    report = evaluate_topk(top, split.labels, ks=ks, label_frequencies=frequencies, num_train=num_train, A=a, B=b)
+    top, labels = without_ignored(top, split.labels, split.ignored)
+    report = evaluate_topk(top, labels, ks=ks, label_frequencies=frequencies, num_train=num_train, A=a, B=b)
+    report = _with_ignored(report, split)
     groups: Sequence[Any] = ()
     if frequencies is not None:
-        groups = breakdown_by_frequency(top, split.labels, frequencies, k=max(ks))
+        groups = breakdown_by_frequency(top, labels, frequencies, k=max(ks))
     return Evaluation(
         report=report,
         propensity_source=source,
         seconds=seconds,
         breakdown=[asdict(group) for group in groups],
     )
+
+
+def _with_ignored(report: MetricReport, split: Split) -> MetricReport:
+    return report if split.ignored is None else replace(report, num_ignored=split.ignored.nnz)
+
+
+def _k_with_ignored(split: Split, k: int) -> int:
+    """Labels to predict of each instance so that k are left without those that are passed over."""
+    most = 0 if split.ignored is None else int(np.diff(split.ignored.indptr).max(initial=0))
+    return min(k + most, int(split.labels.shape[1]))
 
 
 def _training_frequencies(
@@ -595,7 +611,7 @@ def predict(
     allowed = None if allow is None else _read_label_ids(Path(allow), predictor.num_labels)
     denied = None if deny is None else _read_label_ids(Path(deny), predictor.num_labels)
     instances: csr_matrix | Sequence[str]
-    instances = load_split(input).features if isinstance(input, str | Path) else input
+    instances = load_features(input, predictor.num_features) if isinstance(input, str | Path) else input
     top = predictor.predict(instances, k=k, allow=allowed, deny=denied, reporter=reporter)
     return Prediction(top=top, label_names=predictor.label_names)
 
@@ -804,6 +820,7 @@ def _report_dict(report: MetricReport) -> dict[str, Any]:
         "metrics": dict(report.metrics),
         "num_instances": report.num_instances,
         "num_without_labels": report.num_without_labels,
+        "num_ignored": report.num_ignored,
         "propensity": {"A": report.propensity_a, "B": report.propensity_b},
         "definition": report.definition,
     }

@@ -23,7 +23,7 @@ import typer
 from typer.core import TyperCommand
 
 from xmc_midx import __version__
-from xmc_midx.cli import check, datasets, demo, diagnose, download, evaluate, plan, predict, render, train
+from xmc_midx.cli import check, convert, datasets, demo, diagnose, download, evaluate, plan, predict, render, train
 from xmc_midx.errors import XmcMidxError
 from xmc_midx.signals import Terminated, interrupt_on_signals
 
@@ -77,6 +77,7 @@ for _module, _function in (
     (predict, predict.predict),
     (diagnose, diagnose.diagnose),
     (check, check.check),
+    (convert, convert.convert),
     (plan, plan.plan),
     (datasets, datasets.datasets),
     (download, download.download),

@@ -123,8 +123,10 @@ def predict(
 def _input(source: str, *, run: str, text: bool) -> Iterator[str | Path | list[str]]:
     """What the pipeline reads: a path, or texts. Rows on stdin go to a file first."""
     if source != "-":
+        from xmc_midx.data.sources import is_named
+
         path = Path(source)
-        as_text = path.is_file() and (text or _looks_like_text(_first_line(path), run))
+        as_text = path.is_file() and (text or (not is_named(path) and _looks_like_text(_first_line(path), run)))
         yield _texts(path.read_bytes(), source) if as_text else source
         return
     if sys.stdin.isatty():

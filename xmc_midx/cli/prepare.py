@@ -142,9 +142,9 @@ def _print_result(result: Preparation) -> None:
     kind = "numbered as in the text" if result.label_kind == "ids" else "known by name"
     render.print_text(f"{result.num_features:,} features; {result.num_labels:,} labels, {kind}.")
     if number := result.num_unseen_labels:
+        subject, rest = ("label is", "it, yet it counts") if number == 1 else ("labels are", "them, yet they count")
         render.print_text(
-            f"{number:,} {'label is' if number == 1 else 'labels are'} in the test split alone: no training instance has "
-            f"{'it' if number == 1 else 'them'}, yet {'it counts' if number == 1 else 'they count'} in the metrics."
+            f"{number:,} {subject} in the test split alone: no training instance has {rest} in the metrics."
         )
     render.print_text(f"Prepared in {render.duration(result.seconds)}.")
     render.print_line()

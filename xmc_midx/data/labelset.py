@@ -189,8 +189,8 @@ class RawLabels:
                 number = sum(mark in label for label in self._numbers)
                 if 2 * number > self.num_distinct:
                     yield (
-                        f"every instance has one label, and {number:,} of {self.num_distinct:,} labels hold {mark!r}; is "
-                        f"that the separator? --label-separator '{mark}'."
+                        f"every instance has one label, and {number:,} of {self.num_distinct:,} labels hold "
+                        f"{mark!r}; is that the separator? --label-separator '{mark}'."
                     )
 
     def _place(self, label: str) -> tuple[Path, int]:

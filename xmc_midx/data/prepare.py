@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
@@ -39,7 +39,6 @@ _OURS = {f"{name}.txt{suffix}" for name in ("train", "test", "labels", "vocabula
 """All that a directory may hold which is replaced."""
 
 _TEXTS_AT_ONCE = 4096
-_NO_LABELS = "Is the label column the right one?"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,57 +122,53 @@ def prepare(
         raise UsageError("A test file and a test fraction were given; expected one of them.")
     if test_fraction is not None and not 0 < test_fraction < 1:
         raise UsageError(f"Test fraction {test_fraction:g}: expected a share between 0 and 1.")
-    path, target = Path(text), Path(output).resolve()
-    with _place_for(target, force=force) as staging:
-        layout = layout or TextLayout()
+    layout = layout or TextLayout()
+    with _place_for(Path(output).resolve(), force=force) as staging:
         names = None if label_names is None else read_label_names(label_names)
         found = RawLabels()
-        train, held_out = _Split(path, found), _Split(path, found)
+        train, held_out = _Split(Path(text), found), None
         reporter.start("read", None)
-        records = _some(read_texts(path, layout), path)
-        if test_fraction is not None:
-            records = _hold_out(records, held_out, test_fraction, seed)
+        records = train.records(layout)
+        waiting: Iterable[str] = ()
+        if test is not None:
+            held_out = _Split(Path(test), found)
+            waiting = held_out.texts(held_out.records(layout), reporter)
+        elif test_fraction is not None:
+            held_out, waiting = _Split(train.path, found), []
+            records = _hold_out(records, held_out, waiting, test_fraction, seed)
         vocabulary, train.features = Vocabulary.fit_transform(
             train.texts(records, reporter),
             min_document_frequency=min_document_frequency,
             max_features=max_features,
             max_ngram=max_ngram,
         )
-        splits = {"train": train}
-        if test is not None:
-            held_out = _Split(Path(test), found)
-            held_out.transform(held_out.texts(_some(read_texts(test, layout), Path(test)), reporter), vocabulary)
-            splits["test"] = held_out
-        elif test_fraction is not None:
-            held_out.transform(held_out.kept, vocabulary)
-            splits["test"] = held_out
-            if not held_out.kept:
-                raise DataError(
-                    f"{path}: {test_fraction:g} of {len(train.labels.counts)} instances are none, expected some to test.",
-                    hint="Raise --test-fraction, or try another --seed.",
-                )
         if not train.labels.numbers:
-            raise DataError(f"{path}: no instance has a label, so there is nothing to learn.", hint=_NO_LABELS)
+            fact = f"{train.path}: no instance has a label, so there is nothing to learn."
+            raise DataError(fact, hint="Is the label column the right one?")
+        splits = {"train": train}
+        if held_out is not None:
+            splits["test"] = held_out
+            held_out.transform(waiting, vocabulary)
         labels = found.assign(train.labels, kind=label_kind, names=names)
         for remark in found.remarks(labels, train.labels):
             reporter.message(f"warning: {remark}")
         reporter.start("write", None)
         files = _write(staging, splits, labels, vocabulary, compress=compress)
-        counts = {name: split.counts() for name, split in splits.items()}
+    unseen = set() if held_out is None else set(held_out.labels.numbers) - set(train.labels.numbers)
     return Preparation(
         directory=str(output),
         files=files,
-        train=counts["train"],
-        test=counts.get("test"),
+        train=train.counts(),
+        test=None if held_out is None else held_out.counts(),
         num_features=vocabulary.num_features,
         num_labels=labels.num_labels,
         label_kind=labels.kind,
-        num_unseen_labels=len(set(held_out.labels.numbers) - set(train.labels.numbers)),
+        num_unseen_labels=len(unseen),
         seconds=time.monotonic() - began,
     )
 
 
-@dataclass(slots=True, kw_only=False, eq=False)
+@dataclass(slots=True, eq=False)
 class _Split:
     """A split that is being read."""
 
@@ -182,8 +177,14 @@ class _Split:
     labels: LabelRows = field(default_factory=LabelRows)
     features: csr_matrix[Any] | None = None
     num_empty_texts: int = 0
-    kept: list[str] = field(default_factory=list)
-    """Texts that wait for the vocabulary."""
+
+    def records(self, layout: TextLayout) -> Iterator[TextRecord]:
+        """The records of the file, at least one; the first is read at once, and with it most faults are found."""
+        records = read_texts(self.path, layout)
+        first = next(records, None)
+        if first is None:
+            raise DataError(f"{self.path}: holds no instance, expected at least one.")
+        return chain([first], records)
 
     def take(self, record: TextRecord) -> str:
         """Note the labels, pass the text on."""
@@ -191,12 +192,12 @@ class _Split:
         self.num_empty_texts += not record.text.strip()
         return record.text
 
-    def texts(self, records: Iterator[TextRecord], reporter: Reporter) -> Iterator[str]:
+    def texts(self, records: Iterable[TextRecord], reporter: Reporter) -> Iterator[str]:
         for record in records:
             reporter.step()
             yield self.take(record)
 
-    def transform(self, texts: Any, vocabulary: Vocabulary) -> None:
+    def transform(self, texts: Iterable[str], vocabulary: Vocabulary) -> None:
         """Features, some texts at a time."""
         texts = iter(texts)
         parts = [vocabulary.transform([])]
@@ -216,22 +217,19 @@ class _Split:
         )
 
 
-def _some(records: Iterator[TextRecord], path: Path) -> Iterator[TextRecord]:
-    """The records of a file, at least one."""
-    first = next(records, None)
-    if first is None:
-        raise DataError(f"{path}: holds no instance, expected at least one.")
-    return chain([first], records)
-
-
-def _hold_out(records: Iterator[TextRecord], held_out: _Split, fraction: float, seed: int) -> Iterator[TextRecord]:
-    """Pass the training records on, keep the others in `held_out`."""
+def _hold_out(
+    records: Iterator[TextRecord], held_out: _Split, texts: list[str], fraction: float, seed: int
+) -> Iterator[TextRecord]:
+    """Pass the training records on, put the texts of the others into `texts`."""
     for record in records:
         digest = hashlib.blake2b(f"{seed}\n{record.text}".encode(errors="surrogatepass"), digest_size=8).digest()
         if int.from_bytes(digest, "big") < fraction * 2**64:
-            held_out.kept.append(held_out.take(record))
+            texts.append(held_out.take(record))
         else:
             yield record
+    if not texts:
+        fact = f"{held_out.path}: no instance was held out as the test split ({fraction:g} of them)"
+        raise DataError(f"{fact}, expected some.", hint="Raise --test-fraction, or try another --seed.")
 
 
 # -------------------------------------------------------------------- the directory
@@ -279,7 +277,7 @@ def _place_for(target: Path, *, force: bool) -> Iterator[Path]:
                 _clean(target, aside)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ResourceError(f"{error.filename or target}: cannot be written: {reason}.") from error
+        raise ResourceError(f"{target}: cannot be written: {reason}.") from error
 
 
 @contextmanager

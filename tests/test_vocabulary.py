@@ -88,7 +88,7 @@ def test_a_token_has_no_more_words_than_the_first_line_says(tmp_path):
     two = HEADER.replace("tokens ", "tokens 1 to 2 times ")
     assert Vocabulary.load(write(tmp_path / "v.txt", "graph theory\t2", header=two)).tokens == ("graph theory",)
     for header, token in ((two, "a graph theory"), (two, "graph theory tool"), (HEADER, "graph theory")):
-        with pytest.raises(DataError, match="v.txt:2: .* can never occur"):
+        with pytest.raises(DataError, match=r"v\.txt:2: .* can never occur"):
             Vocabulary.load(write(tmp_path / "v.txt", f"{token}\t2", header=header))
     with pytest.raises(DataError, match="another token rule"):
         Vocabulary.load(write(tmp_path / "v.txt", "graph\t2", header=HEADER.replace("tokens ", "tokens 1 to 9 times ")))

@@ -29,7 +29,7 @@ from xmc_midx.errors import DataError, DivergedError, DownloadError, ResourceErr
 from xmc_midx.types import EpochStats, MetricReport, SamplerDiagnosis, Spread, TopK
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("train", "evaluate", "predict", "diagnose", "check", "plan", "datasets", "download", "demo")
+COMMANDS = ("train", "evaluate", "predict", "diagnose", "prepare", "check", "plan", "datasets", "download", "demo")
 ESCAPE = "\x1b"
 METRICS = {f"{family}@{k}": 0.1 * k for family in ("P", "nDCG", "R", "PSP", "PSnDCG") for k in (1, 3, 5)}
 REPORT = MetricReport(metrics=METRICS, num_instances=2515, num_without_labels=14, propensity_a=0.55, propensity_b=1.5)
@@ -65,6 +65,7 @@ class FakeEvaluation:
     report: MetricReport = REPORT
     propensity_source: str = "registry: Bibtex"
     seconds: float = 0.5
+    breakdown_by: str = "head-tail"
     breakdown: tuple[dict[str, Any], ...] = (HEAD, {**HEAD, "group": "unseen", "recall": None})
 
     def as_dict(self) -> dict[str, Any]:
@@ -709,6 +710,8 @@ def test_evaluate_passes_its_options_on(cli: Any, pipeline: Any, calls: Any, tmp
         "d",
         "--predictions",
         file,
+        "--breakdown",
+        "deciles",
         "--k",
         "5, 1,1",
         "--A",
@@ -724,6 +727,7 @@ def test_evaluate_passes_its_options_on(cli: Any, pipeline: Any, calls: Any, tmp
             "run": None,
             "data": "d",
             "predictions": str(file),
+            "breakdown": "deciles",
             "ks": (1, 5),
             "A": 0.5,
             "B": 2.0,

@@ -25,7 +25,7 @@ Files (.gz, .bz2, .xz as well):
 Examples:
   xmc-midx prepare train.tsv --test test.tsv --out data/mine
   xmc-midx prepare posts.csv --text-column title --text-column body \\
-      --label-column tags --label-separator ' ' --test-fraction 0.1 --out posts
+      --label-column tags --label-separator ' ' --test-fraction .1 --out posts
   xmc-midx prepare trn.json.gz --test tst.json.gz \\
       --label-names lbl.json.gz --out data/LF-AmazonTitles-131K"""
 

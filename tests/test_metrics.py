@@ -378,3 +378,41 @@ def test_a_breakdown_by_deciles_covers_every_true_label_once():
     assert sum(group.num_true for group in groups) == sum(map(len, true)) > 0
     assert sum(group.num_labels for group in groups) == num_labels
     assert sum(group.share_of_true for group in groups) == pytest.approx(1)
+
+
+def test_metrics_and_propensities_equal_pyxclib():
+    """Where pyxclib is installed; its nDCG is float32."""
+    xclib = pytest.importorskip("xclib.evaluation.xc_metrics")
+    k, num_compared = 5, 0
+    for seed in range(NUM_CASES // 4):
+        true, predicted, num_labels, frequencies, num_train, a, b = random_case(seed)
+        # It wants k predictions of every instance, and as many labels.
+        ids = [row + [label for label in range(num_labels) if label not in row][: k - len(row)] for row in predicted]
+        if num_labels < k or not any(len(row) for row in true):
+            continue
+        train = csr_matrix((np.arange(num_train)[:, None] < frequencies[None, :]).astype(np.float64))
+        inverse = xclib.compute_inv_propesity(train, a, b)
+        np.testing.assert_allclose(inverse_propensity(frequencies, num_train, a, b), inverse, rtol=1e-12)
+        top, labels = np.array([row[:k] for row in ids]), make_labels(true, num_labels).astype(np.float64)
+        theirs = {
+            "P": xclib.precision(top, labels, k=k, sorted=True),
+            "nDCG": xclib.ndcg(top, labels, k=k, sorted=True),
+            "R": xclib.recall(top, labels, k=k, sorted=True),
+            "PSP": xclib.psprecision(top, labels, inverse, k=k, sorted=True),
+            "PSnDCG": xclib.psndcg(top, labels, inverse, k=k, sorted=True),
+        }
+        ours = evaluate_topk(
+            make_top(top.tolist()),
+            labels,
+            ks=range(1, k + 1),
+            label_frequencies=frequencies,
+            num_train=num_train,
+            A=a,
+            B=b,
+        )
+        for family, values in theirs.items():
+            tolerance = 1e-6 if "nDCG" in family else 1e-9
+            mine = [ours.metrics[f"{family}@{rank}"] for rank in range(1, k + 1)]
+            np.testing.assert_allclose(mine, values, rtol=0, atol=tolerance, err_msg=f"case {seed}: {family}")
+        num_compared += 1
+    assert num_compared > 100

@@ -273,7 +273,8 @@ def frequency_deciles(label_frequencies: NDArray[Any]) -> list[tuple[str, int, i
 
     With the labels in falling order of frequency, a frequency belongs to decile `floor(10 c) + 1`, c being the share of
     all positives that precede the middle of its own. A frequency with many labels can fill several deciles: then some
-    are left out. (Ours; deciles of the labels would put half of them, all of one instance, into five of ten groups.)
+    are left out. (As pyxclib's decile plots, but that labels of one frequency stay together; tenths of the labels would
+    put half of them, all of one instance, into five groups of ten.)
 
     Parameters
     ----------

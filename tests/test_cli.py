@@ -380,6 +380,14 @@ def test_the_help_of_train_names_every_sampler(cli: Any) -> None:
         (["evaluate", "r", "d", "--k", "0"], "--k 0: expected"),
         (["evaluate", "r", "d", "--k", ""], "expected whole numbers"),
         (["evaluate", "r", "d", "--A", "x"], "'--A'"),
+        (["evaluate", "r", "d", "--breakdown", "tenths"], "'tenths' is not one of 'head-tail', 'deciles'"),
+        (["prepare", "t.tsv"], "Missing option '--out'"),
+        (["prepare", "t.tsv", "--out", "d", "--min-df", "0"], "'--min-df'"),
+        (["prepare", "t.tsv", "--out", "d", "--ngrams", "9"], "'--ngrams'"),
+        (["prepare", "t.tsv", "--out", "d", "--label-kind", "numbers"], "'numbers' is not one of"),
+        (["prepare", "t.tsv", "--out", "d", "--test-fraction", "2"], "Test fraction 2: expected a share"),
+        (["prepare", "t.tsv", "--out", "d", "--delimiter", ";;"], "Delimiter ';;': expected one character"),
+        (["prepare", "t.pdf", "--out", "d"], "the name does not say what it is"),
         (["evaluate", "-", "d"], "nothing to evaluate. Give a run directory or --predictions"),
         (["evaluate", "-", "d", "--predictions", "/nowhere"], "--predictions /nowhere: is no file"),
         (["diagnose", "r"], "Missing argument 'DATA'"),
@@ -692,6 +700,16 @@ def test_no_metric_is_printed_without_its_definition(cli: Any, pipeline: Any) ->
     assert "A = 0.55, B = 1.5 (registry: Bibtex)" in text
     assert "Over 2,515 instances; the 14 without labels count as 0" in text
     assert re.search(r"^head +over 100 +1,234 +25\.00 +75\.00 +50\.00$", text, re.M)
+    assert "Head labels have over 100 training instances" in text and "recall@5: hits of the group" in text
+
+
+def test_the_breakdown_says_what_its_groups_are(cli: Any, pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    decile = HEAD | {"group": "decile 1", "min_frequency": 57, "max_frequency": 1024}
+    made_up = FakeEvaluation(breakdown_by="deciles", breakdown=(decile,))
+    monkeypatch.setattr(pipeline, "evaluate", lambda run, **options: made_up)
+    text = cli("evaluate", "r", "d", "--breakdown", "deciles").out
+    assert re.search(r"^decile 1 +57 to 1,024 +1,234", text, re.M)
+    assert "Decile 1 holds the most frequent labels" in text and "Head labels" not in text
 
 
 def test_absent_propensities_are_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -174,6 +174,23 @@ def test_a_table_that_is_wrong_is_refused_with_its_line(text: str, message: str,
     assert str(caught.value).startswith(f"{path}{message}")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("instance,label,score\n0,1,2\n", ":1: 'instance,label,score' is neither `label:score label:score ...` nor"),
+        ('\n{"instance": 0, "labels": []}\n', ':2: \'{"instance": 0, "labels": []}\' is neither'),
+        ("[[1, 2], [3]]", "--format xmc, tsv or npz."),
+        ("0,1\t2\n", "Separate the columns by tabs."),
+    ],
+)
+def test_another_format_is_refused_with_those_that_are_read(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text(text)
+    with pytest.raises(DataError) as caught:
+        read_predictions(path, 9, num_instances=2)
+    assert message in str(caught.value)
+
+
 GOOD = {
     "label_ids": np.array([[3, 1], [2, -1]]),
     "scores": np.array([[1.0, 0.5], [0.25, -np.inf]], dtype=np.float32),

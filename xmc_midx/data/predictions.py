@@ -81,6 +81,8 @@ def read_predictions(
     chunks = itertools.chain([first] if first else [], chunks)
     if first and _is_table(first[1]):
         return _read_table(path, chunks, num_labels, num_instances).best(path, k)
+    if first:
+        _refuse_other_formats(path, first[1])
     return _read_text(path, lines, chunks, num_labels, num_instances).best(path, k)
 
 
@@ -96,6 +98,20 @@ def _is_table(chunk: bytes) -> bool:
     line = chunk.lstrip().partition(b"\n")[0]
     columns = line.split(b"\t")
     return len(columns) >= 3 and not any(b":" in column for column in columns[:3])
+
+
+def _refuse_other_formats(path: Path, chunk: bytes) -> None:
+    """What is no pair at all is better said here than by a reader of pairs."""
+    text = chunk.lstrip()
+    line = text.partition(b"\n")[0].rstrip(b"\r")
+    if not line or _HEADER.fullmatch(line) or (b":" in line and line[:1] not in (b"{", b"[")):
+        return
+    place = f"{path}:{1 + chunk[: len(chunk) - len(text)].count(10)}"
+    hint = "`predict` writes both, and .npz: --format xmc, tsv or npz."
+    raise DataError(
+        f"{place}: {excerpt(line)} is neither `label:score label:score ...` nor tab-separated instance, label, score.",
+        hint="Separate the columns by tabs." if b"," in line and line[:1] not in (b"{", b"[") else hint,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import io
 import re
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -281,8 +282,12 @@ def test_no_pickle_is_loaded_and_no_size_is_believed(tmp_path: Path, monkeypatch
             read_predictions(path, 9, num_instances=2)
     # 100 MB of zeros in 100 kB, behind an array of 32 bytes: read up to its end, not unpacked.
     bomb(path, b"{'descr': '<i8', 'fortran_order': False, 'shape': (2, 2)}", body=b"\0" * 100_000_000)
+    tracemalloc.start()
     with pytest.raises(DataError, match="not as long as it states"):
         read_predictions(path, 9, num_instances=2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000
     assert not (tmp_path / "ran").exists()
 
 

@@ -272,6 +272,8 @@ def test_a_directory_that_holds_something_stays_as_it_is(text: Path, tmp_path: P
     with pytest.raises(DataError):
         prepare(write(tmp_path / "bad.tsv", "x"), output=out, force=True)
     assert set(contents(out)) == {"train.txt.gz", "labels.txt.gz", "vocabulary.txt.gz"}
+    with pytest.raises(DataError):
+        prepare(tmp_path / "bad.tsv", output=tmp_path / "new" / "er" / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tsv", "bad.tsv", "out"]
 
 

@@ -101,8 +101,12 @@ def test_the_xmc_repository_s_json(tmp_path: Path) -> None:
     ]
     path = write(tmp_path / "trn.json.gz", gzip.compress("\n".join(lines).encode()))
     assert pairs(path) == [(1, "Apple pie of apples", ("3", "5")), (2, "Pear ", ())]
-    names = write(tmp_path / "lbl.json", '{"uid": "L1", "title": " red "}\n{"title": "blue"}\n')
-    assert list(read_names(names)) == ["red", "blue"]
+    titles = [" red ", "two\tcolumns\nand lines", "", "x" * 2000, "\ud800"]
+    lines = [json.dumps({"uid": "L", "title": title}) for title in titles]
+    names = write(tmp_path / "lbl.json.gz", gzip.compress("\n".join(lines).encode()))
+    assert list(read_names(names)) == ["red", "two columns and lines", "2", "x" * 2000, "?"]
+    with pytest.raises(DataError, match=r":1: has no key 'title'"):
+        list(read_names(write(tmp_path / "lbl.json", '{"uid": "L"}')))
 
 
 def test_numbers_and_strings_of_json_are_labels(tmp_path: Path) -> None:

@@ -39,13 +39,11 @@ class LabelRows:
         self.numbers, self.counts = array("i"), array("i")
 
     def matrix(self, labels: LabelSet) -> csr_matrix[Any]:
-        """(N, L) float32 ones, ids ascending in each row."""
+        """(N, L) float32 ones, ids in any order in a row."""
         ids = labels.ids[np.frombuffer(self.numbers, dtype=np.int32)] if self.numbers else np.empty(0, dtype=np.int64)
         offsets = np.concatenate([[0], np.cumsum(np.frombuffer(self.counts, dtype=np.int32), dtype=np.int64)])
         ones = np.ones(len(ids), dtype=np.float32)
-        matrix = csr_matrix((ones, ids, offsets), shape=(len(self.counts), labels.num_labels))
-        matrix.sort_indices()
-        return matrix
+        return csr_matrix((ones, ids, offsets), shape=(len(self.counts), labels.num_labels))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

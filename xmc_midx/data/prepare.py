@@ -14,7 +14,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -255,6 +255,7 @@ def _place_for(target: Path, *, force: bool) -> Iterator[Path]:
     _refuse_what_is_there(target, force=force)
     staging = target.with_name(f".{target.name}.{uuid.uuid4().hex}.preparing")
     aside = target.with_name(f".{target.name}.replaced")
+    missing = [path for path in target.parents if not path.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=target.parent):
@@ -278,6 +279,11 @@ def _place_for(target: Path, *, force: bool) -> Iterator[Path]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ResourceError(f"{target}: cannot be written: {reason}.") from error
+    finally:
+        if not target.exists():
+            with suppress(OSError):
+                for path in missing:
+                    path.rmdir()
 
 
 @contextmanager

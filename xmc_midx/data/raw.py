@@ -137,14 +137,18 @@ def read_texts(path: str | Path, layout: TextLayout | None = None) -> Iterator[T
 def read_names(path: str | Path) -> Iterator[str]:
     """Label names of JSON lines, `title` of each object, as in the XMC repository's `lbl.json`.
 
+    Titles are those of products and pages: runs of white space become one blank, and an empty one is shown as the
+    label's number, as in `read_labels`.
+
     Raises
     ------
-    DataError : with `file:line`, as `read_texts`; also where a name is empty.
+    DataError : with `file:line`: a line is no object, or has no `title`.
     """
     path = Path(path)
-    for line, record in _objects(path):
-        place = f"{path}:{line}"
-        yield _checked_label(_text_of(record, "title", place), place)
+    for number, (line, record) in enumerate(_objects(path)):
+        title = " ".join(_text_of(record, "title", f"{path}:{line}").split())
+        # A lone surrogate cannot be written.
+        yield title.encode("utf-8", "replace").decode() or str(number)
 
 
 # ------------------------------------------------------------------------ lines

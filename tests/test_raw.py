@@ -7,6 +7,7 @@ import csv
 import gzip
 import json
 import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -230,7 +231,9 @@ def test_delimiters_that_cannot_be_one(layout: dict[str, str]) -> None:
         TextLayout(**layout)
 
 
-def test_fuzzed_files_are_read_or_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_files", [600, pytest.param(10_000, marks=pytest.mark.soak)])
+@pytest.mark.fault("R8")
+def test_fuzzed_files_are_read_or_refused(num_files: int, tmp_path: Path, record_property: Callable[..., None]) -> None:
     """Bytes changed, lost and doubled: a record for every line that is there, or an error with a place."""
     rng = np.random.default_rng(3)
     sound = {
@@ -239,7 +242,7 @@ def test_fuzzed_files_are_read_or_refused(tmp_path: Path) -> None:
         "a.jsonl": b'{"text": "one", "labels": ["x", "y"]}\n{"text": "three", "labels": [3]}\n',
     }
     outcomes = {"read": 0, "refused": 0}
-    for case in range(600):
+    for case in range(num_files):
         name = list(sound)[case % 3]
         content = bytearray(sound[name])
         for _ in range(rng.integers(1, 3)):
@@ -258,4 +261,5 @@ def test_fuzzed_files_are_read_or_refused(tmp_path: Path) -> None:
             outcomes["read"] += 1
             if name != "a.csv":
                 assert len(records) == len([line for line in bytes(content).split(b"\n") if line.strip(b" \r")])
-    assert min(outcomes.values()) > 100
+    assert min(outcomes.values()) > num_files / 6
+    record_property("count", num_files)

@@ -26,7 +26,7 @@ FAULTS = {
     "R11": "loss, gradient or weight that is not finite",
     "R12": "too little memory",
     "R15": "two trainings in one run directory",
-    "R16": "metrics against napkinXC and the plain definition: ties, pads, short and empty rows",
+    "R16": "metrics of random cases against napkinXC and the plain definition",
     "R17": "draws against the law, estimates without bias",
     "R18": "closed streams, narrow or no terminal, locale, odd paths",
 }

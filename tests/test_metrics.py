@@ -84,8 +84,8 @@ def by_definition(true, predicted, q, k):
     }
 
 
-@pytest.mark.parametrize("block", range(10))
 @pytest.mark.fault("R16")
+@pytest.mark.parametrize("block", range(10))
 def test_random_cases_equal_the_plain_definition(block, record_property):
     record_property("count", NUM_CASES // 10)
     for seed in range(block * NUM_CASES // 10, (block + 1) * NUM_CASES // 10):
@@ -109,8 +109,8 @@ def test_random_cases_equal_the_plain_definition(block, record_property):
         assert report.num_without_labels == sum(len(row) == 0 for row in true)
 
 
-@pytest.mark.parametrize("block", range(10))
 @pytest.mark.fault("R16")
+@pytest.mark.parametrize("block", range(10))
 def test_random_cases_equal_napkinxc(block, record_property):
     record_property("count", NUM_CASES // 10)
     for seed in range(block * NUM_CASES // 10, (block + 1) * NUM_CASES // 10):

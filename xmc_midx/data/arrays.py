@@ -1,7 +1,7 @@
 """Layer 2. Arrays of an .npz file, of which nothing is run and nothing is believed.
 
-Before it: nothing. After it: `predictions`. No pickles; an array is read only if its header has the shape and type that
-are expected, and only so many bytes as that says, whatever the archive unpacks to.
+Before it: nothing. After it: `npz` and `predictions`. No pickles; an array is read only if its header has the shape and
+type that are expected, and only so many bytes as that says, whatever the archive unpacks to.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["ArrayFile", "open_arrays"]
 
 _MAX_HEADER_BYTES = 10_000
 _BLOCK_BYTES = 2**20
-_KINDS = {"iu": "integers", "fiu": "numbers", "SU": "a word"}
+_KINDS = {"iu": "integers", "fiu": "numbers", "fbiu": "numbers", "SU": "a word"}
 _DAMAGE = (
     *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError),
     *(ValueError, NotImplementedError, OverflowError, RuntimeError, KeyError),
@@ -56,7 +56,7 @@ class ArrayFile:
         Parameters
         ----------
         name : one of `names`.
-        kinds : letters of the dtypes' kinds: `"iu"`, `"fiu"` or `"SU"`.
+        kinds : letters of the dtypes' kinds: `"iu"`, `"fiu"`, `"fbiu"` or `"SU"`.
         shape : expected sizes; None takes any.
         most : entries that are read at most.
 

@@ -21,13 +21,16 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from xmc_midx.data.files import SUFFIXES
-from xmc_midx.data.formats import MAX_SIZE, read_labels
+from xmc_midx.data.formats import read_labels
 from xmc_midx.data.raw import read_names
 from xmc_midx.errors import DataError
 
 __all__ = ["LabelKind", "LabelRows", "LabelSet", "NameList", "RawLabels", "read_label_names"]
 
 LabelKind = Literal["auto", "ids", "names"]
+
+MAX_LABELS = 2**31 - 1
+"""Largest number of labels: ids are int32."""
 
 _ID = re.compile("0|[1-9][0-9]*")
 
@@ -133,7 +136,7 @@ class RawLabels:
         )
 
     def _assign_ids(self, names: NameList | None) -> LabelSet:
-        most = MAX_SIZE if names is None else len(names.names)
+        most = MAX_LABELS if names is None else len(names.names)
         ids = []
         for label in self._numbers:
             # int() refuses thousands of digits.

@@ -98,10 +98,11 @@ def test_the_xmc_repository_s_json(tmp_path: Path) -> None:
     lines = [
         '{"uid": "A1", "title": "Apple pie", "content": "of apples", "target_ind": [3, 17, 5], '
         '"target_rel": [1.0, 0.0, 0.5]}',
-        '{"uid": "A2", "title": "Pear", "content": "", "target_ind": [], "target_rel": []}',
+        '{"uid": "A2", "title": "Pear", "target_ind": [], "target_rel": []}',
+        '{"uid": "A3", "title": "Fig", "content": "", "target_ind": [7], "target_rel": [1]}',
     ]
     path = write(tmp_path / "trn.json.gz", gzip.compress("\n".join(lines).encode()))
-    assert pairs(path) == [(1, "Apple pie of apples", ("3", "5")), (2, "Pear ", ())]
+    assert pairs(path) == [(1, "Apple pie of apples", ("3", "5")), (2, "Pear", ()), (3, "Fig ", ("7",))]
     titles = [" red ", "two\tcolumns\nand lines", "", "x" * 2000, "\ud800"]
     lines = [json.dumps({"uid": "L", "title": title}) for title in titles]
     names = write(tmp_path / "lbl.json.gz", gzip.compress("\n".join(lines).encode()))

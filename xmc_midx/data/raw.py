@@ -49,6 +49,7 @@ MAX_NAME = 500
 _TEXT_KEY = "text"
 _LABEL_KEYS = ("labels", "label")
 _HEADS = ({"labels", "text"}, {"label", "text"})
+_XMC_TEXTS = ("title", "content")
 _XMC_LABELS, _XMC_RELEVANCE = "target_ind", "target_rel"
 
 
@@ -356,7 +357,9 @@ def _read_jsonl(path: Path, layout: TextLayout) -> Iterator[TextRecord]:
         place = f"{path}:{line}"
         keys = keys or _keys(record, layout, place)
         text_keys, label_key = keys
-        text = " ".join(_text_of(record, key, place) for key in text_keys)
+        # Sets of titles alone leave the content out.
+        keys_there = [key for key in text_keys if layout.text_columns or key in record or key != _XMC_TEXTS[1]]
+        text = " ".join(_text_of(record, key, place) for key in keys_there)
         yield TextRecord(line, text, _labels_of(record, label_key, place))
 
 
@@ -379,7 +382,7 @@ def _keys(record: Mapping[str, Any], layout: TextLayout, place: str) -> tuple[Se
     """The keys of text and labels, from the first record where they are not given."""
     texts: Sequence[str] = layout.text_columns
     if not texts:
-        texts = [key for key in ("title", "content") if key in record] if _TEXT_KEY not in record else [_TEXT_KEY]
+        texts = next((keys for keys in ((_TEXT_KEY,), _XMC_TEXTS) if keys[0] in record), ())
     wanted = (*_LABEL_KEYS, _XMC_LABELS) if layout.label_column is None else (layout.label_column,)
     label_key = next((key for key in wanted if key in record), None)
     if not texts or label_key is None:

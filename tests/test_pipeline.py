@@ -181,8 +181,14 @@ def test_predictions_of_a_file_score_like_the_model_that_made_them(
     from_model = evaluate(trained.run, data=topic_dir)
     assert from_file.report.metrics == pytest.approx(dict(from_model.report.metrics))
     assert (from_file.report.propensity_a, from_file.report.propensity_b) == (0.55, 1.5)
+    deciles = evaluate(None, data=topic_dir, predictions=path, breakdown="deciles")
+    assert deciles.report == from_file.report and deciles.as_dict()["breakdown_by"] == "deciles"
+    assert [group["group"] for group in deciles.breakdown][::10] == ["decile 1", "unseen"]
+    assert sum(group["num_hits"] for group in deciles.breakdown) == sum(g["num_hits"] for g in from_file.breakdown)
+    with pytest.raises(UsageError, match="expected head-tail or deciles"):
+        evaluate(None, data=topic_dir, predictions=path, breakdown="tenths")
     short = write_xmc(tmp_path / "short.txt", "\n".join(lines[:-1]) + "\n")
-    with pytest.raises(DataError, match="149 rows"):
+    with pytest.raises(DataError, match="the file ends after 149 instances, expected 150"):
         evaluate(None, data=topic_dir, predictions=short)
     with pytest.raises(UsageError, match="nothing to evaluate"):
         evaluate(None, data=topic_dir)

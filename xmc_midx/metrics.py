@@ -36,11 +36,13 @@ from xmc_midx.errors import DataError, UsageError
 from xmc_midx.types import DEFAULT_KS, MetricReport, TopK
 
 __all__ = [
+    "BREAKDOWNS",
     "DEFINITIONS",
     "FREQUENCY_GROUPS",
     "FrequencyGroup",
     "breakdown_by_frequency",
     "evaluate_topk",
+    "frequency_deciles",
     "instance_scores",
     "inverse_propensity",
     "without_ignored",
@@ -63,6 +65,13 @@ FREQUENCY_GROUPS: Sequence[tuple[str, int, int | None]] = (
 )
 """(name, fewest, most training instances of a label), both included; None has no upper end."""
 
+BREAKDOWNS: Mapping[str, str] = {
+    "head-tail": "head labels have over 100 training instances, torso 6 to 100, tail 1 to 5, unseen none",
+    "deciles": "decile 1 holds the most frequent labels, which together have a tenth of the training positives, "
+    "decile 2 those with the next tenth, ...; labels of one frequency stay together; unseen labels have no positive",
+}
+"""Name of a breakdown by training frequency -> the definition of its groups."""
+
 _CHUNK_ELEMENTS = 1 << 20
 """Ranks held at once: the working set stays at some tens of MB for any number of instances."""
 
@@ -75,7 +84,7 @@ class FrequencyGroup:
     """How the labels of one range of training frequency fare in the top k."""
 
     group: str
-    """`head`, `torso`, `tail` or `unseen`."""
+    """`head`, `torso`, `tail` or `unseen`; or `decile 1` to `decile 10`."""
     min_frequency: int
     """Fewest training instances of a label of the group."""
     max_frequency: int | None
@@ -288,6 +297,34 @@ def breakdown_by_frequency(
     ids_NK = top.label_ids[:, :cut]
     hit_ids = ids_NK[_hits(ids_NK, labels)]
     return [_group(name, low, high, frequency_L, labels.indices, hit_ids) for name, low, high in groups]
+
+
+def frequency_deciles(label_frequencies: NDArray[Any]) -> list[tuple[str, int, int | None]]:
+    """Ranges of training frequency that each hold about a tenth of the positives, for `breakdown_by_frequency`.
+
+    With the labels in falling order of frequency, a frequency belongs to decile `floor(10 c) + 1`, c being the share of
+    all positives that precede the middle of its own. A frequency with many labels can fill several deciles: then some
+    are left out. (As pyxclib's decile plots, but that labels of one frequency stay together; tenths of the labels would
+    put half of them, all of one instance, into five groups of ten.)
+
+    Parameters
+    ----------
+    label_frequencies : (L,) training instances of each label, >= 0.
+
+    Returns
+    -------
+    (name, fewest, most training instances) of each decile that is there, most frequent first, then `unseen` with 0.
+    """
+    frequencies, counts = np.unique(np.asarray(label_frequencies, dtype=np.int64), return_counts=True)
+    frequencies, counts = frequencies[frequencies > 0][::-1], counts[frequencies > 0][::-1]
+    mass = (frequencies * counts).astype(np.float64)
+    middles = np.cumsum(mass) - mass / 2
+    deciles = np.floor(10 * middles / max(mass.sum(), 1.0)).astype(np.int64) + 1
+    groups: list[tuple[str, int, int | None]] = []
+    for decile in np.unique(deciles):
+        members = frequencies[deciles == decile]
+        groups.append((f"decile {decile}", int(members.min()), int(members.max())))
+    return [*groups, ("unseen", 0, 0)]
 
 
 def _group(

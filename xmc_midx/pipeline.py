@@ -27,7 +27,14 @@ from xmc_midx.data.dataset import Split, XmcDataset, load_dataset, load_features
 from xmc_midx.data.predictions import read_predictions
 from xmc_midx.data.registry import match_spec
 from xmc_midx.errors import DataError, ResourceError, UsageError
-from xmc_midx.metrics import breakdown_by_frequency, evaluate_topk, without_ignored
+from xmc_midx.metrics import (
+    BREAKDOWNS,
+    FREQUENCY_GROUPS,
+    breakdown_by_frequency,
+    evaluate_topk,
+    frequency_deciles,
+    without_ignored,
+)
 from xmc_midx.recipe import DataShape, resolve
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.types import DEFAULT_KS, MetricReport, Reporter, SamplerDiagnosis, SilentReporter, TopK
@@ -138,6 +145,8 @@ class Evaluation:
     """Of prediction; 0 where predictions were read from a file."""
     breakdown: Sequence[Mapping[str, Any]]
     """Recall by label frequency; empty where the training frequencies are unknown."""
+    breakdown_by: str = "head-tail"
+    """The groups: a key of `xmc_midx.metrics.BREAKDOWNS`."""
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON document of `evaluate`."""
@@ -145,6 +154,7 @@ class Evaluation:
             **_report_dict(self.report),
             "propensity_source": self.propensity_source,
             "seconds": round(self.seconds, 3),
+            "breakdown_by": self.breakdown_by,
             "breakdown": [dict(group) for group in self.breakdown],
         }
 
@@ -462,6 +472,7 @@ def evaluate(
     data: str | Path,
     ks: Sequence[int] = DEFAULT_KS,
     predictions: str | Path | None = None,
+    breakdown: str = "head-tail",
     A: float | None = None,
     B: float | None = None,
     device: str = "auto",
@@ -475,7 +486,8 @@ def evaluate(
     run : run directory; None with `predictions`.
     data : name of a dataset, directory (its test split is evaluated), or one sparse feature file.
     ks : the k of the metrics.
-    predictions : a file of `label:score ...` lines, one an instance; scored instead of the run's model.
+    predictions : scored instead of the run's model: XMC text, TSV or .npz, see `xmc_midx.data.predictions`.
+    breakdown : groups of labels by training frequency: `"head-tail"` or `"deciles"`.
     A, B : propensity constants; None takes the registry's for a dataset of known sizes, else 0.55 and 1.5.
     device : where the model runs.
     verify : whether the hashes of the model's files are computed.
@@ -484,6 +496,8 @@ def evaluate(
     ------
     XmcMidxError : a file is invalid, or model, data and predictions do not fit one another.
     """
+    if breakdown not in BREAKDOWNS:
+        raise UsageError(f"breakdown is {breakdown!r}; expected {' or '.join(BREAKDOWNS)}.")
     reporter = reporter or SilentReporter()
     reporter.start("read", None)
     predictor = None
@@ -500,11 +514,7 @@ def evaluate(
     a, b, source = _propensity(A, B, dataset, num_train)
     seconds = 0.0
     if predictions is not None:
-        top = read_predictions(predictions, num_labels=dataset.num_labels)
-        if top.label_ids.shape[0] != split.labels.shape[0]:
-            raise DataError(
-                f"{predictions}: has {top.label_ids.shape[0]} rows; {split.path} has {split.labels.shape[0]} instances."
-            )
+        top = read_predictions(predictions, dataset.num_labels, num_instances=split.labels.shape[0])
     else:
         if predictor is None:
             raise UsageError("There is nothing to evaluate: expected a run directory or a predictions file.")
@@ -517,12 +527,14 @@ def evaluate(
     report = _with_ignored(report, split)
     groups: Sequence[Any] = ()
     if frequencies is not None:
-        groups = breakdown_by_frequency(top, labels, frequencies, k=max(ks))
+        ranges = FREQUENCY_GROUPS if breakdown == "head-tail" else frequency_deciles(frequencies)
+        groups = breakdown_by_frequency(top, labels, frequencies, k=max(ks), groups=ranges)
     return Evaluation(
         report=report,
         propensity_source=source,
         seconds=seconds,
         breakdown=[asdict(group) for group in groups],
+        breakdown_by=breakdown,
     )
 
 

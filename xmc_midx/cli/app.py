@@ -23,7 +23,20 @@ import typer
 from typer.core import TyperCommand
 
 from xmc_midx import __version__
-from xmc_midx.cli import check, convert, datasets, demo, diagnose, download, evaluate, plan, predict, render, train
+from xmc_midx.cli import (
+    check,
+    convert,
+    datasets,
+    demo,
+    diagnose,
+    download,
+    evaluate,
+    plan,
+    predict,
+    prepare,
+    render,
+    train,
+)
 from xmc_midx.errors import XmcMidxError
 from xmc_midx.signals import Terminated, interrupt_on_signals
 
@@ -76,6 +89,7 @@ for _module, _function in (
     (evaluate, evaluate.evaluate),
     (predict, predict.predict),
     (diagnose, diagnose.diagnose),
+    (prepare, prepare.prepare),
     (check, check.check),
     (convert, convert.convert),
     (plan, plan.plan),

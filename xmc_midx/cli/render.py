@@ -51,6 +51,7 @@ STAGES = {
     "download": "downloading",
     "unpack": "unpacking",
     "verify": "verifying",
+    "write": "writing",
 }
 """What a stage of the pipeline is called on the live line."""
 

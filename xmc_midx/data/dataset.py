@@ -274,6 +274,8 @@ def _nothing_found(directory: Path) -> DataError:
     shown = ", ".join(found[:6]) + (", ..." if len(found) > 6 else "") if found else "nothing"
     text = f"{directory}: holds {shown}, expected train.txt or test.txt (or .gz, .bz2, .xz)"
     hint = "Or trn_X_Xf.txt with trn_X_Y.txt, train.svm, X.trn.npz with Y.trn.npz; or name the file itself."
+    if any(name.startswith(("trn.json", "train.json")) for name in found):
+        hint = "Raw text: `xmc-midx prepare` makes features of it."
     return DataError(f"{text}.", hint=hint)
 
 

@@ -434,6 +434,7 @@ def _train_result(session: TrainingSession, dataset: XmcDataset, *, has_test: bo
     report = None
     if has_test and session.finished:
         assert dataset.test is not None, "load_dataset read it"
+        session.release()
         predictor = Predictor.load(run.path, device=run.config.training.device)
         a, b, _ = _propensity(None, None, dataset, predictor.num_train)
         k = _k_with_ignored(dataset.test, max(DEFAULT_KS))

@@ -147,6 +147,11 @@ class TrainingSession:
         self.finished = True
         self.run_directory.finish()
 
+    def release(self) -> None:
+        """Give tables and training rows back: what follows a finished training reads the run directory."""
+        del self.trainer, self._whole, self.held_out
+        release_freed_memory()
+
     def _run_epochs(self, started: float) -> None:
         patience = self.config.training.patience
         while self._pending is not None or (

@@ -46,14 +46,20 @@ _PROPENSITY_POWERS = (0.5, 0.25, 0.0)
 mostly free; where it is not, less is taken."""
 _PULL = 3.0
 """Of the coefficients towards the model alone, in instances: what a few hundred held-out ones say is half believed."""
+_CONSTANT = 1e-9
+"""Standard deviation up to which a term is the same for all candidates, but for rounding."""
+_NEGLIGIBLE = 1e-3
+"""A coefficient this close to 0, in standard deviations of its term, is 0."""
 _STANDARD_ERRORS = 0.5
 """By how many standard errors of the paired difference P may fall: less is chance."""
 _WORTH = 5e-4
 """What neighbours or ranker must add to the mean of P and PSP to be kept: they cost space and time."""
+_ENOUGH = 1000
+"""Held-out instances from which that can be told; fewer keep all that is there, and the fit weighs it."""
 _NAMES = ("model", "mixture", "votes", "frequency", "outside", "margin")
 _BOUNDS = ((0.0, None), (0.0, None), (0.0, None), (None, None), (None, 0.0), (0.0, None))
 """Of the coefficients: more mass, votes or margin never lower a score, absence from the shortlist never raises it."""
-_ALONE, _WITH_NEIGHBORS, _WITH_RANKER = (0, 3), (0, 1, 2, 3, 4), (0, 3, 5)
+_ALONE, _WITH_RANKER, _WITH_NEIGHBORS, _EVERYTHING = (0, 3), (0, 3, 5), (0, 1, 2, 3, 4), (0, 1, 2, 3, 4, 5)
 """Coefficients that are fitted, by what takes part."""
 
 _Floats = NDArray[np.float64]
@@ -310,11 +316,10 @@ def fit_interpolation(
     *,
     margin_of: MarginOf | None = None,
 ) -> Interpolation:
-    """Fit the coefficients on held-out instances, for the model alone, with ranker, with neighbours and with both, and
-    keep what pays.
+    """Fit the coefficients on held-out instances, and keep of neighbours and ranker what pays.
 
-    Compared is the mean of P@k and PSP@k at k = 1, 3, 5; but a gain in PSP is never paid for with P: the mean of P@k
-    must not be lower than the highest that any of them reaches by more than chance.
+    The tail is weighed as far as it costs nothing: a gain in PSP@k is never paid for with P@k (the mean of both is
+    over k = 1, 3, 5) by more than chance.
 
     Parameters
     ----------
@@ -327,35 +332,40 @@ def fit_interpolation(
     """
     count = 0 if found is None else found[0].shape[1]
     weight_L = inverse_propensity(label_frequencies, num_train)
-    no_votes = _candidates(shortlist, None, label_frequencies, margin_of)
-
-    def trial(candidates: _Candidates, free: tuple[int, ...], power: float, temperature: float) -> _Trial:
-        fitted = _fit(candidates, labels, weight_L**power, [*free])
-        named = dict(zip(_NAMES, fitted.tolist(), strict=True))
-        return scored(candidates, Interpolation(**named, temperature=temperature, count=count))
 
     def scored(candidates: _Candidates, settings: Interpolation) -> _Trial:
         scores = candidates.terms @ settings.coefficients
         top = _best(candidates, scores, labels.shape[0], max(DEFAULT_KS))
         return settings, instance_scores(top, labels, label_frequencies, num_train)
 
-    default = Interpolation().temperature
-    parts: list[tuple[_Candidates, tuple[int, ...], float]] = [(no_votes, _ALONE, default)]
+    def fit(part: _Part, power: float) -> _Trial:
+        candidates, free, temperature = part
+        named = dict(zip(_NAMES, _fit(candidates, labels, weight_L**power, [*free]).tolist(), strict=True))
+        return scored(candidates, Interpolation(**named, temperature=temperature, count=count))
+
+    no_votes = _candidates(shortlist, None, label_frequencies, margin_of)
+    parts: list[_Part] = [(no_votes, _ALONE, _TEMPERATURES[0])]
     if margin_of is not None:
-        parts.append((no_votes, _WITH_RANKER, default))
+        parts.append((no_votes, _WITH_RANKER, _TEMPERATURES[0]))
     if neighbors is not None and found is not None:
-        everything = _WITH_NEIGHBORS if margin_of is None else tuple(range(len(_NAMES)))
+        sets = [_WITH_NEIGHBORS] if margin_of is None else [_WITH_NEIGHBORS, _EVERYTHING]
         by_temperature = []
         for temperature in _TEMPERATURES:
-            votes = neighbors.votes(*found, temperature)
-            candidates = _candidates(shortlist, votes, label_frequencies, margin_of)
-            quality = _mean(trial(candidates, everything, _PROPENSITY_POWERS[0], temperature)[1])
-            by_temperature.append((quality, temperature, candidates))
-        _, temperature, candidates = max(by_temperature, key=lambda entry: entry[:2])
-        parts += [(candidates, free, temperature) for free in dict.fromkeys([_WITH_NEIGHBORS, everything])]
-    trials = [scored(no_votes, Interpolation(count=count))]
-    trials += [trial(part, free, power, t) for part, free, t in parts for power in _PROPENSITY_POWERS]
-    return _choose(trials)
+            candidates = _candidates(shortlist, neighbors.votes(*found, temperature), label_frequencies, margin_of)
+            by_temperature.append((candidates, sets[-1], temperature))
+        candidates, _, temperature = max(by_temperature, key=lambda part: _mean(fit(part, _PROPENSITY_POWERS[0])[1]))
+        parts += [(candidates, free, temperature) for free in sets]
+    power, whole = _highest_power([(power, fit(parts[-1], power)) for power in _PROPENSITY_POWERS])
+    plain = scored(no_votes, Interpolation(count=count))
+    if _p_is_higher(plain[1], whole[1]):
+        return plain[0]
+    if labels.shape[0] < _ENOUGH:
+        return whole[0]
+    for part in parts[:-1]:
+        smaller = fit(part, power)
+        if _mean(smaller[1]) > _mean(whole[1]) - _WORTH:
+            return smaller[0]
+    return whole[0]
 
 
 def _fit(candidates: _Candidates, labels: csr_matrix, weight_L: _Floats, free: list[int]) -> _Floats:
@@ -371,6 +381,7 @@ def _fit(candidates: _Candidates, labels: csr_matrix, weight_L: _Floats, free: l
     if not positive.any() or positive.all():
         return start
     spread = candidates.terms.std(axis=0)
+    spread[spread < _CONSTANT] = 0.0
     scale = np.where(spread > 0, spread, 1.0)
     terms = candidates.terms / scale
     num_rows = labels.shape[0]
@@ -400,7 +411,7 @@ def _fit(candidates: _Candidates, labels: csr_matrix, weight_L: _Floats, free: l
 
     bounds = [_BOUNDS[i] for i in free]
     result = minimize(loss, (start * scale)[free], jac=True, method="L-BFGS-B", bounds=bounds)
-    start[free] = result.x / scale[free]
+    start[free] = np.where(np.abs(result.x) < _NEGLIGIBLE, 0.0, result.x) / scale[free]
     return start
 
 
@@ -413,23 +424,23 @@ def _is_positive(candidates: _Candidates, labels: csr_matrix) -> NDArray[np.bool
 _Scores = tuple[_Floats, _Floats]
 """Of each instance: P@k and PSP@k, each averaged over k."""
 _Trial = tuple[Interpolation, _Scores]
+_Part = tuple[_Candidates, tuple[int, ...], float]
+"""Candidates, the coefficients that are free, and the temperature of the candidates' votes."""
 
 
-def _choose(trials: list[_Trial]) -> Interpolation:
-    """Of the trials whose P is the highest, but for chance (a paired comparison), the one with the highest mean of P
-    and PSP, less the worth of what it needs."""
-    highest = max(trials, key=lambda trial: float(trial[1][0].mean()))[1][0]
+def _highest_power(trials: list[tuple[float, _Trial]]) -> tuple[float, _Trial]:
+    """The first of the falling powers that no later one beats in P by more than chance."""
+    for place, (power, trial) in enumerate(trials):
+        if not any(_p_is_higher(later[1], trial[1]) for _, later in trials[place + 1 :]):
+            return power, trial
+    raise AssertionError("nothing comes after the last")
 
-    def is_level(scores: _Scores) -> bool:
-        loss = highest - scores[0]
-        error = loss.std() / np.sqrt(max(loss.shape[0], 1))
-        return bool(loss.mean() <= _STANDARD_ERRORS * error)
 
-    def worth(trial: _Trial) -> float:
-        settings, scores = trial
-        return _mean(scores) - _WORTH * (settings.needs_neighbors + settings.needs_ranker)
-
-    return max((trial for trial in trials if is_level(trial[1])), key=worth)[0]
+def _p_is_higher(scores: _Scores, reference: _Scores) -> bool:
+    """By more than chance: a paired comparison."""
+    gain = scores[0] - reference[0]
+    error = gain.std() / np.sqrt(max(gain.shape[0], 1))
+    return bool(gain.mean() > _STANDARD_ERRORS * error)
 
 
 def _mean(scores: _Scores) -> float:

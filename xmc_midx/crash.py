@@ -29,6 +29,7 @@ POINTS = (
     "validation.begun",
     "validation.done",
     "neighbours.begun",
+    "output.noted",
     "file.written",
     "file.renamed",
 )

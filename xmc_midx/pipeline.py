@@ -7,8 +7,10 @@ evaluated without it.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -16,14 +18,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 from scipy.sparse import csr_matrix
 
 from xmc_midx import __version__
 from xmc_midx.config import SAMPLER_NAMES, Config
-from xmc_midx.data.dataset import Split, XmcDataset, load_dataset, load_split
+from xmc_midx.data.dataset import Split, XmcDataset, load_dataset
 from xmc_midx.data.predictions import read_predictions
 from xmc_midx.data.registry import match_spec
 from xmc_midx.errors import DataError, ResourceError, UsageError
@@ -33,8 +35,11 @@ from xmc_midx.rundir import RunDirectory
 from xmc_midx.types import DEFAULT_KS, MetricReport, Reporter, SamplerDiagnosis, SilentReporter, TopK
 
 if TYPE_CHECKING:
+    from io import BufferedIOBase
+
+    from xmc_midx.data.instances import InstanceReader
     from xmc_midx.forecast import Forecast, TrainingData
-    from xmc_midx.predictor import Predictor
+    from xmc_midx.predictor import Predictor, Scores
     from xmc_midx.session import TrainingSession
 
 __all__ = [
@@ -43,12 +48,15 @@ __all__ = [
     "Evaluation",
     "Plan",
     "Prediction",
+    "PredictionChunk",
+    "PredictionStream",
     "TrainResult",
     "demo",
     "diagnose",
     "evaluate",
     "plan",
     "predict",
+    "predict_stream",
     "resume",
     "train",
 ]
@@ -569,50 +577,275 @@ def predict(
     *,
     input: str | Path | Sequence[str],
     k: int = 5,
+    scores: Scores = "logits",
+    threshold: float | None = None,
     allow: str | Path | None = None,
     deny: str | Path | None = None,
     device: str = "auto",
     verify: bool = True,
     reporter: Reporter | None = None,
 ) -> Prediction:
-    """The best labels of each instance of a file, or of raw texts.
+    """The best labels of each instance of a file, or of raw texts, all at once; `predict_stream` for more than fits.
+
+    Parameters
+    ----------
+    input : a sparse feature file or a file of raw texts, or a sequence of raw texts.
+    The others : as in `predict_stream`.
+    """
+    options: dict[str, Any] = {"k": k, "scores": scores, "threshold": threshold, "allow": allow, "deny": deny}
+    stream = predict_stream(run, input=input, **options, device=device, verify=verify, reporter=reporter)
+    return Prediction(top=_concatenate([chunk.top for chunk in stream], k), label_names=stream.label_names)
+
+
+def predict_stream(
+    run: str | Path,
+    *,
+    input: str | Path | BinaryIO | Sequence[str],
+    k: int = 5,
+    scores: Scores = "logits",
+    threshold: float | None = None,
+    allow: str | Path | None = None,
+    deny: str | Path | None = None,
+    text: bool | None = None,
+    shard: tuple[int, int] = (1, 1),
+    live: bool = False,
+    device: str = "auto",
+    verify: bool = True,
+    reporter: Reporter | None = None,
+) -> PredictionStream:
+    """The best labels of each instance, batch by batch, in constant memory. The model is loaded at once, the input read
+    as it is asked for.
 
     Parameters
     ----------
     run : run directory.
-    input : a sparse feature file (its labels, if any, are not looked at), or a sequence of raw texts.
+    input : a file of feature rows, with or without header and labels (which are not looked at), or of raw texts, a line
+        each; a binary stream of the same; or a sequence of raw texts.
     k : labels an instance, 1 to L.
-    allow, deny : files of label ids, one a line, that alone may, or may not, be predicted.
+    scores : `"logits"`: what the ranking is made by; `"probabilities"`: calibrated, that the label applies.
+    threshold : labels with a lower score are left out.
+    allow, deny : files of label ids or names, one a line, that alone may, or may not, be predicted.
+    text : whether the input is raw text; None looks at it, where the run has a vocabulary.
+    shard : (i, n): the i-th of n parts of a file, from 1; the parts' results, one after the other, are the whole's.
+    live : answer the lines of a stream as they come, in batches of what is at hand.
     device : where the model runs.
     verify : whether the hashes of the model's files are computed.
+
+    Raises
+    ------
+    XmcMidxError : an option or the model is at fault; faults of the input are raised when the stream comes to them.
     """
     from xmc_midx.predictor import Predictor
 
+    index, num_shards = shard
+    if not 1 <= index <= num_shards:
+        raise UsageError(f"shard {index}/{num_shards}: expected 1/{max(num_shards, 1)} to {num_shards}/{num_shards}.")
     reporter = reporter or SilentReporter()
-    reporter.start("read", None)
+    reporter.start("load", None)
     predictor = Predictor.load(run, device=device, verify=verify)
     _check_k(k, predictor.num_labels)
-    allowed = None if allow is None else _read_label_ids(Path(allow), predictor.num_labels)
-    denied = None if deny is None else _read_label_ids(Path(deny), predictor.num_labels)
-    instances: csr_matrix | Sequence[str]
-    instances = load_split(input).features if isinstance(input, str | Path) else input
-    top = predictor.predict(instances, k=k, allow=allowed, deny=denied, reporter=reporter)
-    return Prediction(top=top, label_names=predictor.label_names)
+    if scores == "probabilities":
+        predictor.require_calibration()
+    if text is None and predictor.vocabulary is None:
+        text = False
+    if text:
+        predictor.require_vocabulary()
+    options = {
+        "k": k,
+        "scores": scores,
+        "threshold": threshold,
+        "allow": None if allow is None else _read_label_ids(Path(allow), predictor),
+        "deny": None if deny is None else _read_label_ids(Path(deny), predictor),
+    }
+    return PredictionStream(
+        predictor, input, options, text=text, shard=shard, live=live, reporter=reporter, model=_model_digest(Path(run))
+    )
 
 
-def _read_label_ids(path: Path, num_labels: int) -> list[int]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictionChunk:
+    """The answers to consecutive instances."""
+
+    first: int
+    """Number of the first one, from 0."""
+    top: TopK
+    input_sha256: str
+    """Of the input's lines up to the last one of these."""
+
+
+class PredictionStream:
+    """Made by `predict_stream`; iterated once."""
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        source: str | Path | BinaryIO | Sequence[str],
+        options: Mapping[str, Any],
+        *,
+        text: bool | None,
+        shard: tuple[int, int],
+        live: bool,
+        reporter: Reporter,
+        model: str,
+    ) -> None:
+        self._predictor, self._source, self._options, self._text = predictor, source, options, text
+        self._shard, self._live, self._reporter, self._model = shard, live, reporter, model
+        self._next, self._input_sha256 = 0, ""
+
+    @property
+    def label_names(self) -> Sequence[str] | None:
+        return self._predictor.label_names
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the answers depend on besides the input; plain values."""
+        lists = {name: self._options[name] for name in ("allow", "deny")}
+        return {
+            "model": self._model,
+            **self._options,
+            **{name: None if ids is None else _digest_of(ids) for name, ids in lists.items()},
+            "text": self._text,
+            "shard": list(self._shard),
+        }
+
+    def go_on(self, next_instance: int, input_sha256: str) -> None:
+        """Leave out the instances before `next_instance`, the end of an earlier chunk; their lines must have this
+        sha256."""
+        self._next, self._input_sha256 = next_instance, input_sha256
+
+    def __iter__(self) -> Iterator[PredictionChunk]:
+        from xmc_midx.data.instances import BATCH_ROWS
+
+        if isinstance(self._source, Sequence) and not isinstance(self._source, str):
+            texts = self._source
+            self._reporter.start("predict", len(texts))
+            for first in range(0, len(texts), BATCH_ROWS):
+                yield self._answer(first, list(texts[first : first + BATCH_ROWS]), "")
+            return
+        reader = self._reader()
+        chosen, total = self._chosen()
+        started, done = False, 0
+        for batch in reader.batches(lambda number, first: number in chosen and first >= self._next):
+            self._check_place(reader, batch.first, batch.num_instances)
+            if not started:
+                known = total if total is not None else reader.num_instances
+                self._reporter.start("predict", known)
+                self._since, started = time.monotonic(), True
+            if batch.rows is None:
+                self._reporter.step(batch.num_instances if total is None else 0)
+                continue
+            done += batch.num_instances
+            rate = done / max(time.monotonic() - self._since, 1e-9)
+            yield self._answer(batch.first, batch.rows, reader.digest(), instances_per_second=rate)
+        if self._next > reader.num_given:
+            raise self._another_input()
+
+    def _answer(self, first: int, rows: csr_matrix | list[str], digest: str, **facts: float) -> PredictionChunk:
+        try:
+            top = self._predictor.predict(rows, **self._options)
+        except DataError as error:
+            raise DataError(
+                f"Instances {first} to {first + _length(rows) - 1}: {error.message}", hint=error.hint
+            ) from None
+        self._reporter.step(_length(rows), **facts)
+        return PredictionChunk(first=first, top=top, input_sha256=digest)
+
+    def _reader(self) -> InstanceReader:
+        from xmc_midx.data.files import LineChunks
+        from xmc_midx.data.instances import InstanceReader
+        from xmc_midx.data.problems import raise_error
+
+        num_features, source = self._predictor.num_features, self._source
+        if isinstance(source, str | Path):
+            live = self._live and not Path(source).is_file()
+            lines = LineChunks(Path(source), raise_error, live=live)
+        else:
+            live = self._live
+            stream = cast("BufferedIOBase", source)
+            lines = LineChunks(Path("standard input"), raise_error, stream=stream, live=live)
+        return InstanceReader(lines, num_features=num_features, text=self._text, live=live)
+
+    def _chosen(self) -> tuple[range, int | None]:
+        """The numbers of the shard's batches, and its instances (None: not counted)."""
+        index, num_shards = self._shard
+        if num_shards == 1:
+            return range(sys.maxsize), None
+        if not isinstance(self._source, str | Path) or not Path(self._source).is_file():
+            raise UsageError(
+                "A shard needs a file: its instances are counted first.",
+                hint="Split a stream before it comes here, or give each part its own file.",
+            )
+        self._reporter.start("read", None)
+        counts = [batch.num_instances for batch in self._reader().batches(lambda number, first: False)]
+        chosen = range(len(counts) * (index - 1) // num_shards, len(counts) * index // num_shards)
+        return chosen, sum(counts[chosen.start : chosen.stop])
+
+    def _check_place(self, reader: InstanceReader, first: int, count: int) -> None:
+        end = first + count
+        if first < self._next and (end > self._next or (end == self._next and reader.digest() != self._input_sha256)):
+            raise self._another_input()
+
+    def _another_input(self) -> DataError:
+        return DataError(
+            f"The input is not the one whose first {self._next} instances are answered already: its lines differ.",
+            hint="Remove the partial output to start anew.",
+        )
+
+
+def _length(rows: csr_matrix | list[str]) -> int:
+    return len(rows) if isinstance(rows, list) else int(rows.shape[0])
+
+
+def _concatenate(parts: list[TopK], k: int) -> TopK:
+    from xmc_midx.topk import concatenate_topk, empty_topk
+
+    return concatenate_topk(parts) if parts else empty_topk(0, k)
+
+
+def _model_digest(run: Path) -> str:
+    """sha256 of what names the model: the manifest of its best checkpoint, which has the hashes of its files, and what
+    is added to it."""
+    from xmc_midx.checkpoint import CheckpointStore
+
+    digest = hashlib.sha256()
+    manifest = CheckpointStore(run / "checkpoints").path_of("best") / "manifest.json"
+    for path in (manifest, run / "interpolation.json", run / "vocabulary.txt"):
+        digest.update(path.read_bytes() if path.exists() else b"-")
+    return digest.hexdigest()
+
+
+def _digest_of(ids: Sequence[int]) -> str:
+    return hashlib.sha256(np.unique(np.asarray(ids, dtype="<i8")).tobytes()).hexdigest()
+
+
+def _read_label_ids(path: Path, predictor: Predictor) -> list[int]:
+    """The labels of a list: an id or a name a line. Digits are an id, and a name may belong to several labels."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as text: {error}.") from None
-    ids = []
+    num_labels, names = predictor.num_labels, predictor.label_names
+    ids_of: dict[str, list[int]] = {}
+    for label, name in enumerate(names or ()):
+        ids_of.setdefault(name, []).append(label)
+    ids: list[int] = []
     for number, line in enumerate(lines, start=1):
         text = line.strip()
         if not text:
             continue
-        if not (text.isascii() and text.isdigit() and int(text) < num_labels):
-            raise DataError(f"{path}:{number}: {text!r} is no label id; expected 0 to {num_labels - 1}.")
-        ids.append(int(text))
+        if text.isascii() and text.isdigit() and int(text[:20]) < num_labels and len(text) < 20:
+            ids.append(int(text))
+        elif text in ids_of:
+            ids += ids_of[text]
+        elif names is None or re.fullmatch(r"[+-]?[\d.]+", text):
+            raise DataError(f"{path}:{number}: {text[:60]!r} is no label id; expected 0 to {num_labels - 1}.")
+        else:
+            near = difflib.get_close_matches(text, ids_of, n=1)
+            hint = f"Did you mean {near[0]}?" if near else None
+            raise DataError(
+                f"{path}:{number}: {text[:60]!r} is no label; expected a name or an id, 0 to {num_labels - 1}.",
+                hint=hint,
+            )
     return ids
 
 

@@ -5,16 +5,17 @@ Before it: checkpoints and index; after it: metrics and the command line.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, issparse
 
+from xmc_midx.calibration import BACKGROUND, Calibration, calibrate
 from xmc_midx.checkpoint import Checkpoint, CheckpointStore, refuse_misfits
-from xmc_midx.data.features import normalize_rows
+from xmc_midx.data.features import normalize_rows, rows_from_pairs
 from xmc_midx.device import find_device
 from xmc_midx.encoder import SparseEncoder
 from xmc_midx.errors import DataError, UsageError
@@ -28,7 +29,15 @@ from xmc_midx.types import LabelIndex, Reporter, SilentReporter, TopK
 if TYPE_CHECKING:
     from xmc_midx.data.vocabulary import Vocabulary
 
-__all__ = ["Predictor"]
+__all__ = ["Instances", "Predictor", "Scores"]
+
+Row = Mapping[int, float] | Sequence[tuple[int, float]]
+"""Of features: `{id: value}` or `[(id, value), ...]`."""
+Instances = csr_matrix | str | Row | Sequence[str] | Sequence[Row] | np.ndarray
+"""What `Predictor.predict` takes."""
+Scores = Literal["logits", "probabilities"]
+"""`logits`: what the ranking is made by, comparable within an instance; `probabilities`: the calibrated chance that the
+label applies (`xmc_midx.calibration`), comparable between instances."""
 
 
 class Predictor:
@@ -41,6 +50,7 @@ class Predictor:
     vocabulary : turns raw texts into features; None where the run has none.
     label_frequencies, num_train : (L,) int64 and N of the training split; None where unknown.
     interpolation, neighbors : what is added to the model's scores (`xmc_midx.interpolation`); None: the model alone.
+    calibration : what makes probabilities of the scores; None where no instances were held out.
     """
 
     def __init__(
@@ -55,11 +65,13 @@ class Predictor:
         num_train: int | None = None,
         interpolation: Interpolation | None = None,
         neighbors: NeighborIndex | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         self.encoder, self.index, self.normalize = encoder.eval(), index, normalize
         self.label_names, self.vocabulary = label_names, vocabulary
         self.label_frequencies, self.num_train = label_frequencies, num_train
         self.interpolation, self.neighbors = interpolation or Interpolation(), neighbors
+        self.calibration = calibration
 
     @classmethod
     def load(cls, run: str | Path, *, checkpoint: str = "best", device: str = "auto", verify: bool = True) -> Predictor:
@@ -70,7 +82,8 @@ class Predictor:
         run : as `train` wrote it.
         checkpoint : `"best"` or `"latest"`.
         device : as in `training.device`.
-        verify : whether the hashes of the model's files are computed; the sizes are compared in any case.
+        verify : whether the hashes of the model's files are computed; the sizes are compared in any case. The tables
+            are mapped, not copied: without hashes, a prediction on the CPU reads the rows that it needs alone.
 
         Raises
         ------
@@ -79,10 +92,10 @@ class Predictor:
         directory = RunDirectory.open(run)
         saved = CheckpointStore(directory.checkpoints).load(checkpoint, ["model"], verify=verify)
         with refuse_misfits(saved.path):
-            return cls._build(directory, saved, device)
+            return cls._build(directory, saved, device, verify)
 
     @classmethod
-    def _build(cls, directory: RunDirectory, saved: Checkpoint, device: str) -> Predictor:
+    def _build(cls, directory: RunDirectory, saved: Checkpoint, device: str, verify: bool) -> Predictor:
         model, config = saved.parts["model"], directory.config.model
         target = find_device(device)
         num_features, dim = model["encoder.embedding"].shape
@@ -95,7 +108,7 @@ class Predictor:
         )
         names = {n.removeprefix("encoder."): t for n, t in model.items() if n.startswith("encoder.")}
         encoder.load_state_dict(names, assign=True)
-        interpolation, neighbors = directory.interpolation()
+        interpolation, neighbors = directory.interpolation(verify=verify)
         index = ExactIndex(model["labels.weight"].to(target), model["labels.bias"].to(target))
         label_names = directory.label_names()
         if label_names is not None and len(label_names) != index.num_labels:
@@ -112,6 +125,7 @@ class Predictor:
             num_train=int(model["train.num_instances"]),
             interpolation=interpolation,
             neighbors=neighbors,
+            calibration=directory.calibration(),
         )
 
     @property
@@ -124,35 +138,106 @@ class Predictor:
 
     def predict(
         self,
-        instances: csr_matrix | str | Sequence[str],
+        instances: Instances,
         k: int = 5,
         *,
-        allow: Sequence[int] | None = None,
-        deny: Sequence[int] | None = None,
+        scores: Scores = "logits",
+        threshold: float | None = None,
+        allow: Sequence[int] | np.ndarray | None = None,
+        deny: Sequence[int] | np.ndarray | None = None,
         reporter: Reporter | None = None,
     ) -> TopK:
-        """The k best labels of each instance, with logits, or the scores of `interpolation` where it is fitted.
+        """The k best labels of each instance.
 
         Parameters
         ----------
-        instances : (N, F) feature rows, one raw text, or a sequence of raw texts (with a vocabulary).
+        instances : (N, F) feature rows (SciPy sparse or a NumPy array), one row or a sequence of rows as dictionaries
+            `{feature: value}` or lists of pairs, one raw text or a sequence of them (with a vocabulary).
         k : results an instance, >= 1; rows are padded with -1 where fewer labels may be returned.
+        scores : `"logits"`, or the scores of `interpolation` where it is fitted; or `"probabilities"`.
+        threshold : labels with a lower score are left out.
         allow, deny : label ids that alone may, or may not, be returned.
+
+        Raises
+        ------
+        DataError : the rows have other features than the model, or values that are not finite.
+        UsageError : there is no vocabulary for a text, no calibration for probabilities, or k is below 1.
         """
         reporter = reporter or SilentReporter()
         features = self._features(instances)
         if k < 1:
             raise UsageError(f"k is {k}; expected at least 1.")
-        allowed = None if allow is None else np.asarray(allow, dtype=np.int64)
-        denied = None if deny is None else np.asarray(deny, dtype=np.int64)
+        if scores not in ("logits", "probabilities"):
+            raise UsageError(f"scores is {scores!r}; expected 'logits' or 'probabilities'.")
+        if scores == "probabilities":
+            self.require_calibration()
+        allowed, denied = self._label_ids("allow", allow), self._label_ids("deny", deny)
         reporter.start("predict", features.shape[0])
         parts = []
         for rows, query_BD in self.encoder.encode(features):
-            parts.append(self._search(query_BD, features[rows], k, allowed, denied))
+            chunk = features[rows]
+            if scores == "logits":
+                top = self._search(query_BD, chunk, k, allowed, denied)
+            else:
+                top = self._probabilities(query_BD, chunk, k, allowed, denied)
+            parts.append(_finite(top, threshold, rows.start))
             reporter.step(rows.stop - rows.start)
         if not parts:
             return empty_topk(0, k)
         return concatenate_topk(parts)
+
+    def require_calibration(self) -> Calibration:
+        """What makes probabilities of the scores.
+
+        Raises
+        ------
+        UsageError : the run has none.
+        """
+        if self.calibration is None:
+            raise UsageError(
+                "The run has no calibration, so its scores are no probabilities: no instances were held out, or an "
+                "older version trained it.",
+                hint="Train with data.validation_fraction above 0, or use --scores logits.",
+            )
+        return self.calibration
+
+    def require_vocabulary(self) -> Vocabulary:
+        """What turns raw texts into features.
+
+        Raises
+        ------
+        UsageError : the run has none.
+        """
+        if self.vocabulary is None:
+            raise UsageError(
+                "The run has no vocabulary, so it cannot read raw text; expected sparse feature rows.",
+                hint="Train on a dataset directory with a vocabulary.txt.",
+            )
+        return self.vocabulary
+
+    def _probabilities(
+        self,
+        query_BD: torch.Tensor,
+        features: csr_matrix,
+        k: int,
+        allow: np.ndarray | None,
+        deny: np.ndarray | None,
+    ) -> TopK:
+        wide, settings = max(k, BACKGROUND), self.require_calibration()
+        top = self._search(query_BD, features, wide, allow, deny)
+        background = None
+        if allow is not None or deny is not None:
+            background = self._search(query_BD, features, wide, None, None)
+        top = calibrate(top, settings, background=background)
+        return TopK(label_ids=top.label_ids[:, :k], scores=top.scores[:, :k])
+
+    def _label_ids(self, name: str, ids: Sequence[int] | np.ndarray | None) -> np.ndarray | None:
+        if ids is None:
+            return None
+        found = np.asarray(ids, dtype=np.int64)
+        if found.size and not 0 <= found.min() <= found.max() < self.num_labels:
+            raise UsageError(f"{name}: holds a label id outside 0..{self.num_labels - 1}.")
+        return found
 
     def _search(
         self,
@@ -178,19 +263,55 @@ class Predictor:
             votes = keep_labels(self.neighbors.votes(*found, self.interpolation.temperature), allow, deny)
         return interpolate(top, votes, self.label_frequencies, self.interpolation, k)
 
-    def _features(self, instances: csr_matrix | str | Sequence[str]) -> csr_matrix:
-        if isinstance(instances, csr_matrix):
-            features = instances
-        elif self.vocabulary is None:
-            raise UsageError(
-                "The run has no vocabulary, so it cannot read raw text; expected sparse feature rows.",
-                hint="Train on a dataset directory with a vocabulary.txt.",
-            )
-        else:
-            features = self.vocabulary.transform([instances] if isinstance(instances, str) else instances)
+    def _features(self, instances: Instances) -> csr_matrix:
+        features = self._read(instances)
         if features.shape[1] != self.num_features:
             raise DataError(
                 f"The instances have {features.shape[1]} features; the model was trained with {self.num_features}.",
                 hint="Is this the model of another dataset?",
             )
+        if not np.isfinite(features.data).all():
+            raise DataError("The instances hold a value that is not finite; expected numbers.")
         return normalize_rows(features) if self.normalize == "l2" else features
+
+    def _read(self, instances: Instances) -> csr_matrix:
+        if issparse(instances) or isinstance(instances, np.ndarray):
+            if instances.ndim != 2:
+                raise UsageError(f"The instances have {instances.ndim} dimensions; expected rows of features: (N, F).")
+            with np.errstate(over="ignore"):
+                features = csr_matrix(instances, dtype=np.float32)
+            if not features.has_canonical_format:
+                features = features.copy()
+                features.sum_duplicates()
+            return features
+        if isinstance(instances, str):
+            return self._read_texts([instances])
+        if isinstance(instances, Mapping) or (len(instances) and _is_pair(instances[0])):
+            return rows_from_pairs([instances], self.num_features)  # type: ignore[list-item]
+        if all(isinstance(instance, str) for instance in instances):
+            return self._read_texts(instances)  # type: ignore[arg-type]
+        return rows_from_pairs(instances, self.num_features)  # type: ignore[arg-type]
+
+    def _read_texts(self, texts: Sequence[str]) -> csr_matrix:
+        if not texts:
+            return rows_from_pairs([], self.num_features)
+        return self.require_vocabulary().transform(texts)
+
+
+def _is_pair(value: Any) -> bool:
+    """Whether a value is a feature and its value, rather than a row of them."""
+    return isinstance(value, tuple) and len(value) == 2 and not isinstance(value[0], tuple | list)
+
+
+def _finite(top: TopK, threshold: float | None, first: int) -> TopK:
+    """`top` without the labels below the threshold; a score that is no number is refused."""
+    if np.isnan(top.scores).any():
+        row = first + int(np.flatnonzero(np.isnan(top.scores).any(axis=1))[0])
+        raise DataError(
+            f"Instance {row}: its scores are not finite, so it has no best labels.",
+            hint="Are its feature values of the size of those that the model was trained with?",
+        )
+    if threshold is None:
+        return top
+    kept = top.scores >= threshold
+    return TopK(label_ids=np.where(kept, top.label_ids, -1), scores=np.where(kept, top.scores, -np.inf))

@@ -3,7 +3,8 @@
 config.yaml          the resolved configuration          run.json       versions, seed, data, hardware, command
 checkpoints/<step>/  see `xmc_midx.checkpoint`           metrics.jsonl  one line an epoch
 best, latest         each names a checkpoint             labels.txt, vocabulary.txt   where they are known
-interpolation.json   what is added to the model          neighbors.safetensors        the training rows, if they are
+interpolation.json   what is added to the model, and     neighbors.safetensors        the training rows, if they are
+                     what makes probabilities of it
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from xmc_midx.calibration import Calibration
 from xmc_midx.config import Config, dump_config, load_config
 from xmc_midx.crash import crash_point
 from xmc_midx.data.files import atomic_write, read_json, sha256_of
@@ -182,10 +184,13 @@ class RunDirectory:
         interpolation: Interpolation,
         training_rows: tuple[csr_matrix, csr_matrix] | None,
         validation: Mapping[str, float],
+        calibration: Calibration | None = None,
     ) -> None:
-        """Keep what is added to the model's scores, the training rows (features, labels) if it needs them, and what it
-        gained."""
+        """Keep what is added to the model's scores, the training rows (features, labels) if it needs them, what it
+        gained, and what makes probabilities of the scores."""
         values = interpolation.as_dict() | {"validation": dict(validation)}
+        if calibration is not None:
+            values["calibration"] = calibration.as_dict()
         if training_rows is not None:
             path = self.path / _NEIGHBORS
             beside = path.with_name(f".{_NEIGHBORS}.{os.getpid()}.tmp")
@@ -211,8 +216,19 @@ class RunDirectory:
             return None
         return dict(self.read_json(_INTERPOLATION).get("validation", {}))
 
-    def interpolation(self) -> tuple[Interpolation | None, NeighborIndex | None]:
+    def calibration(self) -> Calibration | None:
+        """What makes probabilities of the scores; None where no instances were held out, or by an older version."""
+        if not (self.path / _INTERPOLATION).exists():
+            return None
+        values = self.read_json(_INTERPOLATION).get("calibration")
+        return None if values is None else Calibration.from_dict(values)
+
+    def interpolation(self, *, verify: bool = True) -> tuple[Interpolation | None, NeighborIndex | None]:
         """What `write_interpolation` kept; None where it was not called, or had no neighbours.
+
+        Parameters
+        ----------
+        verify : whether the hash of the training rows is computed.
 
         Raises
         ------
@@ -227,7 +243,7 @@ class RunDirectory:
         path = self.path / _NEIGHBORS
         if not path.is_file():
             raise DataError(f"{path}: is missing; interpolation.json names it.", hint="Was the run copied in part?")
-        if sha256_of(path) != expected:
+        if verify and sha256_of(path) != expected:
             raise DataError(
                 f"{path}: its sha256 is not the one in interpolation.json.", hint="It was damaged or edited."
             )

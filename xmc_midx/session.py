@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from xmc_midx.build import build_encoder, build_softmax
+from xmc_midx.calibration import BACKGROUND, fit_calibration
 from xmc_midx.checkpoint import CheckpointStore, refuse_misfits
 from xmc_midx.crash import crash_point
 from xmc_midx.data.batches import BatchStream
@@ -23,7 +24,7 @@ from xmc_midx.data.features import normalize_rows
 from xmc_midx.device import find_device, keep_freed_memory, release_freed_memory
 from xmc_midx.errors import DataError, DivergedError
 from xmc_midx.index import ExactIndex
-from xmc_midx.interpolation import SHORTLIST, fit_interpolation, interpolate
+from xmc_midx.interpolation import SHORTLIST, Interpolation, fit_interpolation, interpolate
 from xmc_midx.metrics import evaluate_topk
 from xmc_midx.neighbors import NeighborIndex
 from xmc_midx.predictor import Predictor
@@ -140,7 +141,7 @@ class TrainingSession:
                 if kept is not None:
                     error.hint = f"{error.hint} The checkpoint of step {kept} is finite and stays."
                 raise
-        if self.config.neighbors.enabled and self.held_out is not None:
+        if self.held_out is not None:
             crash_point("neighbours.begun")
             validation = self.run_directory.interpolation_validation()
             if validation is not None:
@@ -163,29 +164,34 @@ class TrainingSession:
             self._stop_if_asked()
 
     def _choose_interpolation(self) -> None:
-        """Let the held-out instances say how much the neighbours' labels and the label frequencies are worth."""
+        """Let the held-out instances say how much the neighbours' labels and the label frequencies are worth, and what
+        chance a score stands for."""
         assert self.held_out is not None
         self.reporter.start("neighbours", None)
         features, labels = self.held_out
         if self.best_step != self.trainer.step:
             # Into the trainer's own tables: a second model beside them would be the peak of the whole training.
             self.trainer.load_model(self.store.load("best", ["model"]).parts["model"])
-        shortlist = self._predictor().predict(features, k=min(SHORTLIST, labels.shape[1]))
-        neighbors = NeighborIndex(self.trainer.stream.features, self.trainer.stream.labels)
-        found = neighbors.search(features, self.config.neighbors.count)
-        num_train = self.trainer.stream.num_instances
-        chosen = fit_interpolation(shortlist, neighbors, found, labels, self.frequencies, num_train)
-        votes = neighbors.votes(*found, chosen.temperature)
-        top = interpolate(shortlist, votes, self.frequencies, chosen, max(DEFAULT_KS))
-        self.validation = self._metrics(top)
-        self.reporter.message(
-            f"neighbours: {'used' if chosen.needs_neighbors else 'not used'}, frequency {chosen.frequency:+.2f}; "
-            f"validation P@1 {100 * self.history[self.best_epoch - 1]['validation']['P@1']:.2f}% -> "
-            f"{100 * self.validation['P@1']:.2f}%"
-        )
-        # What is kept knows all training rows, the held-out ones too.
-        rows = self._whole if chosen.needs_neighbors else None
-        self.run_directory.write_interpolation(chosen, rows, self.validation)
+        scored = self._predictor().predict(features, k=min(max(SHORTLIST, BACKGROUND), labels.shape[1]))
+        chosen, rows = Interpolation(), None
+        if self.config.neighbors.enabled:
+            shortlist = TopK(label_ids=scored.label_ids[:, :SHORTLIST], scores=scored.scores[:, :SHORTLIST])
+            neighbors = NeighborIndex(self.trainer.stream.features, self.trainer.stream.labels)
+            found = neighbors.search(features, self.config.neighbors.count)
+            num_train = self.trainer.stream.num_instances
+            chosen = fit_interpolation(shortlist, neighbors, found, labels, self.frequencies, num_train)
+            if not chosen.is_identity:
+                votes = neighbors.votes(*found, chosen.temperature)
+                scored = interpolate(shortlist, votes, self.frequencies, chosen, BACKGROUND)
+            self.validation = self._metrics(scored)
+            self.reporter.message(
+                f"neighbours: {'used' if chosen.needs_neighbors else 'not used'}, frequency {chosen.frequency:+.2f}; "
+                f"validation P@1 {100 * self.history[self.best_epoch - 1]['validation']['P@1']:.2f}% -> "
+                f"{100 * self.validation['P@1']:.2f}%"
+            )
+            # What is kept knows all training rows, the held-out ones too.
+            rows = self._whole if chosen.needs_neighbors else None
+        self.run_directory.write_interpolation(chosen, rows, self.validation, fit_calibration(scored, labels))
 
     def _announce_epoch(self) -> None:
         steps = self.trainer.stream.steps_per_epoch

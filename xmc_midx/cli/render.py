@@ -44,6 +44,7 @@ __all__ = [
 
 STAGES = {
     "read": "reading",
+    "load": "loading the model",
     "initialize": "preparing",
     "train": "training",
     "predict": "predicting",
@@ -264,12 +265,13 @@ def print_definitions(metrics: Mapping[str, float], *, report: MetricReport | No
 
 
 @contextmanager
-def progress(*, as_json: bool) -> Iterator[Reporter]:
+def progress(*, as_json: bool, live: bool = True) -> Iterator[Reporter]:
     """The reporter for one call of the pipeline, on stderr; its live line is gone when the block ends.
 
-    On a terminal a live line; elsewhere a plain line for each epoch and message, or nothing with --json.
+    On a terminal a live line; elsewhere, and where `live` is off because the results go to the same terminal, a plain
+    line for each epoch and message, or nothing with --json.
     """
-    if _decorated(sys.stderr):
+    if live and _decorated(sys.stderr):
         with _LiveReporter().running() as reporter:
             yield reporter
     elif as_json and not sys.stderr.isatty():
@@ -370,7 +372,7 @@ class _LiveReporter:
         return grid
 
     def _parts(self, total: int | None, done: int) -> list[str]:
-        parts = [f"{100 * done // total}%"] if total else []
+        parts = [f"{100 * done // total}%"] if total else [f"{done:,}"] if done else []
         if "loss" in self.facts:
             parts.append(f"loss {self.facts['loss']:.3f}")
         if "instances_per_second" in self.facts:

@@ -24,7 +24,7 @@ from xmc_midx.data.problems import Problem, Report
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["RowTable", "pair_texts", "row_texts"]
+__all__ = ["RowTable", "pair_texts", "row_texts", "rows_matrix"]
 
 _DTYPES: dict[str, type[np.generic]] = {
     "label_ids": np.int32,
@@ -177,6 +177,11 @@ def _csr(values: NDArray[Any], ids: NDArray[Any], counts: NDArray[np.int64], num
     matrix = csr_matrix((values, ids, offsets), shape=(len(counts), num_columns))
     matrix.has_canonical_format = True
     return matrix
+
+
+def rows_matrix(rows: Rows, num_features: int) -> csr_matrix[Any]:
+    """(rows, F) float32 features of parsed lines, ids ascending in each row."""
+    return _csr(rows.values, rows.feature_ids, rows.num_features, num_features)
 
 
 def row_texts(texts: list[str], offsets: NDArray[Any], separator: str) -> list[str]:

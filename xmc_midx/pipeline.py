@@ -650,6 +650,9 @@ def predict_stream(
         text = False
     if text:
         predictor.require_vocabulary()
+    if live and not isinstance(input, str | Path | Sequence):
+        # Someone may wait for the first answer: what is loaded at first use is loaded before it.
+        predictor.warm_up()
     options = {
         "k": k,
         "scores": scores,

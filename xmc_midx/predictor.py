@@ -176,15 +176,23 @@ class Predictor:
         parts = []
         for rows, query_BD in self.encoder.encode(features):
             chunk = features[rows]
+            _require_finite(query_BD.isfinite().all(dim=1).cpu().numpy(), rows.start)
             if scores == "logits":
                 top = self._search(query_BD, chunk, k, allowed, denied)
             else:
                 top = self._probabilities(query_BD, chunk, k, allowed, denied)
-            parts.append(_finite(top, threshold, rows.start))
+            _require_finite(np.logical_not(np.isnan(top.scores).any(axis=1)), rows.start)
+            parts.append(top if threshold is None else _above(top, threshold))
             reporter.step(rows.stop - rows.start)
         if not parts:
             return empty_topk(0, k)
         return concatenate_topk(parts)
+
+    def warm_up(self) -> None:
+        """Load what the first prediction would: scikit-learn for texts, compiled code."""
+        self.predict({0: 1.0})
+        if self.vocabulary is not None:
+            self.predict(self.vocabulary.tokens[0])
 
     def require_calibration(self) -> Calibration:
         """What makes probabilities of the scores.
@@ -303,15 +311,15 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and not isinstance(value[0], tuple | list)
 
 
-def _finite(top: TopK, threshold: float | None, first: int) -> TopK:
-    """`top` without the labels below the threshold; a score that is no number is refused."""
-    if np.isnan(top.scores).any():
-        row = first + int(np.flatnonzero(np.isnan(top.scores).any(axis=1))[0])
+def _require_finite(is_finite_B: np.ndarray, first: int) -> None:
+    """Refuse an instance whose values are so large that it has no best labels."""
+    if not is_finite_B.all():
         raise DataError(
-            f"Instance {row}: its scores are not finite, so it has no best labels.",
+            f"Instance {first + int(np.argmin(is_finite_B))}: its scores are not finite, so it has no best labels.",
             hint="Are its feature values of the size of those that the model was trained with?",
         )
-    if threshold is None:
-        return top
+
+
+def _above(top: TopK, threshold: float) -> TopK:
     kept = top.scores >= threshold
     return TopK(label_ids=np.where(kept, top.label_ids, -1), scores=np.where(kept, top.scores, -np.inf))

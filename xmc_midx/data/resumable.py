@@ -164,8 +164,8 @@ def _lock(stream: BinaryIO, path: Path) -> None:
 
 def _read_notes(path: Path, settings: Mapping[str, Any], size: int) -> Progress | None:
     notes = _names(path)[1]
-    if not notes.exists():
-        return None
+    if size == 0 or not notes.exists():
+        return None  # also where a kill came between the last rename and the removal of the notes
     anew = f"Remove {notes} to start anew."
     values = read_json(notes)
     try:

@@ -30,6 +30,8 @@ POINTS = (
     "validation.done",
     "neighbours.begun",
     "output.noted",
+    "export.written",
+    "export.renamed",
     "file.written",
     "file.renamed",
 )

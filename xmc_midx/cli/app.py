@@ -23,7 +23,7 @@ import typer
 from typer.core import TyperCommand
 
 from xmc_midx import __version__
-from xmc_midx.cli import check, datasets, demo, diagnose, download, evaluate, plan, predict, render, train
+from xmc_midx.cli import check, datasets, demo, diagnose, download, evaluate, export, plan, predict, render, train
 from xmc_midx.errors import XmcMidxError
 from xmc_midx.signals import Terminated, interrupt_on_signals
 
@@ -75,6 +75,7 @@ for _module, _function in (
     (train, train.train),
     (evaluate, evaluate.evaluate),
     (predict, predict.predict),
+    (export, export.export),
     (diagnose, diagnose.diagnose),
     (check, check.check),
     (plan, plan.plan),

@@ -49,6 +49,7 @@ STAGES = {
     "train": "training",
     "predict": "predicting",
     "diagnose": "diagnosing",
+    "export": "writing and measuring",
     "download": "downloading",
     "unpack": "unpacking",
     "verify": "verifying",

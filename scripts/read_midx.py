@@ -37,6 +37,8 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """A safetensors file: 8 bytes of length, a JSON header, the data; mapped, so that only what is used is read."""
     data = np.memmap(path, np.uint8, "r")
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    if start > data.size:
+        raise ValueError(f"{path.name} is cut: its header alone has {start} bytes")
     header = {n: t for n, t in json.loads(data[8:start].tobytes()).items() if n != "__metadata__"}
     spans = {n: slice(start + t["data_offsets"][0], start + t["data_offsets"][1]) for n, t in header.items()}
     return {n: data[spans[n]].view(DTYPES[t["dtype"]]).reshape(t["shape"]) for n, t in header.items()}

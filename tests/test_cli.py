@@ -29,7 +29,7 @@ from xmc_midx.errors import DataError, DivergedError, DownloadError, ResourceErr
 from xmc_midx.types import EpochStats, MetricReport, SamplerDiagnosis, Spread, TopK
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("train", "evaluate", "predict", "diagnose", "check", "plan", "datasets", "download", "demo")
+COMMANDS = ("train", "evaluate", "predict", "export", "diagnose", "check", "plan", "datasets", "download", "demo")
 ESCAPE = "\x1b"
 METRICS = {f"{family}@{k}": 0.1 * k for family in ("P", "nDCG", "R", "PSP", "PSnDCG") for k in (1, 3, 5)}
 REPORT = MetricReport(metrics=METRICS, num_instances=2515, num_without_labels=14, propensity_a=0.55, propensity_b=1.5)

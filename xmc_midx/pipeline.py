@@ -697,6 +697,7 @@ class PredictionStream:
         self._predictor, self._source, self._options, self._text = predictor, source, options, text
         self._shard, self._live, self._reporter, self._model = shard, live, reporter, model
         self._next, self._input_sha256 = 0, ""
+        self._num_answered, self._seconds = 0, 0.0
 
     @property
     def label_names(self) -> Sequence[str] | None:
@@ -730,30 +731,31 @@ class PredictionStream:
             return
         reader = self._reader()
         chosen, total = self._chosen()
-        started, done = False, 0
+        started = False
         for batch in reader.batches(lambda number, first: number in chosen and first >= self._next):
             self._check_place(reader, batch.first, batch.num_instances)
             if not started:
                 known = total if total is not None else reader.num_instances
                 self._reporter.start("predict", known)
-                self._since, started = time.monotonic(), True
+                started = True
             if batch.rows is None:
                 self._reporter.step(batch.num_instances if total is None else 0)
                 continue
-            done += batch.num_instances
-            rate = done / max(time.monotonic() - self._since, 1e-9)
-            yield self._answer(batch.first, batch.rows, reader.digest(), instances_per_second=rate)
+            yield self._answer(batch.first, batch.rows, reader.digest())
         if self._next > reader.num_given:
             raise self._another_input()
 
-    def _answer(self, first: int, rows: csr_matrix | list[str], digest: str, **facts: float) -> PredictionChunk:
+    def _answer(self, first: int, rows: csr_matrix | list[str], digest: str) -> PredictionChunk:
+        began = time.monotonic()
         try:
             top = self._predictor.predict(rows, **self._options)
         except DataError as error:
             raise DataError(
                 f"Instances {first} to {first + _length(rows) - 1}: {error.message}", hint=error.hint
             ) from None
-        self._reporter.step(_length(rows), **facts)
+        self._num_answered += _length(rows)
+        self._seconds += time.monotonic() - began
+        self._reporter.step(_length(rows), instances_per_second=self._num_answered / max(self._seconds, 1e-9))
         return PredictionChunk(first=first, top=top, input_sha256=digest)
 
     def _reader(self) -> InstanceReader:

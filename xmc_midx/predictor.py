@@ -175,7 +175,7 @@ class Predictor:
         reporter.start("predict", features.shape[0])
         parts = []
         for rows, query_BD in self.encoder.encode(features):
-            chunk = features[rows]
+            chunk = features if rows == slice(0, features.shape[0]) else features[rows]
             _require_finite(query_BD.isfinite().all(dim=1).cpu().numpy(), rows.start)
             if scores == "logits":
                 top = self._search(query_BD, chunk, k, allowed, denied)

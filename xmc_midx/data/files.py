@@ -45,7 +45,7 @@ MAX_LINE_BYTES = 64 * 2**20
 CHUNK_BYTES = 2**20
 """Read at a time; on gnd-tib larger chunks take the same time and more memory."""
 
-_PATIENCE_SECONDS = 0.002
+_PATIENCE_SECONDS = 0.001
 """For which a chunk of a live stream waits for more: a program that writes without pause fills it, a person does not
 notice."""
 

@@ -42,7 +42,7 @@ def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory.")],
     output: Annotated[str, typer.Argument(metavar="OUT", help="New directory.")],
     form: Annotated[
-        Format, typer.Option("--format", metavar="NAME", help="midx (default), faiss or onnx.")
+        Format, typer.Option("--format", metavar="NAME", help="midx (default), faiss or onnx.", show_default=False)
     ] = Format.MIDX,
     data: Annotated[
         str | None, typer.Option("--data", metavar="DATA", help="Measure recall on this; else on the run's own data.")

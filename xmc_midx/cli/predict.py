@@ -79,10 +79,16 @@ def predict(
     ] = None,
     text: Annotated[bool, typer.Option("--text", help="INPUT is raw text, also where it could be rows.")] = False,
     shard: Annotated[
-        str, typer.Option("--shard", metavar="I/N", help="Part I of N of a file; the outputs joined are the whole.")
+        str,
+        typer.Option(
+            "--shard",
+            metavar="I/N",
+            help="Part I of N of a file; the outputs joined are the whole.",
+            show_default=False,
+        ),
     ] = "1/1",
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from FILE.partial, and keep it when interrupted.")
+        bool, typer.Option("--resume", help="When interrupted keep FILE.partial, and go on from it.")
     ] = False,
     exact: Annotated[bool, typer.Option("--exact", help="Score all labels, as this release always does.")] = False,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",

@@ -96,6 +96,8 @@ def _clock(seconds: float) -> str:
 
 def printable(text: str) -> str:
     """`text` on one line and without control characters, which a file name or a label name may hold."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else " " if c in "\t\n\r" else f"\\x{ord(c):02x}" for c in text)
 
 

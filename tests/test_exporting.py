@@ -331,6 +331,9 @@ def test_stock_faiss_finds_label_ids(runs: Callable[[str], Path], data: Path, tm
             kept = labels[row] >= 0
             logits = source.table()[labels[row][kept]] @ queries.vectors[row] + source.bias()[labels[row][kept]]
             np.testing.assert_allclose(scores[row][kept], logits, rtol=1e-4, atol=1e-4)
+    # Equally long, or neither a graph nor lists find what they should among many labels (EXPERIMENTS.md, "Exports").
+    lengths = np.linalg.norm(faiss.read_index(str(tmp_path / "out" / "hnsw.faiss")).reconstruct_n(0, L), axis=1)
+    np.testing.assert_allclose(lengths, lengths.max(), rtol=1e-5)
     ivf = faiss.read_index(str(tmp_path / "out" / "ivf.faiss"))
     ivf.nprobe = ivf.nlist
     np.testing.assert_array_equal(ivf.search(extended, 5)[1], queries.exact_ids)

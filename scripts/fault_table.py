@@ -15,17 +15,19 @@ from collections import Counter
 from pathlib import Path
 
 FAULTS = {
-    "R1": "kill -9 at a random moment of a training that saves every step",
-    "R2": "death at each named point of saves, refreshes, validations, files",
-    "R3": "SIGTERM, SIGINT and a second one, in step, validation, refresh, save, reading",
-    "R4": "disk full at some byte of a save, or before the first epoch",
+    "R1": "kill -9 at a random moment of a training that saves every step, or of a prediction",
+    "R2": "death at each named point of saves, refreshes, validations, files, outputs, exports",
+    "R3": "SIGTERM, SIGINT and a second one, in step, validation, refresh, save, reading, prediction",
+    "R4": "disk full at some byte of a save or an export, or before the first epoch",
     "R5": "resume against the uninterrupted run",
-    "R6": "bit flips, cuts, missing and swapped files of a checkpoint",
+    "R6": "bit flips, cuts, missing and swapped files of a checkpoint, an output or an export",
     "R7": "malicious model, configuration and index files",
+    "R8": "damaged rows in a stream",
+    "R9": "a line of 200 MB, a stream of any length",
     "R10": "labels without instances, instances without labels or features, tiny data",
     "R11": "loss, gradient or weight that is not finite",
     "R12": "too little memory",
-    "R15": "two trainings in one run directory",
+    "R15": "two trainings in one run directory, two predictions into one file",
     "R17": "draws against the law, estimates without bias",
     "R18": "closed streams, narrow or no terminal, locale, odd paths",
 }

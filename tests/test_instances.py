@@ -187,6 +187,14 @@ def test_a_fault_is_named_with_its_line(content: bytes, message: str, tmp_path: 
         list(stream_reader(content, text=False).batches())
 
 
+def test_text_for_a_model_that_reads_none_is_refused_with_a_hint() -> None:
+    with pytest.raises(DataError, match=r"standard input:1: 'two' is not .*The model has no vocabulary"):
+        list(stream_reader(b"two words\n", text=False).batches())
+    with pytest.raises(DataError) as caught:
+        list(stream_reader(b"0 1:1e\n", text=False).batches())
+    assert "vocabulary" not in str(caught.value)
+
+
 def test_the_rows_before_a_fault_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(instances, "BATCH_ROWS", 2)
     batches = stream_reader(b"1:1\n" * 4 + b"1:\n").batches()

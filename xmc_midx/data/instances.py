@@ -68,12 +68,14 @@ class InstanceReader:
     ----------
     lines : the file or the pipe.
     num_features : F of the model; a header must say the same.
-    text : whether the lines are raw text; None decides by the first line (`looks_like_text`).
+    text : whether the lines are raw text; None decides by the first line (`looks_like_text`). False: the model could
+        not read any.
     live : whether a batch also ends where nothing more is at hand, as the chunks of `lines` do.
     """
 
     def __init__(self, lines: LineChunks, *, num_features: int, text: bool | None, live: bool = False) -> None:
         self._lines, self._num_features, self._live = lines, num_features, live
+        self._is_never_text = text is False
         self.is_text = text
         """None until a line has shown it."""
         self.num_instances: int | None = None
@@ -205,7 +207,14 @@ class InstanceReader:
         self._num_bytes += len(text)
         # As in `table`: a little text takes less time than the compiled parser's start.
         rows = parse_chunk(text, self._rules) if self._num_bytes > SHORT_BYTES else None
-        return rows_matrix(rows or parse_lines(text, first_line, self._rules, raise_error), self._num_features)
+        try:
+            rows = rows or parse_lines(text, first_line, self._rules, raise_error)
+        except DataError as error:
+            if self._is_never_text and looks_like_text(text.partition(b"\n")[0][:_LOOK_BYTES]):
+                hint = "Is this raw text? The model has no vocabulary, so it reads rows of features alone."
+                raise DataError(error.message, hint=hint) from None
+            raise
+        return rows_matrix(rows, self._num_features)
 
     def _decoded(self, line: bytes, number: int) -> str:
         try:

@@ -46,8 +46,9 @@ CHUNK_BYTES = 2**20
 """Read at a time; on gnd-tib larger chunks take the same time and more memory."""
 
 _PATIENCE_SECONDS = 0.001
-"""For which a chunk of a live stream waits for more: a program that writes without pause fills it, a person does not
-notice."""
+"""For which a chunk of a live stream waits for more, if there was much already: what writes without pause fills it."""
+_MUCH_BYTES = 4096
+"""A block of a program's output; one question is shorter, and is answered at once."""
 
 _MAGIC = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00"}
 _BOM = b"\xef\xbb\xbf"
@@ -152,17 +153,17 @@ def _read_block(stream: BufferedIOBase, *, live: bool = False) -> tuple[bytes, E
         while size < CHUNK_BYTES and (piece := stream.read1(CHUNK_BYTES - size)):
             pieces.append(piece)
             size += len(piece)
-            if live and not _has_more(stream):
+            if live and not _has_more(stream, _PATIENCE_SECONDS if size >= _MUCH_BYTES else 0.0):
                 break
     except (OSError, *_STREAM_ERRORS) as error:
         return b"".join(pieces), error
     return b"".join(pieces), None
 
 
-def _has_more(stream: BufferedIOBase) -> bool:
-    """Whether a stream gives more bytes, or its end, without keeping us waiting."""
+def _has_more(stream: BufferedIOBase, seconds: float) -> bool:
+    """Whether a stream gives more bytes, or its end, within some seconds."""
     try:
-        return bool(select.select([stream], [], [], _PATIENCE_SECONDS)[0])
+        return bool(select.select([stream], [], [], seconds)[0])
     except (OSError, ValueError):  # no descriptor behind it; on Windows, no socket
         return False
 

@@ -210,6 +210,30 @@ def test_the_shards_one_after_the_other_are_the_whole(
     assert shards == (tmp_path / "whole").read_bytes()
 
 
+def test_instances_in_memory_are_a_stream_like_a_file(
+    run: Path, data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(instances, "BATCH_ROWS", 32)
+    features = load_dataset(data).split("test").features
+    texts = [f"word{row % F:02}" for row in range(150)]
+    (tmp_path / "texts.txt").write_text("".join(f"{text}\n" for text in texts))
+    for held, file in ((features, data / "test.txt"), (texts, tmp_path / "texts.txt")):
+        whole = [*predict_stream(run, input=file)]
+        found = [*predict_stream(run, input=held)]
+        assert [chunk.first for chunk in found] == [chunk.first for chunk in whole] == [0, 32, 64, 96, 128]
+        for one, other in zip(found, whole, strict=True):
+            assert np.array_equal(one.top.label_ids, other.top.label_ids)
+        shards = [chunk for i in (1, 2, 3) for chunk in predict_stream(run, input=held, shard=(i, 3))]
+        assert [chunk.first for chunk in shards] == [0, 32, 64, 96, 128]
+        stream = predict_stream(run, input=held)
+        stream.go_on(64, found[1].input_sha256)
+        assert [chunk.first for chunk in stream] == [64, 96, 128]
+        stream = predict_stream(run, input=held)
+        stream.go_on(64, found[0].input_sha256)
+        with pytest.raises(DataError, match="its lines differ"):
+            list(stream)
+
+
 def test_shards_that_are_none_are_refused(run: Path, big: Path) -> None:
     for shard in ((0, 3), (4, 3), (1, 0)):
         with pytest.raises(UsageError, match="expected 1/"):

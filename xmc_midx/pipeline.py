@@ -37,7 +37,7 @@ from xmc_midx.types import DEFAULT_KS, MetricReport, Reporter, SamplerDiagnosis,
 if TYPE_CHECKING:
     from io import BufferedIOBase
 
-    from xmc_midx.data.instances import InstanceReader
+    from xmc_midx.data.instances import HeldInstances, InstanceReader
     from xmc_midx.exporting.source import ExportSource, Measurement
     from xmc_midx.forecast import Forecast, TrainingData
     from xmc_midx.predictor import Predictor, Scores
@@ -603,7 +603,7 @@ def predict(
 def predict_stream(
     run: str | Path,
     *,
-    input: str | Path | BinaryIO | Sequence[str],
+    input: str | Path | BinaryIO | Sequence[str] | csr_matrix,
     k: int = 5,
     scores: Scores = "logits",
     threshold: float | None = None,
@@ -623,7 +623,7 @@ def predict_stream(
     ----------
     run : run directory.
     input : a file of feature rows, with or without header and labels (which are not looked at), or of raw texts, a line
-        each; a binary stream of the same; or a sequence of raw texts.
+        each; a binary stream of the same; or what is in memory already: raw texts, or feature rows (N, F).
     k : labels an instance, 1 to L.
     scores : `"logits"`: what the ranking is made by; `"probabilities"`: calibrated, that the label applies.
     threshold : labels with a lower score are left out.
@@ -653,7 +653,7 @@ def predict_stream(
         text = False
     if text:
         predictor.require_vocabulary()
-    if live and not isinstance(input, str | Path | Sequence):
+    if live and not isinstance(input, str | Path | Sequence | csr_matrix):
         # Someone may wait for the first answer: what is loaded at first use is loaded before it.
         predictor.warm_up()
     options = {
@@ -685,7 +685,7 @@ class PredictionStream:
     def __init__(
         self,
         predictor: Predictor,
-        source: str | Path | BinaryIO | Sequence[str],
+        source: str | Path | BinaryIO | Sequence[str] | csr_matrix,
         options: Mapping[str, Any],
         *,
         text: bool | None,
@@ -721,14 +721,6 @@ class PredictionStream:
         self._next, self._input_sha256 = next_instance, input_sha256
 
     def __iter__(self) -> Iterator[PredictionChunk]:
-        from xmc_midx.data.instances import BATCH_ROWS
-
-        if isinstance(self._source, Sequence) and not isinstance(self._source, str):
-            texts = self._source
-            self._reporter.start("predict", len(texts))
-            for first in range(0, len(texts), BATCH_ROWS):
-                yield self._answer(first, list(texts[first : first + BATCH_ROWS]), "")
-            return
         reader = self._reader()
         chosen, total = self._chosen()
         started = False
@@ -758,12 +750,14 @@ class PredictionStream:
         self._reporter.step(_length(rows), instances_per_second=self._num_answered / max(self._seconds, 1e-9))
         return PredictionChunk(first=first, top=top, input_sha256=digest)
 
-    def _reader(self) -> InstanceReader:
+    def _reader(self) -> InstanceReader | HeldInstances:
         from xmc_midx.data.files import LineChunks
-        from xmc_midx.data.instances import InstanceReader
+        from xmc_midx.data.instances import HeldInstances, InstanceReader
         from xmc_midx.data.problems import raise_error
 
         num_features, source = self._predictor.num_features, self._source
+        if isinstance(source, csr_matrix) or (isinstance(source, Sequence) and not isinstance(source, str)):
+            return HeldInstances(source)
         if isinstance(source, str | Path):
             live = self._live and not Path(source).is_file()
             lines = LineChunks(Path(source), raise_error, live=live)
@@ -778,7 +772,9 @@ class PredictionStream:
         index, num_shards = self._shard
         if num_shards == 1:
             return range(sys.maxsize), None
-        if not isinstance(self._source, str | Path) or not Path(self._source).is_file():
+        source = self._source
+        is_stream = not isinstance(source, str | Path | Sequence | csr_matrix)
+        if is_stream or (isinstance(source, str | Path) and not Path(source).is_file()):
             raise UsageError(
                 "A shard needs a file: its instances are counted first.",
                 hint="Split a stream before it comes here, or give each part its own file.",
@@ -788,7 +784,7 @@ class PredictionStream:
         chosen = range(len(counts) * (index - 1) // num_shards, len(counts) * index // num_shards)
         return chosen, sum(counts[chosen.start : chosen.stop])
 
-    def _check_place(self, reader: InstanceReader, first: int, count: int) -> None:
+    def _check_place(self, reader: InstanceReader | HeldInstances, first: int, count: int) -> None:
         end = first + count
         if first < self._next and (end > self._next or (end == self._next and reader.digest() != self._input_sha256)):
             raise self._another_input()

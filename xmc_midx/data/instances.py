@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,12 @@ from xmc_midx.data.problems import excerpt, raise_error
 from xmc_midx.data.table import SHORT_BYTES, rows_matrix
 from xmc_midx.errors import DataError
 
-__all__ = ["BATCH_ROWS", "InstanceBatch", "InstanceReader", "looks_like_text"]
+__all__ = ["BATCH_ROWS", "HeldInstances", "InstanceBatch", "InstanceReader", "Wanted", "looks_like_text"]
 
 BATCH_ROWS = 1024
 """Instances of a batch, but for the last one and those with long lines."""
+Wanted = Callable[[int, int], bool]
+"""Number of a batch and of its first instance, both from 0 -> whether its rows are read."""
 _BATCH_BYTES = 16 * 2**20
 """A batch also ends with the line that brings it to so many bytes: long rows must not fill the memory."""
 
@@ -90,13 +92,12 @@ class InstanceReader:
         """sha256 of all lines given so far, in hexadecimal."""
         return self._digest.hexdigest()
 
-    def batches(self, wanted: Callable[[int, int], bool] | None = None) -> Iterator[InstanceBatch]:
+    def batches(self, wanted: Wanted | None = None) -> Iterator[InstanceBatch]:
         """All batches in order.
 
         Parameters
         ----------
-        wanted : number of a batch and of its first instance, both from 0 -> whether its rows are read; the others are
-            counted alone. None wants all.
+        wanted : which batches are read; the others are counted alone. None wants all.
 
         Raises
         ------
@@ -221,6 +222,42 @@ class InstanceReader:
             return line.decode("utf-8").rstrip("\r")
         except UnicodeDecodeError:
             raise DataError(f"{self._lines.path}:{number}: is not UTF-8, expected text.") from None
+
+
+class HeldInstances:
+    """Instances that are in memory already, in the same batches.
+
+    Parameters
+    ----------
+    rows : (N, F) features, or N raw texts.
+    """
+
+    def __init__(self, rows: csr_matrix[Any] | Sequence[str]) -> None:
+        self._rows = rows
+        self.num_instances: int | None = len(rows) if isinstance(rows, Sequence) else int(rows.shape[0])
+        self.num_given = 0
+        """Instances so far."""
+        self._digest = hashlib.sha256()
+
+    def digest(self) -> str:
+        """sha256 of all instances given so far, in hexadecimal."""
+        return self._digest.hexdigest()
+
+    def batches(self, wanted: Wanted | None = None) -> Iterator[InstanceBatch]:
+        """All batches in order; see `InstanceReader.batches`."""
+        assert self.num_instances is not None
+        for number, first in enumerate(range(0, self.num_instances, BATCH_ROWS)):
+            part = self._rows[first : first + BATCH_ROWS]
+            rows = list(part) if isinstance(part, Sequence) else csr_matrix(part)
+            if isinstance(rows, list):
+                self._digest.update("".join(f"{text}\n" for text in rows).encode("utf-8", errors="surrogatepass"))
+            else:
+                for array, kind in ((rows.indptr, "<i8"), (rows.indices, "<i8"), (rows.data, "<f4")):
+                    self._digest.update(np.ascontiguousarray(array, dtype=kind).data)
+            count = min(BATCH_ROWS, self.num_instances - first)
+            is_wanted = wanted is None or wanted(number, first)
+            yield InstanceBatch(first=first, num_instances=count, rows=rows if is_wanted else None)
+            self.num_given += count
 
 
 def _split(text: bytes, num_lines: int) -> tuple[bytes, bytes]:

@@ -81,7 +81,7 @@ def _run(wanted: dict[str, Any], run: Path) -> dict[str, Any]:
     """Train, evaluate on the test split, diagnose -> figures, or `error`."""
     shutil.rmtree(run, ignore_errors=True)
     data, sampler = wanted["data"], wanted["sampler"]
-    settings = [f"training.seed={wanted['seed']}", "neighbors.enabled=false", *wanted["set"]]
+    settings = [f"training.seed={wanted['seed']}", "neighbors.enabled=false", "ranker.enabled=false", *wanted["set"]]
     if wanted["num_draws"] is not None:
         settings.append(f"sampler.num_draws={wanted['num_draws']}")
     sets = [word for setting in settings for word in ("--set", setting)]

@@ -6,6 +6,7 @@ import stat
 import struct
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from xmc_midx.data import archive as module
 from xmc_midx.data.archive import Limits, extract
 from xmc_midx.errors import DownloadError, ResourceError
 from xmc_midx.types import SilentReporter
+
+pytestmark = pytest.mark.fault("R13")
 
 
 def write(path: Path, members: list[tuple[str | zipfile.ZipInfo, bytes]]) -> Path:
@@ -125,7 +128,9 @@ def test_a_member_shorter_than_promised_is_refused(tmp_path: Path) -> None:
         unpack(path)
 
 
-def test_every_flipped_byte_and_every_cut_is_found_or_harmless(tmp_path: Path) -> None:
+def test_every_flipped_byte_and_every_cut_is_found_or_harmless(
+    tmp_path: Path, record_property: Callable[[str, int], None]
+) -> None:
     """Whatever byte is damaged: the files are those that were packed, or there is an error of ours."""
     content = {"f/train.txt": b"1 2 3\n0 1:1\n", "f/test.txt": b"1 2 3\n"}
     whole = write(tmp_path / "a.zip", list(content.items())).read_bytes()
@@ -134,6 +139,7 @@ def test_every_flipped_byte_and_every_cut_is_found_or_harmless(tmp_path: Path) -
         flipped = bytearray(whole)
         flipped[position] ^= 1 << position % 8
         damaged.append(bytes(flipped))
+    record_property("count", len(damaged))
     refused = 0
     for number, data in enumerate(damaged):
         case = tmp_path / str(number)

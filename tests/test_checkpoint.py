@@ -264,7 +264,7 @@ def test_a_pointer_that_cannot_be_written_stays_as_it_was(
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_module, "_sync_file", full)
+    monkeypatch.setattr(checkpoint_module, "sync_file", full)
     before = snapshot(store.directory.parent)
     with pytest.raises(ResourceError, match="No space left"):
         store.point("latest", 4)
@@ -288,7 +288,7 @@ def test_files_are_on_disk_before_the_rename_and_the_rename_before_the_return(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[str] = []
-    for name in ("_sync_file", "sync_directory"):
+    for name in ("sync_file", "sync_directory"):
         sync = getattr(checkpoint_module, name)
 
         def recording(path: Path, sync: object = sync) -> None:

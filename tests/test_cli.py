@@ -29,7 +29,8 @@ from xmc_midx.errors import DataError, DivergedError, DownloadError, ResourceErr
 from xmc_midx.types import EpochStats, MetricReport, SamplerDiagnosis, Spread, TopK
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("train", "evaluate", "predict", "export", "diagnose", "check", "plan", "datasets", "download", "demo")
+COMMANDS = ("train", "evaluate", "predict", "export", "diagnose", "prepare", "check", "convert")
+COMMANDS += ("plan", "datasets", "download", "demo")
 ESCAPE = "\x1b"
 METRICS = {f"{family}@{k}": 0.1 * k for family in ("P", "nDCG", "R", "PSP", "PSnDCG") for k in (1, 3, 5)}
 REPORT = MetricReport(metrics=METRICS, num_instances=2515, num_without_labels=14, propensity_a=0.55, propensity_b=1.5)
@@ -65,6 +66,7 @@ class FakeEvaluation:
     report: MetricReport = REPORT
     propensity_source: str = "registry: Bibtex"
     seconds: float = 0.5
+    breakdown_by: str = "head-tail"
     breakdown: tuple[dict[str, Any], ...] = (HEAD, {**HEAD, "group": "unseen", "recall": None})
 
     def as_dict(self) -> dict[str, Any]:
@@ -402,6 +404,14 @@ def test_the_help_of_train_names_every_sampler(cli: Any) -> None:
         (["evaluate", "r", "d", "--k", "0"], "--k 0: expected"),
         (["evaluate", "r", "d", "--k", ""], "expected whole numbers"),
         (["evaluate", "r", "d", "--A", "x"], "'--A'"),
+        (["evaluate", "r", "d", "--breakdown", "tenths"], "'tenths' is not one of 'head-tail', 'deciles'"),
+        (["prepare", "t.tsv"], "Missing option '--out'"),
+        (["prepare", "t.tsv", "--out", "d", "--min-df", "0"], "'--min-df'"),
+        (["prepare", "t.tsv", "--out", "d", "--ngrams", "9"], "'--ngrams'"),
+        (["prepare", "t.tsv", "--out", "d", "--label-kind", "numbers"], "'numbers' is not one of"),
+        (["prepare", "t.tsv", "--out", "d", "--test-fraction", "2"], "Test fraction 2: expected a share"),
+        (["prepare", "t.tsv", "--out", "d", "--delimiter", ";;"], "Delimiter ';;': expected one character"),
+        (["prepare", "t.pdf", "--out", "d"], "the name does not say what it is"),
         (["evaluate", "-", "d"], "nothing to evaluate. Give a run directory or --predictions"),
         (["evaluate", "-", "d", "--predictions", "/nowhere"], "--predictions /nowhere: is no file"),
         (["diagnose", "r"], "Missing argument 'DATA'"),
@@ -718,6 +728,16 @@ def test_no_metric_is_printed_without_its_definition(cli: Any, pipeline: Any) ->
     assert "A = 0.55, B = 1.5 (registry: Bibtex)" in text
     assert "Over 2,515 instances; the 14 without labels count as 0" in text
     assert re.search(r"^head +over 100 +1,234 +25\.00 +75\.00 +50\.00$", text, re.M)
+    assert "Head labels have over 100 training instances" in text and "recall@5: hits of the group" in text
+
+
+def test_the_breakdown_says_what_its_groups_are(cli: Any, pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    decile = HEAD | {"group": "decile 1", "min_frequency": 57, "max_frequency": 1024}
+    made_up = FakeEvaluation(breakdown_by="deciles", breakdown=(decile,))
+    monkeypatch.setattr(pipeline, "evaluate", lambda run, **options: made_up)
+    text = cli("evaluate", "r", "d", "--breakdown", "deciles").out
+    assert re.search(r"^decile 1 +57 to 1,024 +1,234", text, re.M)
+    assert "Decile 1 holds the most frequent labels" in text and "Head labels" not in text
 
 
 def test_absent_propensities_are_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -736,6 +756,8 @@ def test_evaluate_passes_its_options_on(cli: Any, pipeline: Any, calls: Any, tmp
         "d",
         "--predictions",
         file,
+        "--breakdown",
+        "deciles",
         "--k",
         "5, 1,1",
         "--A",
@@ -751,6 +773,7 @@ def test_evaluate_passes_its_options_on(cli: Any, pipeline: Any, calls: Any, tmp
             "run": None,
             "data": "d",
             "predictions": str(file),
+            "breakdown": "deciles",
             "ks": (1, 5),
             "A": 0.5,
             "B": 2.0,

@@ -144,7 +144,7 @@ def test_names_and_instances_must_be_there(directory: Path) -> None:
         load_dataset(directory)
     (directory / "labels.txt").unlink()
     (directory / "train.txt").write_bytes(b"0 4 6\n")
-    with pytest.raises(DataError, match=r"train\.txt:1: the header says 0 instances, expected some to train on"):
+    with pytest.raises(DataError, match=r"train\.txt: holds 0 instances, expected some to train on"):
         load_dataset(directory)
     assert not check_dataset(directory).ok
 

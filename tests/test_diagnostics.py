@@ -308,6 +308,7 @@ OPTIONS = (
     "sampler.num_codewords=3",
     "sampler.num_draws=8",
     "neighbors.enabled=false",
+    "ranker.enabled=false",
 )
 
 

@@ -35,12 +35,15 @@ from xmc_midx.data.registry import DatasetSpec, DriveIds, Mirror
 from xmc_midx.errors import DataError, DownloadError, ResourceError, UsageError
 from xmc_midx.types import SilentReporter
 
+pytestmark = pytest.mark.fault("R14")
+
 TRAIN = b"3 4 3\n0,1 0:1 2:0.5\n2 1:1\n0 3:2\n"
 TEST = b"1 4 3\n1 0:1\n"
 QUOTA = (
     b"<!DOCTYPE html><html><head><title>Google Drive - Quota exceeded</title></head><body>Sorry, too many users have \
 viewed or downloaded this file recently.</body></html>"
 )
+
 CONFIRM = """<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning</title></head><body>
 <form id="download-form" action="/confirmed" method="get"><input type="submit" value="Download anyway"/>
 <input type="hidden" name="id" value="{id}"><input type="hidden" name="confirm" value="t">
@@ -424,6 +427,37 @@ def test_features_and_labels_in_two_files_and_other_kinds(server: Drive, tmp_pat
     assert set(raw.files) == {"trn.json.gz", "tst.json.gz", "lbl.json.gz"}
     with pytest.raises(UsageError, match="knows no bow-v1 archive"):
         download(spec, kind="bow-v1")
+
+
+def test_maps_and_filter_files_of_an_archive_lie_where_they_are_found(server: Drive, tmp_path: Path) -> None:
+    beside = {
+        "t/Y.txt": b"a\nb\nc\n",
+        "t/Xf.txt": b"w\nx\ny\nz\n",
+        "t/filter_labels_test.txt": b"0 1\n",
+        "t/filter_labels_train.txt": b"",
+        "t/lbl_X_Xf.txt": b"3 4\n\n\n\n",
+    }
+    server.plays["a"] = Play(body=make_zip({"t/toy_train.txt": TRAIN, "t/toy_test.txt": TEST, **beside}))
+    found = download(toy())
+    assert {"Y.txt", "Xf.txt", "filter_labels_test.txt", "filter_labels_train.txt"} < set(found.files)
+    dataset = load_dataset(found.directory)
+    assert dataset.label_names == ("a", "b", "c")
+    ignored = dataset.split("test").ignored
+    assert ignored is not None and ignored.toarray().tolist() == [[0, 1, 0]]
+
+
+def test_each_failure_is_said_once(server: Drive, tmp_path: Path) -> None:
+    for name in "ab":
+        server.plays[name] = Play(status=404)
+    log = Log()
+    with pytest.raises(DownloadError) as caught:
+        download(toy("a", "b"), reporter=log)
+    said = " ".join([*log.messages, str(caught.value)])
+    assert said.count("answers 404") == 2
+    # Where a later source serves, the error is not there to say it.
+    server.plays["b"], log = Play(), Log()
+    download(toy("a", "b"), reporter=log)
+    assert " ".join(log.messages).count("answers 404") == 1
 
 
 def test_a_full_disk_is_told_before_the_first_byte(

@@ -32,6 +32,7 @@ from xmc_midx import crash
 from xmc_midx.checkpoint import CheckpointStore
 from xmc_midx.data.files import sha256_of
 from xmc_midx.errors import DataError, DivergedError, ResourceError, UsageError
+from xmc_midx.interpolation import Interpolation
 from xmc_midx.pipeline import evaluate, resume, train
 from xmc_midx.predictor import Predictor
 from xmc_midx.rundir import RunDirectory
@@ -81,7 +82,8 @@ def weights(run: Path) -> dict[str, bytes]:
     for pointer in ("best", "latest"):
         path = CheckpointStore(run / "checkpoints").path_of(pointer)
         files |= {f"{pointer}/{part}": (path / f"{part}.safetensors").read_bytes() for part in ("model", "training")}
-    return files | {"interpolation": (run / "interpolation.json").read_bytes()}
+    finished = ("model.safetensors", "interpolation.json", "model.json")
+    return files | {name: (run / name).read_bytes() for name in finished}
 
 
 def strays(run: Path) -> list[str]:
@@ -221,7 +223,9 @@ LATER = {
     "file.renamed": 4,
 }
 """A later passage of each point, in the middle of the run."""
-CRASHES = [f"{name}:{LATER.get(name, 1)}" for name in crash.POINTS if not name.startswith(("output.", "export."))]
+CRASHES = [
+    f"{name}:{LATER.get(name, 1)}" for name in crash.POINTS if not name.startswith(("directory.", "output.", "export."))
+]
 FIRST = [f"{name}:1" for name in LATER]
 
 
@@ -647,18 +651,23 @@ def test_a_malicious_model_file_is_refused_and_runs_nothing(whole: Path, tmp_pat
     shutil.copytree(whole, run)
     best = CheckpointStore(run / "checkpoints").path_of("best")
     _, write = list(malicious_models(mark))[kind]
+    write(run / "model.safetensors")
+    RunDirectory.open(run).seal_model()
     write(best / "model.safetensors")
     seal(best)
-    started = time.monotonic()
-    with pytest.raises(DataError):
-        Predictor.load(run)
-    assert time.monotonic() - started < 2 and not mark.exists()
+    for _ in range(2):
+        started = time.monotonic()
+        with pytest.raises(DataError):
+            Predictor.load(run)
+        assert time.monotonic() - started < 2 and not mark.exists()
+        (run / "model.json").unlink(missing_ok=True)  # now the checkpoint's
 
 
 @pytest.mark.fault("R7")
 def test_sealed_tensors_of_wrong_shapes_and_ids_are_refused(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)
+    (run / "model.json").unlink()
     best = CheckpointStore(run / "checkpoints").path_of("best")
     model = load_file(best / "model.safetensors")
     for name, tensor in model.items():
@@ -704,6 +713,11 @@ def test_a_malicious_configuration_is_refused_quickly(
 def test_malicious_json_and_training_rows_are_refused(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)
+    for text in ("[" * 200_000, "7", "{}", '{"format": 2}', '{"format": 1, "files": {"../x": {}}}'):
+        (run / "model.json").write_text(text)
+        with pytest.raises(DataError):
+            Predictor.load(run)
+    (run / "model.json").unlink()
     best = CheckpointStore(run / "checkpoints").path_of("best")
     state = (best / "state.json").read_bytes()
     for text in (b"[" * 200_000, b"[1]", b'{"a": NaN', b"\xff\xfe"):
@@ -736,10 +750,66 @@ def test_malicious_json_and_training_rows_are_refused(whole: Path, tmp_path: Pat
         good | {"labels.offsets": torch.tensor([0, 1])},
     ):
         save_file(arrays | change, rows)
-        values = {"weight": 1.0, "temperature": 0.1, "count": 5, "discount": 0.0, "neighbors_sha256": sha256_of(rows)}
+        values = Interpolation(votes=1.0).as_dict() | {"neighbors_sha256": sha256_of(rows)}
         (run / "interpolation.json").write_text(json.dumps(values))
+        with pytest.raises(DataError, match=r"neighbors\.safetensors: is not what"):
+            Predictor.load(run)
+    (run / "interpolation.json").write_text(json.dumps(Interpolation(margin=1.0).as_dict()))
+    with pytest.raises(DataError, match="names no file"):
+        Predictor.load(run)
+
+
+@pytest.mark.fault("R6")
+def test_each_of_200_flipped_bits_of_a_finished_model_is_found(whole: Path, tmp_path: Path) -> None:
+    """Of every file that a prediction reads; a flip in a file's name in `model.json` is a file that is missing."""
+    run, rng = tmp_path / "run", np.random.default_rng(6)
+    shutil.copytree(whole, run, ignore=shutil.ignore_patterns("checkpoints"))
+    candidates = ("labels.txt", "vocabulary.txt", "neighbors.safetensors", "ranker.safetensors")
+    names = ["model.safetensors", "model.json", "interpolation.json"]
+    names += [name for name in candidates if (run / name).exists()]
+    Predictor.load(run)
+    for number in range(200):
+        path = run / names[number % len(names)]
+        sound = path.read_bytes()
+        bit = int(rng.integers(8 * len(sound)))
+        damaged = bytearray(sound)
+        damaged[bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(damaged)
         with pytest.raises(DataError):
             Predictor.load(run)
+        path.write_bytes(sound)
+
+
+@pytest.mark.fault("R6")
+@pytest.mark.parametrize("name", ["model.safetensors", "interpolation.json"])
+def test_a_finished_model_that_is_cut_or_gone_is_refused(whole: Path, tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    sound = (run / name).read_bytes()
+    (run / name).write_bytes(sound[:-3])
+    with pytest.raises(DataError, match=r"is not what model\.json says"):
+        Predictor.load(run, verify=False)
+    (run / name).unlink()
+    with pytest.raises(DataError, match="is missing"):
+        Predictor.load(run, verify=False)
+
+
+def test_a_finished_run_needs_its_checkpoints_no_more(whole: Path, topic_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run, ignore=shutil.ignore_patterns("checkpoints", "best", "latest", "metrics.jsonl"))
+    expected = evaluate(whole, data=topic_dir).report.metrics
+    assert evaluate(run, data=topic_dir).report.metrics == expected
+
+
+def test_a_kill_at_the_end_leaves_a_run_that_ends_alike(
+    topic_dir: Path, whole: Path, processes: Any, tmp_path: Path
+) -> None:
+    for point in ("model.begun", "neighbours.begun", "model.unsealed"):
+        run = tmp_path / point
+        child = (str(topic_dir), str(run), OPTIONS, f"{point}:1", None, 0)
+        assert run_child(processes, victims.work, *child) == -signal.SIGKILL
+        assert not RunDirectory.open(run).has_model
+        assert resume(run).finished and weights(run) == weights(whole) and not strays(run)
 
 
 # --------------------------------------------------------------------------- R11: divergence

@@ -10,6 +10,7 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +233,7 @@ DAMAGE = [
 ]
 
 
+@pytest.mark.fault("R8")
 @pytest.mark.parametrize(("text", "message"), [pytest.param(*case[1:], id=case[0]) for case in DAMAGE])
 @pytest.mark.parametrize("line_by_line", [False, True], ids=["by chunks", "by lines"])
 def test_each_class_of_damage_has_its_message(tmp_path: Path, text: bytes, message: str, line_by_line: bool) -> None:
@@ -254,9 +256,13 @@ def test_a_missing_file_a_directory_and_a_wrong_name_are_named(tmp_path: Path) -
             read_xmc(path)
 
 
+@pytest.mark.fault("R8")
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
-def test_a_compressed_file_cut_at_any_byte_is_refused(tmp_path: Path, suffix: str) -> None:
+def test_a_compressed_file_cut_at_any_byte_is_refused(
+    tmp_path: Path, suffix: str, record_property: Callable[[str, int], None]
+) -> None:
     whole = COMPRESS[suffix](GOOD)
+    record_property("count", len(whole))
     for size in range(len(whole)):
         with pytest.raises(DataError, match=r"train\.txt"):
             read_xmc(put(tmp_path, whole[:size], f"train.txt{suffix}"))
@@ -276,8 +282,12 @@ def test_a_cut_stream_names_the_line_it_ends_in(tmp_path: Path, suffix: str) -> 
     assert 20_000 < int(found[1]) < 50_000
 
 
-def test_every_flipped_bit_of_a_gzip_file_is_refused_or_harmless(tmp_path: Path) -> None:
+@pytest.mark.fault("R8")
+def test_every_flipped_bit_of_a_gzip_file_is_refused_or_harmless(
+    tmp_path: Path, record_property: Callable[[str, int], None]
+) -> None:
     whole = gzip.compress(GOOD, mtime=0)
+    record_property("count", len(whole))
     for place in range(len(whole)):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << place % 8
@@ -285,7 +295,11 @@ def test_every_flipped_bit_of_a_gzip_file_is_refused_or_harmless(tmp_path: Path)
             assert_good(put(tmp_path, bytes(damaged), "train.txt.gz"))
 
 
-def test_a_file_cut_at_any_byte_is_refused_or_has_all_its_rows(tmp_path: Path) -> None:
+@pytest.mark.fault("R8")
+def test_a_file_cut_at_any_byte_is_refused_or_has_all_its_rows(
+    tmp_path: Path, record_property: Callable[[str, int], None]
+) -> None:
+    record_property("count", len(GOOD))
     accepted = 0
     for size in range(len(GOOD)):
         try:
@@ -300,6 +314,7 @@ def test_a_file_cut_at_any_byte_is_refused_or_has_all_its_rows(tmp_path: Path) -
     assert accepted <= len(b"3 4:1.5e-2\n")
 
 
+@pytest.mark.fault("R9")
 def test_a_line_without_end_is_refused_before_it_fills_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +326,7 @@ def test_a_line_without_end_is_refused_before_it_fills_the_memory(
     assert read_xmc(put(tmp_path, b"1 5 4\n0" + b" " * 998 + b"\n"))[0].shape == (1, 5)
 
 
+@pytest.mark.fault("R9")
 def test_a_huge_line_takes_bounded_memory(tmp_path: Path) -> None:
     path = tmp_path / "train.txt.gz"
     with gzip.open(path, "wb", compresslevel=1) as file:
@@ -405,7 +421,9 @@ def outcome(path: Path, *, line_by_line: bool, limit: int | None) -> tuple[objec
         return (str(error),)
     if scan is None:
         return tuple(found.problems)
-    assert limit is not None or scan.features.shape[0] == scan.labels.shape[0] == scan.header.num_instances
+    if limit is None:
+        stated = int(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split()[0])
+        assert scan.features.shape[0] == scan.labels.shape[0] == stated
     for matrix in (scan.features, scan.labels):
         matrix.check_format(full_check=True)
         assert np.isfinite(matrix.data).all()
@@ -415,7 +433,7 @@ def outcome(path: Path, *, line_by_line: bool, limit: int | None) -> tuple[objec
         (matrix.shape, matrix.indptr.tolist(), matrix.indices.tolist(), matrix.data.tobytes())
         for matrix in (scan.features, scan.labels)
     ]
-    return (*arrays, scan.final_newline, *found.problems, found.counts)
+    return (*arrays, *found.problems, found.counts)
 
 
 def fuzz(directory: Path, num_files: int, seed: int) -> int:
@@ -434,11 +452,13 @@ def fuzz(directory: Path, num_files: int, seed: int) -> int:
     return num_read
 
 
+@pytest.mark.fault("R8")
 @pytest.mark.parametrize("chunk_bytes", [1, 37, 2**20])
 def test_chunks_and_lines_give_the_same_for_good_and_damaged_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, record_property: Callable[[str, int], None]
 ) -> None:
     monkeypatch.setattr(files, "CHUNK_BYTES", chunk_bytes)
+    record_property("count", 300)
     num_read = fuzz(tmp_path, 300, seed=chunk_bytes)
     assert 80 < num_read < 220
 
@@ -489,8 +509,10 @@ def test_fuzzed_predictions_and_names_are_read_or_refused(tmp_path: Path) -> Non
     assert 20 < num_read < 380
 
 
+@pytest.mark.fault("R8")
 @pytest.mark.soak
-def test_ten_thousand_fuzzed_files(tmp_path: Path) -> None:
+def test_ten_thousand_fuzzed_files(tmp_path: Path, record_property: Callable[[str, int], None]) -> None:
+    record_property("count", 10_000)
     fuzz(tmp_path, 10_000, seed=3)
 
 

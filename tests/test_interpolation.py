@@ -22,7 +22,9 @@ def shortlist_of(logits: np.ndarray) -> TopK:
     return TopK(label_ids=order.astype(np.int64), scores=np.take_along_axis(logits, order, 1).astype(np.float32))
 
 
-def formula(log_p: np.ndarray, votes: np.ndarray, outside: np.ndarray, settings: Interpolation) -> np.ndarray:
+def formula(
+    log_p: np.ndarray, votes: np.ndarray, outside: np.ndarray, settings: Interpolation, margins: np.ndarray
+) -> np.ndarray:
     """The head of the module, over all labels."""
     return (
         settings.model * log_p
@@ -30,18 +32,26 @@ def formula(log_p: np.ndarray, votes: np.ndarray, outside: np.ndarray, settings:
         + settings.votes * np.log(votes + 1e-3)
         + settings.frequency * np.log(FREQUENCIES + 1.0)
         + settings.outside * outside
+        + settings.margin * np.clip(margins, -1, 1)
     )
 
 
-SETTINGS = Interpolation(model=0.9, mixture=0.4, votes=0.7, frequency=-0.3, outside=-0.6)
+SETTINGS = Interpolation(model=0.9, mixture=0.4, votes=0.7, frequency=-0.3, outside=-0.6, margin=0.8)
+MARGINS = np.random.default_rng(9).normal(size=(4, 5)).astype(np.float32)
+"""Of the ranker, for four instances; a third of them are beyond -1..1."""
+
+
+def margin_of(instance: np.ndarray, label_ids: np.ndarray) -> np.ndarray:
+    assert (np.diff(instance) >= 0).all(), "as the ranker asks"
+    return MARGINS[instance, label_ids]
 
 
 def test_the_score_is_the_formula() -> None:
     logits = np.random.default_rng(0).normal(size=(4, 5)) * 2
     votes = sp.random(4, 5, 0.5, format="csr", random_state=np.random.default_rng(1))
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    scores = formula(log_p, votes.toarray(), np.zeros((4, 5)), SETTINGS)
-    top = interpolate(shortlist_of(logits), sp.csr_matrix(votes), FREQUENCIES, SETTINGS, 5)
+    scores = formula(log_p, votes.toarray(), np.zeros((4, 5)), SETTINGS, MARGINS)
+    top = interpolate(shortlist_of(logits), sp.csr_matrix(votes), FREQUENCIES, SETTINGS, 5, margin_of=margin_of)
     np.testing.assert_array_equal(top.label_ids, np.argsort(-scores, axis=1, kind="stable"))
     np.testing.assert_allclose(top.scores, -np.sort(-scores), rtol=1e-5)
 
@@ -49,10 +59,10 @@ def test_the_score_is_the_formula() -> None:
 def test_a_label_outside_the_shortlist_has_an_eth_of_its_smallest_probability() -> None:
     shortlist = TopK(label_ids=np.array([[2, 0, -1]]), scores=np.array([[1.0, 0.5, -np.inf]], dtype=np.float32))
     votes = sp.csr_matrix(np.array([[0.0, 0.9, 0.1, 0.0, 0.0]]))
-    top = interpolate(shortlist, votes, FREQUENCIES, SETTINGS, 4)
+    top = interpolate(shortlist, votes, FREQUENCIES, SETTINGS, 4, margin_of=margin_of)
     p = np.exp([1.0, 0.5]) / np.exp([1.0, 0.5]).sum()
     log_p = np.log([p[1], p[1] / np.e, p[0], 1.0, 1.0])
-    scores = formula(log_p, votes.toarray()[0], np.array([0, 1, 0, 0, 0]), SETTINGS)
+    scores = formula(log_p, votes.toarray()[0], np.array([0, 1, 0, 0, 0]), SETTINGS, MARGINS[0])
     expected = sorted([0, 1, 2], key=lambda label: -scores[label])
     assert top.label_ids.tolist() == [[*expected, -1]]
     np.testing.assert_allclose(top.scores[0, :3], scores[expected], rtol=1e-5)
@@ -60,7 +70,7 @@ def test_a_label_outside_the_shortlist_has_an_eth_of_its_smallest_probability() 
 
 def test_an_instance_without_shortlist_and_votes_has_no_result() -> None:
     shortlist = TopK(label_ids=np.array([[-1], [3]]), scores=np.array([[-np.inf], [0.0]], dtype=np.float32))
-    top = interpolate(shortlist, sp.csr_matrix((2, 5)), FREQUENCIES, SETTINGS, 2)
+    top = interpolate(shortlist, sp.csr_matrix((2, 5)), FREQUENCIES, SETTINGS, 2, margin_of=margin_of)
     assert top.label_ids.tolist() == [[-1, -1], [3, -1]]
     assert np.isneginf(top.scores[0]).all()
 
@@ -144,11 +154,13 @@ def test_the_fit_is_a_minimum_of_the_loss() -> None:
     truth = (rng.random((num_rows, 5)) < 0.4).astype(np.float32)
     shortlist = shortlist_of(rng.normal(size=(num_rows, 5)) + truth)
     labels, votes = sp.csr_matrix(truth), sp.csr_matrix(rng.random((num_rows, 5)) * truth)
-    candidates = interpolation._candidates(shortlist, votes, FREQUENCIES)
+    margins = rng.normal(size=(num_rows, 5)) + 0.3 * truth
+    candidates = interpolation._candidates(shortlist, votes, FREQUENCIES, lambda row, label: margins[row, label])
     weight_L = np.linspace(1.0, 2.0, 5)
-    fitted = interpolation._fit(candidates, labels, weight_L, [0, 1, 2, 3, 4])
+    fitted = interpolation._fit(candidates, labels, weight_L, [0, 1, 2, 3, 4, 5])
     scale = np.where(candidates.terms.std(0) > 0, candidates.terms.std(0), 1.0)
-    start = np.array([1.0, 0, 0, 0, 0])
+    start = np.array([1.0, 0, 0, 0, 0, 0])
+    pulled = [0, 1, 2, 3, 5]  # no label is outside the shortlist
 
     def loss(coefficients: np.ndarray) -> float:
         scores = (candidates.terms @ coefficients).reshape(num_rows, 5)
@@ -161,14 +173,53 @@ def test_the_fit_is_a_minimum_of_the_loss() -> None:
                 rest = np.log(np.exp(scores[row, negatives]).sum()) if len(negatives) else -np.inf
                 total += share * np.logaddexp(0.0, rest - scores[row, label])
                 weight += share
-        return num_rows * total / weight + 3.0 * float((((coefficients - start) * scale) ** 2)[:4].sum())
+        return num_rows * total / weight + 3.0 * float((((coefficients - start) * scale) ** 2)[pulled].sum())
 
     least = loss(fitted)
     assert least < loss(start)
-    for step in 0.01 * np.vstack([np.eye(5)[:4], -np.eye(5)[:4]]):
+    for step in 0.01 * np.vstack([np.eye(6)[pulled], -np.eye(6)[pulled]]):
         moved = fitted + step
-        if (moved[:3] >= 0).all():
+        if (moved[[0, 1, 2, 5]] >= 0).all():
             assert loss(moved) >= least - 1e-9
+
+
+def test_a_ranker_that_knows_the_answer_gets_weight_and_a_useless_one_none() -> None:
+    rng = np.random.default_rng(8)
+    truth = np.eye(20, dtype=np.float32)[rng.integers(20, size=300)]
+    frequencies = np.full(20, 15)
+    for knows in (1.0, 0.0):
+        margins = rng.normal(size=(300, 20)).clip(-1, 1) * 0.5 + knows * truth
+        shortlist = shortlist_of(rng.normal(size=(300, 20)) + (1.0 if knows else 9.0) * truth)
+        chosen = fit_interpolation(
+            shortlist,
+            None,
+            None,
+            sp.csr_matrix(truth),
+            frequencies,
+            300,
+            margin_of=lambda row, label, margins=margins: margins[row, label],
+        )
+        assert chosen.needs_ranker == bool(knows) and not chosen.needs_neighbors
+
+
+def test_p_is_never_paid_for_psp_where_another_fit_has_more_of_it() -> None:
+    """The head label is right more often where the model says nothing; only the unweighted fit knows it."""
+    rng = np.random.default_rng(10)
+    frequencies = np.array([4000, 4])
+    classes = (rng.random(4000) < 0.4).astype(int)
+    truth = np.eye(2, dtype=np.float32)[classes]
+    logits = np.where(rng.random((4000, 1)) < 0.3, 2.0 * truth, [[-0.5, 0.5]])
+    labels = sp.csr_matrix(truth)
+    shortlist = shortlist_of(logits)
+    chosen = fit_interpolation(shortlist, None, None, labels, frequencies, 4004)
+    top = interpolate(shortlist, None, frequencies, chosen, 1)
+    best = max(
+        (top_of.label_ids[:, 0] == classes).mean()
+        for top_of in (
+            interpolate(shortlist, None, frequencies, Interpolation(frequency=f), 1) for f in np.linspace(-1, 1, 41)
+        )
+    )
+    assert (top.label_ids[:, 0] == classes).mean() > best - 0.01
 
 
 def test_settings_survive_their_dictionary_and_a_damaged_one_is_a_data_error() -> None:

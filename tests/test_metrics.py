@@ -16,11 +16,12 @@ from xmc_midx.metrics import (
     FREQUENCY_GROUPS,
     breakdown_by_frequency,
     evaluate_topk,
+    frequency_deciles,
     inverse_propensity,
 )
 from xmc_midx.types import TopK
 
-NUM_CASES = 300
+NUM_CASES = 1000
 
 
 def make_top(rows, width=None):
@@ -83,8 +84,10 @@ def by_definition(true, predicted, q, k):
     }
 
 
+@pytest.mark.fault("R16")
 @pytest.mark.parametrize("block", range(10))
-def test_random_cases_equal_the_plain_definition(block):
+def test_random_cases_equal_the_plain_definition(block, record_property):
+    record_property("count", NUM_CASES // 10)
     for seed in range(block * NUM_CASES // 10, (block + 1) * NUM_CASES // 10):
         true, predicted, num_labels, frequencies, num_train, a, b = random_case(seed)
         report = evaluate_topk(
@@ -106,8 +109,10 @@ def test_random_cases_equal_the_plain_definition(block):
         assert report.num_without_labels == sum(len(row) == 0 for row in true)
 
 
+@pytest.mark.fault("R16")
 @pytest.mark.parametrize("block", range(10))
-def test_random_cases_equal_napkinxc(block):
+def test_random_cases_equal_napkinxc(block, record_property):
+    record_property("count", NUM_CASES // 10)
     for seed in range(block * NUM_CASES // 10, (block + 1) * NUM_CASES // 10):
         true, predicted, num_labels, frequencies, num_train, a, b = random_case(seed)
         if not any(len(row) for row in true):
@@ -337,3 +342,81 @@ def test_the_groups_cover_every_frequency_once():
             name for name, low, high in FREQUENCY_GROUPS if low <= frequency <= (high or (0 if low == 0 else 10**9))
         ]
         assert len(inside) == 1, frequency
+
+
+def test_deciles_each_hold_about_a_tenth_of_the_positives():
+    """Against the definition, a label at a time."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        frequencies = np.minimum(rng.zipf(1.6, int(rng.integers(1, 3000))) - 1, 5000)
+        groups = frequency_deciles(frequencies)
+        total, before = frequencies.sum(), 0
+        expected = {}
+        for frequency in sorted(set(frequencies.tolist()) - {0}, reverse=True):
+            mass = frequency * int((frequencies == frequency).sum())
+            expected.setdefault(int(10 * (before + mass / 2) / total) + 1, []).append(frequency)
+            before += mass
+        assert groups == [(f"decile {d}", min(f), max(f)) for d, f in expected.items()] + [("unseen", 0, 0)]
+    even = frequency_deciles(np.arange(1, 10_001))
+    assert len(even) == 11
+    mass = [sum(range(low, high + 1)) / sum(range(10_001)) for _, low, high in even[:-1]]
+    assert mass == pytest.approx([0.1] * 10, abs=1e-3)
+
+
+def test_deciles_of_few_frequencies_and_of_none():
+    assert frequency_deciles(np.array([3, 3, 3])) == [("decile 6", 3, 3), ("unseen", 0, 0)]
+    assert frequency_deciles(np.array([0, 0])) == [("unseen", 0, 0)]
+    # A label of half of the positives is the middle of the first half: deciles 1 and 2 are not there.
+    assert frequency_deciles(np.array([50, 25, 25, 0])) == [
+        ("decile 3", 50, 50),
+        ("decile 8", 25, 25),
+        ("unseen", 0, 0),
+    ]
+
+
+def test_a_breakdown_by_deciles_covers_every_true_label_once():
+    true, predicted, num_labels, frequencies, *_ = random_case(4)
+    groups = breakdown_by_frequency(
+        make_top(predicted), make_labels(true, num_labels), frequencies, groups=frequency_deciles(frequencies)
+    )
+    assert sum(group.num_true for group in groups) == sum(map(len, true)) > 0
+    assert sum(group.num_labels for group in groups) == num_labels
+    assert sum(group.share_of_true for group in groups) == pytest.approx(1)
+
+
+def test_metrics_and_propensities_equal_pyxclib():
+    """Where pyxclib is installed; its nDCG is float32."""
+    xclib = pytest.importorskip("xclib.evaluation.xc_metrics")
+    k, num_compared = 5, 0
+    for seed in range(NUM_CASES // 4):
+        true, predicted, num_labels, frequencies, num_train, a, b = random_case(seed)
+        # It wants k predictions of every instance, and as many labels.
+        ids = [row + [label for label in range(num_labels) if label not in row][: k - len(row)] for row in predicted]
+        if num_labels < k or not any(len(row) for row in true):
+            continue
+        train = csr_matrix((np.arange(num_train)[:, None] < frequencies[None, :]).astype(np.float64))
+        inverse = xclib.compute_inv_propesity(train, a, b)
+        np.testing.assert_allclose(inverse_propensity(frequencies, num_train, a, b), inverse, rtol=1e-12)
+        top, labels = np.array([row[:k] for row in ids]), make_labels(true, num_labels).astype(np.float64)
+        theirs = {
+            "P": xclib.precision(top, labels, k=k, sorted=True),
+            "nDCG": xclib.ndcg(top, labels, k=k, sorted=True),
+            "R": xclib.recall(top, labels, k=k, sorted=True),
+            "PSP": xclib.psprecision(top, labels, inverse, k=k, sorted=True),
+            "PSnDCG": xclib.psndcg(top, labels, inverse, k=k, sorted=True),
+        }
+        ours = evaluate_topk(
+            make_top(top.tolist()),
+            labels,
+            ks=range(1, k + 1),
+            label_frequencies=frequencies,
+            num_train=num_train,
+            A=a,
+            B=b,
+        )
+        for family, values in theirs.items():
+            tolerance = 1e-6 if "nDCG" in family else 1e-9
+            mine = [ours.metrics[f"{family}@{rank}"] for rank in range(1, k + 1)]
+            np.testing.assert_allclose(mine, values, rtol=0, atol=tolerance, err_msg=f"case {seed}: {family}")
+        num_compared += 1
+    assert num_compared > 100

@@ -367,6 +367,7 @@ def test_reading_takes_less_than_twice_the_memory_of_the_matrices(tmp_path: Path
     assert used < 2 * size
 
 
+@pytest.mark.fault("R9")
 @needs_proc
 def test_a_row_of_millions_of_features_is_read_in_bounded_memory(tmp_path: Path) -> None:
     path = tmp_path / "train.txt.gz"
@@ -387,6 +388,7 @@ def test_a_row_of_millions_of_features_is_read_in_bounded_memory(tmp_path: Path)
     assert float(used) < 350
 
 
+@pytest.mark.fault("R9")
 @needs_proc
 @pytest.mark.parametrize("row", ["digits", "pairs", "labels", "blanks"])
 def test_a_line_of_200_megabytes_is_refused_in_bounded_memory(tmp_path: Path, row: str) -> None:
@@ -403,6 +405,7 @@ def test_a_line_of_200_megabytes_is_refused_in_bounded_memory(tmp_path: Path, ro
     assert float(used) < 200
 
 
+@pytest.mark.fault("R9")
 def test_a_long_row_that_is_faulty_has_a_short_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "train.txt"
     path.write_bytes(b"1 1000000 4\n0" + b"".join(b" %d:1" % i for i in range(300_000)) + b" 5:1\n")

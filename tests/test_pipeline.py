@@ -37,6 +37,7 @@ OPTIONS = (
     "sampler.num_draws=8",
     "data.validation_fraction=0.1",
     "neighbors.enabled=false",
+    "ranker.enabled=false",
 )
 """288 training instances of 320: 9 steps an epoch, 36 in all."""
 STEPS, TOTAL = 9, 36
@@ -140,7 +141,9 @@ def test_the_result_describes_the_run(trained: TrainResult, topic_dir: Path) -> 
     assert document["test"]["propensity"] == {"A": 0.55, "B": 1.5}
     run = Path(document["run"])
     best = Path(document["best"])
-    assert best.parent == run / "checkpoints" and document["model_bytes"] == (best / "model.safetensors").stat().st_size
+    assert best.parent == run / "checkpoints" and best.is_dir()
+    files = [run / "model.safetensors", run / "neighbors.safetensors"]
+    assert document["model_bytes"] == sum(file.stat().st_size for file in files if file.exists())
     assert document["peak_memory_bytes"] > 2**20
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4] and [line["step"] for line in lines] == [9, 18, 27, 36]
@@ -178,8 +181,14 @@ def test_predictions_of_a_file_score_like_the_model_that_made_them(
     from_model = evaluate(trained.run, data=topic_dir)
     assert from_file.report.metrics == pytest.approx(dict(from_model.report.metrics))
     assert (from_file.report.propensity_a, from_file.report.propensity_b) == (0.55, 1.5)
+    deciles = evaluate(None, data=topic_dir, predictions=path, breakdown="deciles")
+    assert deciles.report == from_file.report and deciles.as_dict()["breakdown_by"] == "deciles"
+    assert [group["group"] for group in deciles.breakdown][::10] == ["decile 1", "unseen"]
+    assert sum(group["num_hits"] for group in deciles.breakdown) == sum(g["num_hits"] for g in from_file.breakdown)
+    with pytest.raises(UsageError, match="expected head-tail or deciles"):
+        evaluate(None, data=topic_dir, predictions=path, breakdown="tenths")
     short = write_xmc(tmp_path / "short.txt", "\n".join(lines[:-1]) + "\n")
-    with pytest.raises(DataError, match="149 rows"):
+    with pytest.raises(DataError, match="the file ends after 149 instances, expected 150"):
         evaluate(None, data=topic_dir, predictions=short)
     with pytest.raises(UsageError, match="nothing to evaluate"):
         evaluate(None, data=topic_dir)
@@ -253,7 +262,8 @@ def test_training_leaves_the_global_generators_alone(topic_dir: Path, tmp_path: 
 def test_a_reloaded_model_predicts_like_the_one_in_memory(
     topic_dir: Path, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
-    train(topic_dir, output=tmp_path / "run", config=make_config(*options, "data.validation_fraction=0"))
+    exact = ("data.validation_fraction=0", "model.storage=float32")
+    train(topic_dir, output=tmp_path / "run", config=make_config(*options, *exact))
     directory = RunDirectory.open(tmp_path / "run")
     split = load_dataset(topic_dir).train
     assert split is not None

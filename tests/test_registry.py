@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from xmc_midx.data import registry
@@ -137,3 +138,11 @@ def test_the_cache_is_where_the_user_says(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_directory() == tmp_path / ".cache" / "xmc-midx"
+
+
+def test_the_quick_loader_reads_what_the_safe_one_does_and_runs_nothing() -> None:
+    text = (Path(__file__).parents[1] / "datasets.yaml").read_text(encoding="utf-8")
+    assert registry._read_yaml(text) == yaml.safe_load(text)
+    for tag in ("!!python/object/apply:os.getcwd []", "!!python/name:os.getcwd", "a: [", "&a [*b]"):
+        with pytest.raises(yaml.YAMLError):
+            registry._read_yaml(tag)

@@ -62,6 +62,53 @@ def test_the_value_is_one_plus_log_tf_times_idf_with_rows_of_length_one():
     np.testing.assert_allclose(rows, [[tool / length, graph / length], [0, 0]], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("options", "theirs"),
+    [
+        ({"max_ngram": 2}, {"min_df": 2, "ngram_range": (1, 2)}),
+        ({"max_ngram": 3, "max_features": 9, "min_document_frequency": 1}, {"ngram_range": (1, 3), "max_features": 9}),
+        ({"max_features": 4}, {"min_df": 2, "max_features": 4}),
+    ],
+)
+def test_ngrams_and_a_bound_on_the_features_equal_scikit_learn(tmp_path, options, theirs):
+    oracle = TfidfVectorizer(token_pattern=r"(?u)[^\W_]{2,}", sublinear_tf=True, **theirs)
+    expected = oracle.fit_transform(TEXTS * 2)
+    vocabulary, rows = Vocabulary.fit_transform(iter(TEXTS * 2), **options)
+    assert vocabulary.tokens == tuple(oracle.get_feature_names_out())
+    np.testing.assert_allclose(rows.toarray(), expected.toarray(), atol=1e-6)
+    np.testing.assert_array_equal(vocabulary.transform(TEXTS * 2).toarray(), rows.toarray())
+    # Also after it has been a file.
+    vocabulary.save(tmp_path / "v.txt")
+    again = Vocabulary.load(tmp_path / "v.txt")
+    assert again.max_ngram == options.get("max_ngram", 1)
+    np.testing.assert_array_equal(again.transform(TEXTS * 2).toarray(), rows.toarray())
+
+
+def test_a_token_has_no_more_words_than_the_first_line_says(tmp_path):
+    two = HEADER.replace("tokens ", "tokens 1 to 2 times ")
+    assert Vocabulary.load(write(tmp_path / "v.txt", "graph theory\t2", header=two)).tokens == ("graph theory",)
+    for header, token in ((two, "a graph theory"), (two, "graph theory tool"), (HEADER, "graph theory")):
+        with pytest.raises(DataError, match=r"v\.txt:2: .* can never occur"):
+            Vocabulary.load(write(tmp_path / "v.txt", f"{token}\t2", header=header))
+    with pytest.raises(DataError, match="another token rule"):
+        Vocabulary.load(write(tmp_path / "v.txt", "graph\t2", header=HEADER.replace("tokens ", "tokens 1 to 9 times ")))
+
+
+def test_numbers_out_of_range_and_faults_of_the_texts(tmp_path):
+    for options in ({"max_features": 0}, {"max_ngram": 0}, {"max_ngram": 6}, {"min_document_frequency": 0}):
+        with pytest.raises(UsageError, match="expected 1"):
+            Vocabulary.fit(TEXTS, **options)
+
+    def broken():
+        yield "graph"
+        raise ValueError("of the reader")
+
+    with pytest.raises(ValueError, match="of the reader"):
+        Vocabulary.fit(broken())
+    with pytest.raises(UsageError, match="One text"):
+        Vocabulary.fit("graph")
+
+
 def test_tokens_are_runs_of_letters_or_digits_and_the_underscore_separates():
     tokens = Vocabulary.fit(["snake_case x86_64 libfoo2-dev C++ a1 Ärger"], min_document_frequency=1).tokens
     assert set(tokens) == {"snake", "case", "x86", "64", "libfoo2", "dev", "a1", "ärger"}

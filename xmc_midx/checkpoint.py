@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from xmc_midx.crash import crash_point
-from xmc_midx.data.files import read_json, sha256_of, sync_directory
+from xmc_midx.data.files import read_json, sha256_of, sync_directory, sync_file
 from xmc_midx.device import is_out_of_memory
 from xmc_midx.errors import DataError, ResourceError
 
@@ -108,13 +108,13 @@ class CheckpointStore:
         paths = sorted(target.iterdir())
         # The disk writes while the processor hashes.
         with ThreadPoolExecutor(1) as pool:
-            syncs = [pool.submit(_sync_file, path) for path in paths]
+            syncs = [pool.submit(sync_file, path) for path in paths]
             files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
             for sync in syncs:
                 sync.result()
         manifest = {"format": _FORMAT, "version": FORMAT_VERSION, "step": step, "files": files}
         (target / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        _sync_file(target / "manifest.json")
+        sync_file(target / "manifest.json")
         sync_directory(target)
         crash_point("save.manifest-written")
 
@@ -124,7 +124,7 @@ class CheckpointStore:
         beside = pointer.with_name(f"{_UNFINISHED}{name}-{os.getpid()}")
         try:
             beside.write_text(f"{step}\n", encoding="utf-8")
-            _sync_file(beside)
+            sync_file(beside)
             crash_point("save.pointer-written")
             beside.replace(pointer)
             sync_directory(pointer.parent)
@@ -303,11 +303,6 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     if str(fields["step"]) != path.name:
         raise DataError(f"{manifest_path}: is of step {fields['step']}, expected {path.name}.", hint="Was it moved?")
     return files
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _is_step(name: str) -> bool:

@@ -22,6 +22,7 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "NeighborsConfig",
+    "RankerConfig",
     "SamplerConfig",
     "SamplerName",
     "TrainingConfig",
@@ -79,6 +80,8 @@ class ModelConfig(_Section):
     label_bias: bool = True
     label_init: Literal["mean-instance", "random"] = "mean-instance"
     """Start of the label table: the mean encoded instance of each label, or small random rows."""
+    storage: Literal["int8", "float16", "float32"] = "int8"
+    """Of the finished model's tables on the disk; int8 has a scale for each row."""
 
 
 class SamplerConfig(_Section):
@@ -155,6 +158,17 @@ class NeighborsConfig(_Section):
     """Neighbours of an instance."""
 
 
+class RankerConfig(_Section):
+    """The sparse linear classifiers, whose margins are added to the model's scores at prediction."""
+
+    enabled: bool = True
+    """Whether they may be used; as with the neighbours, the validation instances decide."""
+    num_instances: PositiveInt = 30_000
+    """Training instances that say which labels the model confuses."""
+    num_rivals: PositiveInt = 50
+    """The model's best labels of each of them."""
+
+
 class Config(_Section):
     """Everything a run depends on besides its data."""
 
@@ -164,6 +178,7 @@ class Config(_Section):
     loss: LossConfig = LossConfig()
     training: TrainingConfig = TrainingConfig()
     neighbors: NeighborsConfig = NeighborsConfig()
+    ranker: RankerConfig = RankerConfig()
 
 
 def load_config(path: str | Path | None = None, *, assignments: Iterable[str] = ()) -> Config:

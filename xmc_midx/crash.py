@@ -28,14 +28,20 @@ POINTS = (
     "save.pruned",
     "validation.begun",
     "validation.done",
+    "model.begun",
     "neighbours.begun",
     "output.noted",
     "export.written",
     "export.renamed",
+    "model.unsealed",
     "file.written",
     "file.renamed",
+    "directory.written",
+    "directory.aside",
+    "directory.renamed",
 )
-"""All points. `file.*` are those of every file that is written beside its name and renamed there."""
+"""All points. `file.*` are those of every file that is written beside its name and renamed there,
+`directory.*` those of a dataset directory that `prepare` makes."""
 
 _armed: dict[str, int] = {}
 _signal = getattr(signal, "SIGKILL", signal.SIGTERM)

@@ -14,7 +14,7 @@ the positives, `u` and `p` the rows of the two tables that an average batch touc
   - epoch, 12 u D + 32 p D + 32 B p + 100 MB + 4 min(L, 65536) C + 4 x 256 L: gathered rows, their gradients, logits,
     fragments; refresh; validation
   - neighbours, 12 nnz + 16 Y + 160 MB + 70 MB, and the tables again where there are several epochs: the index, the
-    shortlist, compiled code; the best model, read back
+    shortlist, compiled code; the best model, read back; and 24 (Y + 50 x 30,000) + 50 MB for the linear ranker
 
 u is exact in expectation: the sum over the features of 1 - (1 - share of the instances that have it)^B, and likewise p,
 plus the draws. On CUDA, tables, optimiser, sampler and epoch count on the device instead, and the host keeps a copy of
@@ -40,6 +40,11 @@ _READING = 1.7
 _FRAGMENTS = 100 * _MB
 _SHORTLIST_CHUNKS = 160 * _MB
 _NEIGHBOR_CODE = 70 * _MB
+_PAIR = 24
+"""Bytes of a pair of an instance and a label that the linear ranker trains on."""
+_RANKER_BLOCKS = 50 * _MB
+_RANKER_LABEL = 300
+"""Bytes of a label's linear classifier on disk: some 40 weights."""
 _ASSIGN_CHUNK = 65_536
 _ENCODE_CHUNK = 4096
 _VALIDATION_CHUNK = 256
@@ -141,6 +146,9 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
         scores = min(4 * _SCORES_AT_ONCE, 4 * held_out * num_labels) * _SHORTLIST_CHUNKS // (64 * _MB)
         neighbors = 12 * data.num_values + 16 * data.num_positives + _NEIGHBOR_CODE + scores
         neighbors += tables if _number(training.epochs) > 1 else 0
+    if config.ranker.enabled and held_out:
+        rivals = min(data.num_instances, config.ranker.num_instances) * min(config.ranker.num_rivals, num_labels)
+        neighbors += _PAIR * (data.num_positives + rivals) + _RANKER_BLOCKS
     if cuda:
         device |= {"tables": tables, "epoch": int(max(start, epoch))}
         host["neighbours"] = int(neighbors)
@@ -149,13 +157,14 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
         largest = max(stages, key=lambda stage: stages[stage])
         host[largest] = int(stages[largest])
     checkpoint = tables + optimizer + 16 * num_labels + 4 * codewords * dim
+    finished = tables // 4 + (_RANKER_LABEL * num_labels if config.ranker.enabled else 0)
     rows_kept = 6 * data.num_values + 4 * data.num_positives if config.neighbors.enabled else 0
     keep = training.keep_checkpoints
     return Forecast(
         host=host,
         device=device,
         checkpoint_bytes=checkpoint,
-        disk_bytes=(2 * keep + 1) * checkpoint + rows_kept + 10 * _MB,
+        disk_bytes=(2 * keep + 1) * checkpoint + finished + rows_kept + 10 * _MB,
         seconds=None if speed is None else _seconds(config, data, rows, pool, speed),
     )
 
@@ -174,6 +183,7 @@ def cheaper_options(config: Config, data: TrainingData, *, cuda: bool = False) -
         f"sampler.num_draws={max(1, draws // 4)}": {"sampler": {"num_draws": max(1, draws // 4)}},
         "model.label_init=random": {"model": {"label_init": "random"}},
         "neighbors.enabled=false": {"neighbors": {"enabled": False}},
+        "ranker.enabled=false": {"ranker": {"enabled": False}},
     }
 
     def peak(settings: Config) -> int:

@@ -1,24 +1,28 @@
-"""Layer 5. The last step of a prediction: the model's shortlist and the labels of the nearest training instances, in
-one ranking.
+"""Layer 5. The last step of a prediction: the model's shortlist, the labels of the nearest training instances and the
+linear ranker's margins, in one ranking.
 
-With the model's probability p over the shortlist and the neighbours' votes v (`xmc_midx.neighbors`), the score of a
-label with n training instances is
+With the model's probability p over the shortlist, the neighbours' votes v (`xmc_midx.neighbors`) and the margin m of
+the linear ranker (`xmc_midx.ranker`), cut to -1..1, the score of a label with n training instances is
 
-    model log p + mixture log(p + v) + votes log(v + 1e-3) + frequency log(n + 1) + outside [not in the shortlist],
+    model log p + mixture log(p + v) + votes log(v + 1e-3) + frequency log(n + 1) + outside [not in the shortlist]
+    + margin m,
 
 where p of a label outside the shortlist is 1/e of the shortlist's smallest. The encoder generalises, the neighbours
-remember; a negative frequency term moves mass to the tail (a logit adjustment). The five coefficients minimise, on
-held-out training instances, the loss of the training itself, each positive weighted by the root of its inverse
-propensity so that the tail counts; terms that do not pay stay 0. Source: ours, after kNN-LM (arXiv 1911.00172), logit
-adjustment (arXiv 2007.07314) and stacking (Wolpert 1992); the figures are in EXPERIMENTS.md, "Neighbours".
+remember, the ranker sees each feature as it is; a negative frequency term moves mass to the tail (a logit adjustment).
+The six coefficients minimise, on held-out training instances, the loss of the training itself, each positive weighted
+by a power of its inverse propensity so that the tail counts; terms that do not pay stay 0. Source: ours, after kNN-LM
+(arXiv 1911.00172), logit adjustment (arXiv 2007.07314) and stacking (Wolpert 1992); the figures are in EXPERIMENTS.md,
+"The last step" and "Linear ranker".
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
@@ -27,7 +31,7 @@ from scipy.special import expit
 
 from xmc_midx.errors import DataError
 from xmc_midx.metrics import instance_scores, inverse_propensity
-from xmc_midx.neighbors import NeighborIndex
+from xmc_midx.neighbors import NeighborIndex, insert_best
 from xmc_midx.types import DEFAULT_KS, TopK
 
 __all__ = ["SHORTLIST", "Interpolation", "fit_interpolation", "interpolate", "keep_labels"]
@@ -37,28 +41,36 @@ SHORTLIST = 100
 _TEMPERATURES = (0.05, 0.1)
 _NO_VOTES = 1e-3
 """What a label without votes has, so that its logarithm is finite."""
-_PROPENSITY_POWER = 0.5
-"""Of the inverse propensity, as the weight of a positive: 0 ranks for P@k, 1 for PSP@k at the price of P@k."""
+_PROPENSITY_POWERS = (0.5, 0.25, 0.0)
+"""Of the inverse propensity, as the weight of a positive: 0 ranks for P@k, 1 for PSP@k at the price of P@k. Half is
+mostly free; where it is not, less is taken."""
 _PULL = 3.0
 """Of the coefficients towards the model alone, in instances: what a few hundred held-out ones say is half believed."""
 _STANDARD_ERRORS = 0.5
 """By how many standard errors of the paired difference P may fall: less is chance."""
-_NAMES = ("model", "mixture", "votes", "frequency", "outside")
-_BOUNDS = ((0.0, None), (0.0, None), (0.0, None), (None, None), (None, 0.0))
-"""Of the coefficients: more mass and more votes never lower a score, absence from the shortlist never raises it."""
+_WORTH = 5e-4
+"""What neighbours or ranker must add to the mean of P and PSP to be kept: they cost space and time."""
+_NAMES = ("model", "mixture", "votes", "frequency", "outside", "margin")
+_BOUNDS = ((0.0, None), (0.0, None), (0.0, None), (None, None), (None, 0.0), (0.0, None))
+"""Of the coefficients: more mass, votes or margin never lower a score, absence from the shortlist never raises it."""
+_ALONE, _WITH_NEIGHBORS, _WITH_RANKER = (0, 3), (0, 1, 2, 3, 4), (0, 3, 5)
+"""Coefficients that are fitted, by what takes part."""
 
 _Floats = NDArray[np.float64]
+MarginOf = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]
+"""Row numbers, which never fall, and label ids -> the ranker's margins."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interpolation:
-    """How model and neighbours are added; the default is the model alone. The first five are the coefficients."""
+    """How model and neighbours are added; the default is the model alone. The first six are the coefficients."""
 
     model: float = 1.0
     mixture: float = 0.0
     votes: float = 0.0
     frequency: float = 0.0
     outside: float = 0.0
+    margin: float = 0.0
     temperature: float = 0.1
     """Of the softmax over the neighbours' cosines."""
     count: int = 50
@@ -66,7 +78,7 @@ class Interpolation:
 
     @property
     def coefficients(self) -> _Floats:
-        """(5,), in the order of the formula."""
+        """(6,), in the order of the formula."""
         return np.array([getattr(self, name) for name in _NAMES])
 
     def as_dict(self) -> dict[str, Any]:
@@ -76,18 +88,23 @@ class Interpolation:
     def from_dict(cls, values: Mapping[str, Any]) -> Interpolation:
         """What `as_dict` gave; anything else is a DataError."""
         try:
-            typed = {field.name: float(values[field.name]) for field in fields(cls)}
+            # Runs of before the ranker have no margin.
+            typed = {field.name: float(({"margin": 0.0} | dict(values))[field.name]) for field in fields(cls)}
             return cls(**typed | {"count": int(values["count"])})  # type: ignore[arg-type]
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"interpolation.json: {error!r}; expected what `train` wrote.") from None
 
     @property
     def is_identity(self) -> bool:
-        return self.mixture == self.votes == self.frequency == 0.0
+        return self.mixture == self.votes == self.frequency == self.margin == 0.0
 
     @property
     def needs_neighbors(self) -> bool:
         return self.mixture > 0.0 or self.votes > 0.0
+
+    @property
+    def needs_ranker(self) -> bool:
+        return self.margin > 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +114,7 @@ class _Candidates:
     instance: NDArray[np.int64]
     label_ids: NDArray[np.int64]
     terms: _Floats
-    """(candidates, 5): what the coefficients are multiplied by."""
+    """(candidates, 6): what the coefficients are multiplied by."""
 
 
 def interpolate(
@@ -106,6 +123,8 @@ def interpolate(
     label_frequencies: NDArray[np.integer[Any]],
     settings: Interpolation,
     k: int,
+    *,
+    margin_of: MarginOf | None = None,
 ) -> TopK:
     """Rescore a shortlist together with the neighbours' labels.
 
@@ -115,13 +134,97 @@ def interpolate(
     votes : (B, L) of the neighbours; None for none.
     label_frequencies : (L,) of the training split.
     k : results.
+    margin_of : of the ranker for the same instances; None where the settings do not need it.
 
     Returns
     -------
     TopK : (B, k); scores in nats, ties to the smaller id.
     """
-    candidates = _candidates(shortlist, votes if settings.needs_neighbors else None, label_frequencies)
-    return _best(candidates, candidates.terms @ settings.coefficients, shortlist.label_ids.shape[0], k)
+    num_rows, width = shortlist.label_ids.shape
+    if votes is None or not settings.needs_neighbors:
+        votes = csr_matrix((num_rows, label_frequencies.shape[0]))
+    result = _no_results(num_rows, k)
+    scores_BK = np.full((num_rows, k), -np.inf)
+    shortlist_margins, vote_margins = np.zeros((num_rows, width)), np.zeros(votes.nnz)
+    if settings.needs_ranker:
+        assert margin_of is not None, "a margin comes with its ranker"
+        rows = np.arange(num_rows)
+        found = margin_of(np.repeat(rows, width), np.maximum(shortlist.label_ids, 0).ravel())
+        shortlist_margins[:] = found.reshape(num_rows, width)
+        vote_margins[:] = margin_of(np.repeat(rows, np.diff(votes.indptr)), votes.indices.astype(np.int64))
+    _rank(
+        shortlist.label_ids,
+        shortlist.scores.astype(np.float64),
+        votes.indptr.astype(np.int64),
+        votes.indices.astype(np.int64),
+        votes.data.astype(np.float64),
+        np.clip(shortlist_margins, -1.0, 1.0),
+        np.clip(vote_margins, -1.0, 1.0),
+        label_frequencies,
+        settings.coefficients,
+        result.label_ids,
+        scores_BK,
+    )
+    result.scores[:] = scores_BK
+    return result
+
+
+@numba.njit(nogil=True, cache=True)
+def _rank(
+    shortlist_BS: Any,
+    logits_BS: Any,
+    vote_offsets: Any,
+    vote_ids: Any,
+    vote_values: Any,
+    shortlist_margins: Any,
+    vote_margins: Any,
+    label_frequencies: Any,
+    coefficients: Any,
+    found_BK: Any,
+    score_BK: Any,
+) -> None:
+    """What `_best` makes of `_candidates`, instance by instance without their arrays."""
+    model, mixture, voted, frequency, outside, margin = coefficients
+    width = shortlist_BS.shape[1]
+    vote_of = np.zeros(label_frequencies.shape[0])
+    for row in range(shortlist_BS.shape[0]):
+        begin, end = vote_offsets[row], vote_offsets[row + 1]
+        for entry in range(begin, end):
+            vote_of[vote_ids[entry]] += vote_values[entry]
+        peak, smallest = -np.inf, np.inf
+        for place in range(width):
+            if shortlist_BS[row, place] >= 0:
+                peak, smallest = max(peak, logits_BS[row, place]), min(smallest, logits_BS[row, place])
+        mass = 0.0
+        for place in range(width):
+            if shortlist_BS[row, place] >= 0:
+                mass += math.exp(logits_BS[row, place] - peak)
+        shift = peak + math.log(mass) if mass > 0.0 else 0.0
+        floor = smallest - shift - 1.0 if mass > 0.0 else -1.0
+        # The shortlist first; its labels' votes are then used up, and what is left is outside of it.
+        for place in range(width + end - begin):
+            inside = place < width
+            label = shortlist_BS[row, place] if inside else vote_ids[begin + place - width]
+            if label < 0 or (not inside and vote_of[label] < 0.0):
+                continue
+            vote = max(vote_of[label], 0.0)
+            vote_of[label] = -1.0
+            log_p = logits_BS[row, place] - shift if inside else floor
+            score = model * log_p + frequency * math.log1p(label_frequencies[label])
+            if mixture != 0.0:
+                score += mixture * math.log(math.exp(log_p) + vote + 1e-300)
+            if voted != 0.0:
+                score += voted * math.log(vote + _NO_VOTES)
+            if inside:
+                score += margin * shortlist_margins[row, place]
+            else:
+                score += outside + margin * vote_margins[begin + place - width]
+            insert_best(found_BK[row], score_BK[row], label, score)
+        for place in range(width):
+            if shortlist_BS[row, place] >= 0:
+                vote_of[shortlist_BS[row, place]] = 0.0
+        for entry in range(begin, end):
+            vote_of[vote_ids[entry]] = 0.0
 
 
 def keep_labels(votes: csr_matrix, allow: NDArray[np.int64] | None, deny: NDArray[np.int64] | None) -> csr_matrix:
@@ -139,7 +242,12 @@ def keep_labels(votes: csr_matrix, allow: NDArray[np.int64] | None, deny: NDArra
     return kept
 
 
-def _candidates(shortlist: TopK, votes: csr_matrix | None, label_frequencies: NDArray[np.integer[Any]]) -> _Candidates:
+def _candidates(
+    shortlist: TopK,
+    votes: csr_matrix | None,
+    label_frequencies: NDArray[np.integer[Any]],
+    margin_of: MarginOf | None = None,
+) -> _Candidates:
     num_rows, num_labels = shortlist.label_ids.shape[0], label_frequencies.shape[0]
     found_BS = shortlist.label_ids >= 0
     logits_BS = np.where(found_BS, shortlist.scores.astype(np.float64), -np.inf)
@@ -169,6 +277,7 @@ def _candidates(shortlist: TopK, votes: csr_matrix | None, label_frequencies: ND
         np.log(vote + _NO_VOTES),
         np.log1p(label_frequencies[label_ids]),
         ~shortlisted,
+        np.zeros_like(log_p) if margin_of is None else np.clip(margin_of(instance, label_ids), -1.0, 1.0),
     ]
     return _Candidates(instance, label_ids, np.stack(terms, axis=1))
 
@@ -178,13 +287,17 @@ def _best(candidates: _Candidates, scores: _Floats, num_rows: int, k: int) -> To
     instance = candidates.instance[order]
     rank = np.arange(order.shape[0]) - np.searchsorted(instance, np.arange(num_rows))[instance]
     kept = rank < k
-    result = TopK(
-        label_ids=np.full((num_rows, k), -1, dtype=np.int64), scores=np.full((num_rows, k), -np.inf, dtype=np.float32)
-    )
+    result = _no_results(num_rows, k)
     place = (instance[kept], rank[kept])
     result.label_ids[place] = candidates.label_ids[order[kept]]
     result.scores[place] = scores[order[kept]]
     return result
+
+
+def _no_results(num_rows: int, k: int) -> TopK:
+    return TopK(
+        label_ids=np.full((num_rows, k), -1, dtype=np.int64), scores=np.full((num_rows, k), -np.inf, dtype=np.float32)
+    )
 
 
 def fit_interpolation(
@@ -194,48 +307,59 @@ def fit_interpolation(
     labels: csr_matrix,
     label_frequencies: NDArray[np.integer[Any]],
     num_train: int,
+    *,
+    margin_of: MarginOf | None = None,
 ) -> Interpolation:
-    """Fit the coefficients, without neighbours and with them, and keep what pays, on held-out instances.
+    """Fit the coefficients on held-out instances, for the model alone, with ranker, with neighbours and with both, and
+    keep what pays.
 
     Compared is the mean of P@k and PSP@k at k = 1, 3, 5; but a gain in PSP is never paid for with P: the mean of P@k
-    must not fall by more than chance.
+    must not be lower than the highest that any of them reaches by more than chance.
 
     Parameters
     ----------
     shortlist : (N, S) logits of the model for the held-out instances.
     neighbors, found : the index over the other training instances, and what it found for the held-out ones; None: no
-    neighbours. labels : (N, L) true labels. label_frequencies, num_train : of the training split.
+        neighbours.
+    labels : (N, L) true labels.
+    label_frequencies, num_train : of the training split.
+    margin_of : of a ranker that was trained without the held-out instances; None: no ranker.
     """
     count = 0 if found is None else found[0].shape[1]
-    num_rows = labels.shape[0]
-    weight_L = inverse_propensity(label_frequencies, num_train) ** _PROPENSITY_POWER
+    weight_L = inverse_propensity(label_frequencies, num_train)
+    no_votes = _candidates(shortlist, None, label_frequencies, margin_of)
 
-    def scores(candidates: _Candidates, settings: Interpolation) -> _Scores:
-        top = _best(candidates, candidates.terms @ settings.coefficients, num_rows, max(DEFAULT_KS))
-        return instance_scores(top, labels, label_frequencies, num_train)
+    def trial(candidates: _Candidates, free: tuple[int, ...], power: float, temperature: float) -> _Trial:
+        fitted = _fit(candidates, labels, weight_L**power, [*free])
+        named = dict(zip(_NAMES, fitted.tolist(), strict=True))
+        return scored(candidates, Interpolation(**named, temperature=temperature, count=count))
 
-    candidates = _candidates(shortlist, None, label_frequencies)
-    best = Interpolation(count=count)
-    best_scores = plain = scores(candidates, best)
-    fitted = _fit(candidates, labels, weight_L, [0, 3]).tolist()
-    without = Interpolation(model=fitted[0], frequency=fitted[3], count=count)
-    without_scores = scores(candidates, without)
-    if _wins(without_scores, best_scores):
-        best, best_scores = without, without_scores
-    if neighbors is None or found is None:
-        return best
-    for temperature in _TEMPERATURES:
-        candidates = _candidates(shortlist, neighbors.votes(*found, temperature), label_frequencies)
-        fitted = _fit(candidates, labels, weight_L, [0, 1, 2, 3, 4]).tolist()
-        trial = Interpolation(**dict(zip(_NAMES, fitted, strict=True)), temperature=temperature, count=count)
-        trial_scores = scores(candidates, trial)
-        if trial.needs_neighbors and _wins(trial_scores, plain) and _mean(trial_scores) > _mean(best_scores):
-            best, best_scores = trial, trial_scores
-    return best
+    def scored(candidates: _Candidates, settings: Interpolation) -> _Trial:
+        scores = candidates.terms @ settings.coefficients
+        top = _best(candidates, scores, labels.shape[0], max(DEFAULT_KS))
+        return settings, instance_scores(top, labels, label_frequencies, num_train)
+
+    default = Interpolation().temperature
+    parts: list[tuple[_Candidates, tuple[int, ...], float]] = [(no_votes, _ALONE, default)]
+    if margin_of is not None:
+        parts.append((no_votes, _WITH_RANKER, default))
+    if neighbors is not None and found is not None:
+        everything = _WITH_NEIGHBORS if margin_of is None else tuple(range(len(_NAMES)))
+        by_temperature = []
+        for temperature in _TEMPERATURES:
+            votes = neighbors.votes(*found, temperature)
+            candidates = _candidates(shortlist, votes, label_frequencies, margin_of)
+            quality = _mean(trial(candidates, everything, _PROPENSITY_POWERS[0], temperature)[1])
+            by_temperature.append((quality, temperature, candidates))
+        _, temperature, candidates = max(by_temperature, key=lambda entry: entry[:2])
+        parts += [(candidates, free, temperature) for free in dict.fromkeys([_WITH_NEIGHBORS, everything])]
+    trials = [scored(no_votes, Interpolation(count=count))]
+    trials += [trial(part, free, power, t) for part, free, t in parts for power in _PROPENSITY_POWERS]
+    return _choose(trials)
 
 
 def _fit(candidates: _Candidates, labels: csr_matrix, weight_L: _Floats, free: list[int]) -> _Floats:
-    """The five coefficients with the least decoupled softmax loss over the candidates; those that are not `free` stay
+    """The six coefficients with the least decoupled softmax loss over the candidates; those that are not `free` stay
     the model's alone.
 
     The loss is convex: the mean over the positives p among the candidates, weighted by `weight_L` and by 1/|Y|, of
@@ -288,14 +412,25 @@ def _is_positive(candidates: _Candidates, labels: csr_matrix) -> NDArray[np.bool
 
 _Scores = tuple[_Floats, _Floats]
 """Of each instance: P@k and PSP@k, each averaged over k."""
+_Trial = tuple[Interpolation, _Scores]
+
+
+def _choose(trials: list[_Trial]) -> Interpolation:
+    """Of the trials whose P is the highest, but for chance (a paired comparison), the one with the highest mean of P
+    and PSP, less the worth of what it needs."""
+    highest = max(trials, key=lambda trial: float(trial[1][0].mean()))[1][0]
+
+    def is_level(scores: _Scores) -> bool:
+        loss = highest - scores[0]
+        error = loss.std() / np.sqrt(max(loss.shape[0], 1))
+        return bool(loss.mean() <= _STANDARD_ERRORS * error)
+
+    def worth(trial: _Trial) -> float:
+        settings, scores = trial
+        return _mean(scores) - _WORTH * (settings.needs_neighbors + settings.needs_ranker)
+
+    return max((trial for trial in trials if is_level(trial[1])), key=worth)[0]
 
 
 def _mean(scores: _Scores) -> float:
     return float(scores[0].mean() + scores[1].mean()) / 2
-
-
-def _wins(scores: _Scores, reference: _Scores) -> bool:
-    """Whether the mean of P and PSP is higher, and P not lower by more than chance: a paired comparison."""
-    loss = reference[0] - scores[0]
-    error = loss.std() / np.sqrt(max(loss.shape[0], 1))
-    return _mean(scores) > _mean(reference) and bool(loss.mean() <= _STANDARD_ERRORS * error)

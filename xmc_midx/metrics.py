@@ -36,13 +36,16 @@ from xmc_midx.errors import DataError, UsageError
 from xmc_midx.types import DEFAULT_KS, MetricReport, TopK
 
 __all__ = [
+    "BREAKDOWNS",
     "DEFINITIONS",
     "FREQUENCY_GROUPS",
     "FrequencyGroup",
     "breakdown_by_frequency",
     "evaluate_topk",
+    "frequency_deciles",
     "instance_scores",
     "inverse_propensity",
+    "without_ignored",
 ]
 
 DEFINITIONS: Mapping[str, str] = {
@@ -62,6 +65,13 @@ FREQUENCY_GROUPS: Sequence[tuple[str, int, int | None]] = (
 )
 """(name, fewest, most training instances of a label), both included; None has no upper end."""
 
+BREAKDOWNS: Mapping[str, str] = {
+    "head-tail": "head labels have over 100 training instances, torso 6 to 100, tail 1 to 5, unseen none",
+    "deciles": "decile 1 holds the most frequent labels, which together have a tenth of the training positives, "
+    "decile 2 those with the next tenth, ...; labels of one frequency stay together; unseen labels have no positive",
+}
+"""Name of a breakdown by training frequency -> the definition of its groups."""
+
 _CHUNK_ELEMENTS = 1 << 20
 """Ranks held at once: the working set stays at some tens of MB for any number of instances."""
 
@@ -74,7 +84,7 @@ class FrequencyGroup:
     """How the labels of one range of training frequency fare in the top k."""
 
     group: str
-    """`head`, `torso`, `tail` or `unseen`."""
+    """`head`, `torso`, `tail` or `unseen`; or `decile 1` to `decile 10`."""
     min_frequency: int
     """Fewest training instances of a label of the group."""
     max_frequency: int | None
@@ -156,6 +166,36 @@ def evaluate_topk(
         propensity_a=None if weight_L is None else float(A),
         propensity_b=None if weight_L is None else float(B),
     )
+
+
+def without_ignored(top: TopK, labels: csr_matrix, ignored: csr_matrix | None) -> tuple[TopK, csr_matrix]:
+    """Predictions and truth without the labels that are passed over; what follows in a ranking moves up.
+
+    Some sets name such labels for each instance in a filter file: the instance itself, where instances are labels too.
+    Both of what comes back may go to `evaluate_topk` and `breakdown_by_frequency`.
+
+    Parameters
+    ----------
+    top, labels : as in `evaluate_topk`. To have k labels left, an instance needs k more than are passed over.
+    ignored : (N, L), not 0 where a label is passed over; None passes over nothing.
+
+    Raises
+    ------
+    DataError : `ignored` is not of the shape of `labels`.
+    """
+    if ignored is None:
+        return top, labels
+    if ignored.shape != labels.shape or top.label_ids.shape[0] != labels.shape[0]:
+        raise DataError(f"The ignored labels are {ignored.shape}, the true ones {labels.shape}.")
+    ignored, labels = _canonical(ignored), _canonical(labels)
+    is_out = _hits(top.label_ids, ignored)
+    # A stable sort by "is it out?" keeps the ranking of the others and moves the rest to the end.
+    order = np.argsort(is_out, axis=1, kind="stable")
+    ids = np.take_along_axis(np.where(is_out, -1, top.label_ids), order, axis=1)
+    scores = np.take_along_axis(np.where(is_out, -np.inf, top.scores), order, axis=1).astype(np.float32)
+    kept = csr_matrix(labels - labels.multiply(ignored))
+    kept.eliminate_zeros()
+    return TopK(label_ids=ids, scores=scores), kept
 
 
 def instance_scores(
@@ -257,6 +297,34 @@ def breakdown_by_frequency(
     ids_NK = top.label_ids[:, :cut]
     hit_ids = ids_NK[_hits(ids_NK, labels)]
     return [_group(name, low, high, frequency_L, labels.indices, hit_ids) for name, low, high in groups]
+
+
+def frequency_deciles(label_frequencies: NDArray[Any]) -> list[tuple[str, int, int | None]]:
+    """Ranges of training frequency that each hold about a tenth of the positives, for `breakdown_by_frequency`.
+
+    With the labels in falling order of frequency, a frequency belongs to decile `floor(10 c) + 1`, c being the share of
+    all positives that precede the middle of its own. A frequency with many labels can fill several deciles: then some
+    are left out. (As pyxclib's decile plots, but that labels of one frequency stay together; tenths of the labels would
+    put half of them, all of one instance, into five groups of ten.)
+
+    Parameters
+    ----------
+    label_frequencies : (L,) training instances of each label, >= 0.
+
+    Returns
+    -------
+    (name, fewest, most training instances) of each decile that is there, most frequent first, then `unseen` with 0.
+    """
+    frequencies, counts = np.unique(np.asarray(label_frequencies, dtype=np.int64), return_counts=True)
+    frequencies, counts = frequencies[frequencies > 0][::-1], counts[frequencies > 0][::-1]
+    mass = (frequencies * counts).astype(np.float64)
+    middles = np.cumsum(mass) - mass / 2
+    deciles = np.floor(10 * middles / max(mass.sum(), 1.0)).astype(np.int64) + 1
+    groups: list[tuple[str, int, int | None]] = []
+    for decile in np.unique(deciles):
+        members = frequencies[deciles == decile]
+        groups.append((f"decile {decile}", int(members.min()), int(members.max())))
+    return [*groups, ("unseen", 0, 0)]
 
 
 def _group(

@@ -1,12 +1,20 @@
 """Layer 2. The nearest training instances of a feature row, by an inverted list of the training features.
 
 What an encoder of D numbers must forget (a rare word that names a rare label), the training rows remember;
-`xmc_midx.predictor` adds the labels of the neighbours to the model's own. Exact inner products over the features that
+`xmc_midx.predictor` adds the labels of the neighbours to the model's own. Inner products are over the features that
 are not in too many rows.
+
+A list is sorted by falling size of its values, so that a query reads its lists only as far as their entries matter:
+the largest products, `_BUDGET` of them at most, nominate candidates, and the best `_CANDIDATES` a neighbour get their
+exact inner product (score-at-a-time ranking, arXiv 1505.06690, with rescoring). A query whose lists hold no more
+entries than that is answered exactly, as every query is with `exact=True`. What this misses is measured in
+EXPERIMENTS.md, "Prediction time".
 """
 
 from __future__ import annotations
 
+import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,13 +25,21 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_matrix
 
-__all__ = ["NeighborIndex", "save_rows"]
+__all__ = ["NeighborIndex", "insert_best", "save_rows"]
 
 _MAX_SHARE = 0.1
 """A feature of more than this share of the rows is left out: such lists are long and say little (EXPERIMENTS.md,
 "Neighbours")."""
 _SMALL = 20_000
 """Up to so many rows no feature is left out."""
+_BUDGET = 4096
+"""Entries of the inverted lists that a query reads."""
+_CANDIDATES = 3
+"""Rows that are rescored for each neighbour asked for."""
+_LEVELS = 40
+"""Of the sizes of a list's values, each 2^(-1/2) of the one before: how far a list is read is looked up by level."""
+_PARALLEL = 8
+"""Queries from which threads are worth their start."""
 
 
 class NeighborIndex:
@@ -43,16 +59,24 @@ class NeighborIndex:
         )
         columns = features.tocsc()
         counts = np.diff(columns.indptr)
+        kept = np.ones(self.num_features, dtype=bool)
+        rows, values = columns.indices, columns.data
         if features.shape[0] > _SMALL:
             kept = counts <= _MAX_SHARE * features.shape[0]
             mask = np.repeat(kept, counts)
-            counts = np.where(kept, counts, 0)
-            rows, values = columns.indices[mask], columns.data[mask]
-        else:
-            rows, values = columns.indices, columns.data
+            rows, values, counts = rows[mask], values[mask], np.where(kept, counts, 0)
+        self._kept = kept
+        self._local = threading.local()
         self._offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._rows = rows.astype(np.int32)
         self._values = values.astype(np.float32)
+        self._prefixes = np.zeros((self.num_features, _LEVELS), dtype=np.int32)
+        _sort_lists(self._offsets, self._rows, self._values, self._prefixes)
+        self._forward = (
+            features.indptr.astype(np.int64),
+            features.indices.astype(np.int32, copy=False),
+            features.data.astype(np.float32, copy=False),
+        )
 
     @property
     def num_instances(self) -> int:
@@ -75,29 +99,51 @@ class NeighborIndex:
             matrix.check_format(full_check=True)
         return cls(features, labels)
 
-    def search(self, features: csr_matrix, count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def search(
+        self, features: csr_matrix, count: int, *, exact: bool = False
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """The `count` nearest training rows of each of B rows.
+
+        Parameters
+        ----------
+        exact : whether every entry of every list is read.
 
         Returns
         -------
         (B, count) int64 row numbers and (B, count) float32 inner products: falling, ties to the smaller row; -1 and 0
-        where fewer rows share a feature with the query.
+        where fewer rows share a feature with the query. The inner products are exact in any case.
         """
         assert features.shape[1] == self.num_features, "queries and training rows have the same features"
         num_rows = features.shape[0]
         rows_BK = np.full((num_rows, count), -1, dtype=np.int64)
         scores_BK = np.zeros((num_rows, count), dtype=np.float32)
         queries = (features.indptr.astype(np.int64), features.indices, features.data.astype(np.float32))
-        lists = (self._offsets, self._rows, self._values)
+        lists = (self._offsets, self._rows, self._values, self._prefixes)
+        budget = np.iinfo(np.int64).max if exact else _BUDGET
 
         def run(begin: int, end: int) -> None:
-            _search(*queries, *lists, self.num_instances, begin, end, rows_BK, scores_BK)
+            total, dense = self._workspace()
+            most = _CANDIDATES * count
+            _search(
+                queries, lists, self._forward, self._kept, total, dense, budget, most, begin, end, rows_BK, scores_BK
+            )
 
         workers = numba.get_num_threads()
+        if num_rows < _PARALLEL or workers == 1:
+            run(0, num_rows)
+            return rows_BK, scores_BK
         borders = np.linspace(0, num_rows, workers + 1).astype(int)
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(run, borders[:-1], borders[1:]))
         return rows_BK, scores_BK
+
+    def _workspace(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Of this thread, as `_search` leaves it: to fill it anew would take longer than to answer one query."""
+        if not hasattr(self._local, "arrays"):
+            total = np.full(self.num_instances, np.nan, dtype=np.float32)
+            self._local.arrays = total, np.zeros(self.num_features, dtype=np.float32)
+        arrays: tuple[NDArray[np.float32], NDArray[np.float32]] = self._local.arrays
+        return arrays
 
     def votes(self, rows_BK: NDArray[np.int64], scores_BK: NDArray[np.float32], temperature: float) -> csr_matrix:
         """The neighbours' labels, (B, L) float64: the share of the neighbours that have a label, each neighbour
@@ -130,53 +176,155 @@ def save_rows(path: Path, features: csr_matrix, labels: csr_matrix) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
+def _sort_lists(offsets: Any, rows: Any, values: Any, prefixes: Any) -> None:
+    """Sort each list by falling size of its values, ties to the smaller row, and count the entries of each level: those
+    with `size >= 2^(-level/2)`."""
+    for feature in range(offsets.shape[0] - 1):
+        begin, end = offsets[feature], offsets[feature + 1]
+        if begin == end:
+            continue
+        order = np.argsort(-np.abs(values[begin:end]), kind="mergesort")
+        rows[begin:end] = rows[begin:end][order]
+        values[begin:end] = values[begin:end][order]
+        position = begin
+        for level in range(prefixes.shape[1]):
+            least = 2.0 ** (-0.5 * level)
+            while position < end and abs(values[position]) >= least:
+                position += 1
+            prefixes[feature, level] = position - begin
+
+
+@numba.njit(nogil=True, cache=True)
+def _level(weight: float) -> int:
+    """Of a query's value: the level of its product with an entry of level m is at least m + this."""
+    size = abs(weight)
+    return 1_000_000 if size == 0.0 else math.ceil(-2.0 * math.log2(size))
+
+
+@numba.njit(nogil=True, cache=True)
+def _cut(query: Any, lists: Any, budget: int, begin: int, end: int) -> int:
+    """The last level of products of which all entries can be read within the budget; -1 where every entry can."""
+    ids, weights = query[1], query[2]
+    offsets, prefixes = lists[0], lists[3]
+    total = 0
+    for entry in range(begin, end):
+        total += offsets[ids[entry] + 1] - offsets[ids[entry]]
+    if total <= budget:
+        return -1
+    counts = np.zeros(2 * _LEVELS, dtype=np.int64)
+    for entry in range(begin, end):
+        shift = _level(weights[entry])
+        for level in range(max(shift, 0), min(shift + _LEVELS, 2 * _LEVELS)):
+            counts[level] += prefixes[ids[entry], level - shift]
+        for level in range(shift + _LEVELS, 2 * _LEVELS):
+            counts[level] += prefixes[ids[entry], _LEVELS - 1]
+    cut = 0
+    while cut + 1 < 2 * _LEVELS and counts[cut + 1] <= budget:
+        cut += 1
+    return cut
+
+
+@numba.njit(nogil=True, cache=True)
 def _search(
-    query_offsets: Any,
-    query_ids: Any,
-    query_values: Any,
-    offsets: Any,
-    rows: Any,
-    values: Any,
-    num_rows: int,
+    queries: Any,
+    lists: Any,
+    forward: Any,
+    kept: Any,
+    total: Any,
+    dense: Any,
+    budget: int,
+    num_candidates: int,
     begin: int,
     end: int,
     found_BK: Any,
     score_BK: Any,
 ) -> None:
-    """For the queries begin..end: `scores = queries @ training.T`, the best K of each row, without the matrix."""
-    total = np.zeros(num_rows, dtype=np.float32)
-    seen = np.full(num_rows, -1, dtype=np.int64)
-    touched = np.empty(num_rows, dtype=np.int32)
-    count = found_BK.shape[1]
+    """For the queries begin..end: `scores = queries @ training.T`, the best K of each row, without the matrix.
+
+    `total` (N,) holds NaN, `dense` (F,) zeros; both are left so.
+    """
+    query_offsets, query_ids, query_values = queries
+    offsets, rows, values, prefixes = lists
+    row_offsets, row_ids, row_values = forward
+    touched = np.empty(total.shape[0], dtype=np.int32)
     for query in range(begin, end):
+        first, last = query_offsets[query], query_offsets[query + 1]
+        cut = _cut(queries, lists, budget, first, last)
         num_touched = 0
-        for entry in range(query_offsets[query], query_offsets[query + 1]):
+        for entry in range(first, last):
             feature, weight = query_ids[entry], query_values[entry]
-            for position in range(offsets[feature], offsets[feature + 1]):
+            stop = offsets[feature + 1]
+            if cut >= 0:
+                level = min(cut - _level(weight), prefixes.shape[1] - 1)
+                stop = offsets[feature] + (prefixes[feature, level] if level >= 0 else 0)
+            for position in range(offsets[feature], stop):
                 row = rows[position]
-                if seen[row] != query:
-                    seen[row] = query
-                    total[row] = 0.0
+                before = total[row]
+                if np.isnan(before):
                     touched[num_touched] = row
                     num_touched += 1
-                total[row] += weight * values[position]
-        filled = 0
+                    total[row] = weight * values[position]
+                else:
+                    total[row] = before + weight * values[position]
+        if cut < 0:
+            for index in range(num_touched):
+                insert_best(found_BK[query], score_BK[query], touched[index], total[touched[index]])
+                total[touched[index]] = np.nan
+            continue
+        for entry in range(first, last):
+            if kept[query_ids[entry]]:
+                dense[query_ids[entry]] += query_values[entry]
+        least = _least_of_best(total, touched, num_touched, num_candidates)
         for index in range(num_touched):
             row = touched[index]
-            score = total[row]
-            place = filled
-            # Insertion from the end: after the first rows nearly every candidate loses to the last place at once.
-            while place > 0 and (
-                score > score_BK[query, place - 1]
-                or (score == score_BK[query, place - 1] and row < found_BK[query, place - 1])
-            ):
-                place -= 1
-            if place >= count:
-                continue
-            last = min(filled, count - 1)
-            for move in range(last, place, -1):
-                found_BK[query, move] = found_BK[query, move - 1]
-                score_BK[query, move] = score_BK[query, move - 1]
-            found_BK[query, place] = row
-            score_BK[query, place] = score
-            filled = min(filled + 1, count)
+            if total[row] >= least:
+                score = np.float32(0.0)
+                for entry in range(row_offsets[row], row_offsets[row + 1]):
+                    score += dense[row_ids[entry]] * row_values[entry]
+                insert_best(found_BK[query], score_BK[query], row, score)
+            total[row] = np.nan
+        for entry in range(first, last):
+            dense[query_ids[entry]] = 0.0
+
+
+@numba.njit(nogil=True, cache=True)
+def _least_of_best(total: Any, touched: Any, num_touched: int, wanted: int) -> Any:
+    """A score that about `wanted` of the touched rows reach, never fewer (where there are so many): a histogram."""
+    if num_touched <= wanted:
+        return -np.inf
+    low = high = total[touched[0]]
+    for index in range(num_touched):
+        low, high = min(low, total[touched[index]]), max(high, total[touched[index]])
+    if not high > low:
+        return -np.inf
+    num_bins = 1024
+    counts = np.zeros(num_bins + 1, dtype=np.int64)
+    scale = np.float32(num_bins) / (high - low)
+    for index in range(num_touched):
+        counts[int((total[touched[index]] - low) * scale)] += 1
+    bin_, reached = num_bins, counts[num_bins]
+    while reached < wanted:
+        bin_ -= 1
+        reached += counts[bin_]
+    # One bin less, for the rounding of the division.
+    return low + (bin_ - 1) / scale
+
+
+@numba.njit(nogil=True, cache=True)
+def insert_best(found_K: Any, score_K: Any, row: int, score: Any) -> None:
+    """Keep a row (or label) if it is one of the K best: falling scores, ties to the smaller id, -1 in free places."""
+    count = found_K.shape[0]
+    place = count
+    # From the end: after the first rows nearly every candidate loses to the last place at once.
+    while place > 0 and (
+        found_K[place - 1] < 0
+        or score > score_K[place - 1]
+        or (score == score_K[place - 1] and row < found_K[place - 1])
+    ):
+        place -= 1
+    for move in range(count - 1, place, -1):
+        found_K[move] = found_K[move - 1]
+        score_K[move] = score_K[move - 1]
+    if place < count:
+        found_K[place] = row
+        score_K[place] = score

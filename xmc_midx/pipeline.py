@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -25,11 +25,18 @@ from scipy.sparse import csr_matrix
 
 from xmc_midx import __version__
 from xmc_midx.config import SAMPLER_NAMES, Config
-from xmc_midx.data.dataset import Split, XmcDataset, load_dataset
+from xmc_midx.data.dataset import Split, XmcDataset, load_dataset, load_features
 from xmc_midx.data.predictions import read_predictions
 from xmc_midx.data.registry import match_spec
 from xmc_midx.errors import DataError, ResourceError, UsageError
-from xmc_midx.metrics import breakdown_by_frequency, evaluate_topk
+from xmc_midx.metrics import (
+    BREAKDOWNS,
+    FREQUENCY_GROUPS,
+    breakdown_by_frequency,
+    evaluate_topk,
+    frequency_deciles,
+    without_ignored,
+)
 from xmc_midx.recipe import DataShape, resolve
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.types import DEFAULT_KS, MetricReport, Reporter, SamplerDiagnosis, SilentReporter, TopK
@@ -149,6 +156,8 @@ class Evaluation:
     """Of prediction; 0 where predictions were read from a file."""
     breakdown: Sequence[Mapping[str, Any]]
     """Recall by label frequency; empty where the training frequencies are unknown."""
+    breakdown_by: str = "head-tail"
+    """The groups: a key of `xmc_midx.metrics.BREAKDOWNS`."""
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON document of `evaluate`."""
@@ -156,6 +165,7 @@ class Evaluation:
             **_report_dict(self.report),
             "propensity_source": self.propensity_source,
             "seconds": round(self.seconds, 3),
+            "breakdown_by": self.breakdown_by,
             "breakdown": [dict(group) for group in self.breakdown],
         }
 
@@ -244,6 +254,9 @@ def train(
     reporter.start("read", None)
     dataset = load_dataset(data, test=test)
     training = _training_split(dataset, data)
+    if not training.source.states_sizes:
+        sizes = f"{dataset.num_features} features and {dataset.num_labels} labels"
+        reporter.message(f"{training.path}: states no sizes; the largest ids make {sizes}")
     resolved = resolve(config or Config(), _shape(dataset, training))
     _refuse_what_does_not_fit(resolved, dataset, training, Path(output), reporter)
     with RunDirectory.create(
@@ -432,18 +445,20 @@ def _train_result(session: TrainingSession, dataset: XmcDataset, *, has_test: bo
     report = None
     if has_test and session.finished:
         assert dataset.test is not None, "load_dataset read it"
+        session.release()
         predictor = Predictor.load(run.path, device=run.config.training.device)
         a, b, _ = _propensity(None, None, dataset, predictor.num_train)
-        top = predictor.predict(dataset.test.features, k=max(DEFAULT_KS), reporter=session.reporter)
+        k = _k_with_ignored(dataset.test, max(DEFAULT_KS))
+        top = predictor.predict(dataset.test.features, k=k, reporter=session.reporter)
         report = evaluate_topk(
-            top,
-            dataset.test.labels,
+            *without_ignored(top, dataset.test.labels, dataset.test.ignored),
             ks=DEFAULT_KS,
             label_frequencies=predictor.label_frequencies,
             num_train=predictor.num_train,
             A=a,
             B=b,
         )
+        report = _with_ignored(report, dataset.test)
     return TrainResult(
         run=str(run.path),
         finished=session.finished,
@@ -454,7 +469,7 @@ def _train_result(session: TrainingSession, dataset: XmcDataset, *, has_test: bo
         loss=session.loss,
         validation=session.validation,
         test=report,
-        model_bytes=(best / "model.safetensors").stat().st_size + run.neighbors_bytes,
+        model_bytes=run.model_bytes or (best / "model.safetensors").stat().st_size,
         peak_memory_bytes=peak_memory_bytes(),
         config=run.config,
     )
@@ -469,6 +484,7 @@ def evaluate(
     data: str | Path,
     ks: Sequence[int] = DEFAULT_KS,
     predictions: str | Path | None = None,
+    breakdown: str = "head-tail",
     A: float | None = None,
     B: float | None = None,
     device: str = "auto",
@@ -482,7 +498,8 @@ def evaluate(
     run : run directory; None with `predictions`.
     data : name of a dataset, directory (its test split is evaluated), or one sparse feature file.
     ks : the k of the metrics.
-    predictions : a file of `label:score ...` lines, one an instance; scored instead of the run's model.
+    predictions : scored instead of the run's model: XMC text, TSV or .npz, see `xmc_midx.data.predictions`.
+    breakdown : groups of labels by training frequency: `"head-tail"` or `"deciles"`.
     A, B : propensity constants; None takes the registry's for a dataset of known sizes, else 0.55 and 1.5.
     device : where the model runs.
     verify : whether the hashes of the model's files are computed.
@@ -491,44 +508,56 @@ def evaluate(
     ------
     XmcMidxError : a file is invalid, or model, data and predictions do not fit one another.
     """
+    if breakdown not in BREAKDOWNS:
+        raise UsageError(f"breakdown is {breakdown!r}; expected {' or '.join(BREAKDOWNS)}.")
     reporter = reporter or SilentReporter()
     reporter.start("read", None)
-    dataset = load_dataset(data)
-    split = dataset.test if dataset.test is not None else dataset.train
-    assert split is not None, "a dataset has a split"
-    if dataset.test is None and Path(data).is_dir():
-        raise DataError(f"{data}: has no test split to evaluate on.", hint="Give the file itself.")
     predictor = None
     if run is not None:
         from xmc_midx.predictor import Predictor
 
         predictor = Predictor.load(run, device=device, verify=verify)
+    dataset = load_dataset(data, sizes=None if predictor is None else (predictor.num_features, predictor.num_labels))
+    split = dataset.test if dataset.test is not None else dataset.train
+    assert split is not None, "a dataset has a split"
+    if dataset.test is None and Path(data).is_dir():
+        raise DataError(f"{data}: has no test split to evaluate on.", hint="Give the file itself.")
     frequencies, num_train = _training_frequencies(predictor, dataset)
     a, b, source = _propensity(A, B, dataset, num_train)
     seconds = 0.0
     if predictions is not None:
-        top = read_predictions(predictions, num_labels=dataset.num_labels)
-        if top.label_ids.shape[0] != split.labels.shape[0]:
-            raise DataError(
-                f"{predictions}: has {top.label_ids.shape[0]} rows; {split.path} has {split.labels.shape[0]} instances."
-            )
+        top = read_predictions(predictions, dataset.num_labels, num_instances=split.labels.shape[0])
     else:
         if predictor is None:
             raise UsageError("There is nothing to evaluate: expected a run directory or a predictions file.")
         _check_labels(predictor, dataset, max(ks))
         started = time.perf_counter()
-        top = predictor.predict(split.features, k=max(ks), reporter=reporter)
+        top = predictor.predict(split.features, k=_k_with_ignored(split, max(ks)), reporter=reporter)
         seconds = time.perf_counter() - started
-    report = evaluate_topk(top, split.labels, ks=ks, label_frequencies=frequencies, num_train=num_train, A=a, B=b)
+    top, labels = without_ignored(top, split.labels, split.ignored)
+    report = evaluate_topk(top, labels, ks=ks, label_frequencies=frequencies, num_train=num_train, A=a, B=b)
+    report = _with_ignored(report, split)
     groups: Sequence[Any] = ()
     if frequencies is not None:
-        groups = breakdown_by_frequency(top, split.labels, frequencies, k=max(ks))
+        ranges = FREQUENCY_GROUPS if breakdown == "head-tail" else frequency_deciles(frequencies)
+        groups = breakdown_by_frequency(top, labels, frequencies, k=max(ks), groups=ranges)
     return Evaluation(
         report=report,
         propensity_source=source,
         seconds=seconds,
         breakdown=[asdict(group) for group in groups],
+        breakdown_by=breakdown,
     )
+
+
+def _with_ignored(report: MetricReport, split: Split) -> MetricReport:
+    return report if split.ignored is None else replace(report, num_ignored=split.ignored.nnz)
+
+
+def _k_with_ignored(split: Split, k: int) -> int:
+    """Labels to predict of each instance so that k are left without those that are passed over."""
+    most = 0 if split.ignored is None else int(np.diff(split.ignored.indptr).max(initial=0))
+    return min(k + most, int(split.labels.shape[1]))
 
 
 def _training_frequencies(
@@ -638,6 +667,7 @@ def predict_stream(
     ------
     XmcMidxError : an option or the model is at fault; faults of the input are raised when the stream comes to them.
     """
+    from xmc_midx.data.sources import is_named
     from xmc_midx.predictor import Predictor
 
     index, num_shards = shard
@@ -649,6 +679,9 @@ def predict_stream(
     _check_k(k, predictor.num_labels)
     if scores == "probabilities":
         predictor.require_calibration()
+    if not text and isinstance(input, str | Path) and is_named(Path(input)):
+        # Formats that are read whole: svmlight, npz, the halves of a pair.
+        input = load_features(input, predictor.num_features)
     if text is None and predictor.vocabulary is None:
         text = False
     if text:
@@ -812,7 +845,9 @@ def _model_digest(run: Path) -> str:
     from xmc_midx.checkpoint import CheckpointStore
 
     digest = hashlib.sha256()
-    manifest = CheckpointStore(run / "checkpoints").path_of("best") / "manifest.json"
+    manifest = run / "model.json"
+    if not manifest.exists():
+        manifest = CheckpointStore(run / "checkpoints").path_of("best") / "manifest.json"
     for path in (manifest, run / "interpolation.json", run / "vocabulary.txt"):
         digest.update(path.read_bytes() if path.exists() else b"-")
     return digest.hexdigest()
@@ -1161,6 +1196,7 @@ def _report_dict(report: MetricReport) -> dict[str, Any]:
         "metrics": dict(report.metrics),
         "num_instances": report.num_instances,
         "num_without_labels": report.num_without_labels,
+        "num_ignored": report.num_ignored,
         "propensity": {"A": report.propensity_a, "B": report.propensity_b},
         "definition": report.definition,
     }

@@ -5,6 +5,7 @@ Before it: checkpoints and index; after it: metrics and the command line.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +15,7 @@ import torch
 from scipy.sparse import csr_matrix, issparse
 
 from xmc_midx.calibration import BACKGROUND, Calibration, calibrate
-from xmc_midx.checkpoint import Checkpoint, CheckpointStore, refuse_misfits
+from xmc_midx.checkpoint import CheckpointStore, refuse_misfits
 from xmc_midx.data.features import normalize_rows, rows_from_pairs
 from xmc_midx.device import find_device
 from xmc_midx.encoder import SparseEncoder
@@ -22,6 +23,7 @@ from xmc_midx.errors import DataError, UsageError
 from xmc_midx.index import ExactIndex
 from xmc_midx.interpolation import SHORTLIST, Interpolation, interpolate, keep_labels
 from xmc_midx.neighbors import NeighborIndex
+from xmc_midx.ranker import LinearRanker
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.topk import concatenate_topk, empty_topk
 from xmc_midx.types import LabelIndex, Reporter, SilentReporter, TopK
@@ -49,7 +51,7 @@ class Predictor:
     label_names : L names, or None where they are unknown.
     vocabulary : turns raw texts into features; None where the run has none.
     label_frequencies, num_train : (L,) int64 and N of the training split; None where unknown.
-    interpolation, neighbors : what is added to the model's scores (`xmc_midx.interpolation`); None: the model alone.
+    interpolation, neighbors, ranker : what is added to the model's scores (`xmc_midx.interpolation`); None: nothing.
     calibration : what makes probabilities of the scores; None where no instances were held out.
     """
 
@@ -65,12 +67,13 @@ class Predictor:
         num_train: int | None = None,
         interpolation: Interpolation | None = None,
         neighbors: NeighborIndex | None = None,
+        ranker: LinearRanker | None = None,
         calibration: Calibration | None = None,
     ) -> None:
         self.encoder, self.index, self.normalize = encoder.eval(), index, normalize
         self.label_names, self.vocabulary = label_names, vocabulary
         self.label_frequencies, self.num_train = label_frequencies, num_train
-        self.interpolation, self.neighbors = interpolation or Interpolation(), neighbors
+        self.interpolation, self.neighbors, self.ranker = interpolation or Interpolation(), neighbors, ranker
         self.calibration = calibration
 
     @classmethod
@@ -80,7 +83,7 @@ class Predictor:
         Parameters
         ----------
         run : as `train` wrote it.
-        checkpoint : `"best"` or `"latest"`.
+        checkpoint : `"best"`, the finished model where there is one; or `"latest"`.
         device : as in `training.device`.
         verify : whether the hashes of the model's files are computed; the sizes are compared in any case. The tables
             are mapped, not copied: without hashes, a prediction on the CPU reads the rows that it needs alone.
@@ -90,13 +93,18 @@ class Predictor:
         DataError : the run, its checkpoint or a file beside it is missing, damaged, or of another run.
         """
         directory = RunDirectory.open(run)
-        saved = CheckpointStore(directory.checkpoints).load(checkpoint, ["model"], verify=verify)
-        with refuse_misfits(saved.path):
-            return cls._build(directory, saved, device, verify)
+        if checkpoint == "best" and directory.has_model:
+            arrays, source = directory.read_model(verify=verify), directory.path
+            model = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        else:
+            saved = CheckpointStore(directory.checkpoints).load(checkpoint, ["model"], verify=verify)
+            model, source = dict(saved.parts["model"]), saved.path
+        with refuse_misfits(source):
+            return cls._build(directory, model, device, verify)
 
     @classmethod
-    def _build(cls, directory: RunDirectory, saved: Checkpoint, device: str, verify: bool) -> Predictor:
-        model, config = saved.parts["model"], directory.config.model
+    def _build(cls, directory: RunDirectory, model: Mapping[str, torch.Tensor], device: str, verify: bool) -> Predictor:
+        config = directory.config.model
         target = find_device(device)
         num_features, dim = model["encoder.embedding"].shape
         encoder = SparseEncoder(
@@ -108,7 +116,7 @@ class Predictor:
         )
         names = {n.removeprefix("encoder."): t for n, t in model.items() if n.startswith("encoder.")}
         encoder.load_state_dict(names, assign=True)
-        interpolation, neighbors = directory.interpolation(verify=verify)
+        added = directory.interpolation(verify=verify)
         index = ExactIndex(model["labels.weight"].to(target), model["labels.bias"].to(target))
         label_names = directory.label_names()
         if label_names is not None and len(label_names) != index.num_labels:
@@ -123,8 +131,9 @@ class Predictor:
             vocabulary=directory.vocabulary(),
             label_frequencies=model["train.label_frequencies"].numpy(),
             num_train=int(model["train.num_instances"]),
-            interpolation=interpolation,
-            neighbors=neighbors,
+            interpolation=added[0] if added else None,
+            neighbors=added[1] if added else None,
+            ranker=added[2] if added else None,
             calibration=directory.calibration(),
         )
 
@@ -269,7 +278,8 @@ class Predictor:
         if self.neighbors is not None:
             found = self.neighbors.search(features, self.interpolation.count)
             votes = keep_labels(self.neighbors.votes(*found, self.interpolation.temperature), allow, deny)
-        return interpolate(top, votes, self.label_frequencies, self.interpolation, k)
+        margin_of = None if self.ranker is None else functools.partial(self.ranker.margins, features)
+        return interpolate(top, votes, self.label_frequencies, self.interpolation, k, margin_of=margin_of)
 
     def _features(self, instances: Instances) -> csr_matrix:
         features = self._read(instances)

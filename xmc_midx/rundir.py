@@ -3,8 +3,9 @@
 config.yaml          the resolved configuration          run.json       versions, seed, data, hardware, command
 checkpoints/<step>/  see `xmc_midx.checkpoint`           metrics.jsonl  one line an epoch
 best, latest         each names a checkpoint             labels.txt, vocabulary.txt   where they are known
-interpolation.json   what is added to the model, and     neighbors.safetensors        the training rows, if they are
-                     what makes probabilities of it
+model.safetensors    the finished model, quantised       model.json     hashes of what a prediction reads, last
+interpolation.json   what is added to the model: neighbors.safetensors (training rows), ranker.safetensors, or neither;
+                     and what makes probabilities of the scores
 """
 
 from __future__ import annotations
@@ -13,31 +14,39 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from xmc_midx.calibration import Calibration
 from xmc_midx.config import Config, dump_config, load_config
 from xmc_midx.crash import crash_point
-from xmc_midx.data.files import atomic_write, read_json, sha256_of
+from xmc_midx.data.files import atomic_write, read_json, sha256_of, sync_file
 from xmc_midx.errors import DataError, ResourceError, UsageError
 from xmc_midx.interpolation import Interpolation
 from xmc_midx.neighbors import NeighborIndex, save_rows
+from xmc_midx.quantization import dequantize, quantize
+from xmc_midx.ranker import LinearRanker
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from scipy.sparse import csr_matrix
 
     from xmc_midx.data.vocabulary import Vocabulary
 
 __all__ = ["RunDirectory"]
 
+_Added = TypeVar("_Added", NeighborIndex, LinearRanker)
+_MODEL, _MODEL_RECORD = "model.safetensors", "model.json"
+_MODEL_FORMAT = 1
 _INTERPOLATION = "interpolation.json"
-_NEIGHBORS = "neighbors.safetensors"
+_NEIGHBORS, _RANKER = "neighbors.safetensors", "ranker.safetensors"
+_LABELS, _VOCABULARY = "labels.txt", "vocabulary.txt"
 
 
 class RunDirectory:
@@ -177,38 +186,102 @@ class RunDirectory:
         if "finished" not in record:
             self.write_json("run.json", record | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
 
-    # -------------------------------------------------------------- neighbours
+    # ------------------------------------------------------------ finished model
+
+    @property
+    def has_model(self) -> bool:
+        """Whether `seal_model` was here: the training has come to its end."""
+        return (self.path / _MODEL_RECORD).exists()
+
+    def write_model(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Keep the finished model, the tensors of a checkpoint's part `model`, its tables in `model.storage`."""
+        stored = quantize(arrays, self.config.model.storage)
+        self._write_tensors(_MODEL, lambda path: save_file(stored, path))
+
+    def seal_model(self) -> None:
+        """Note sizes and hashes of what a prediction reads, last of all: from now on the run has a model."""
+        names = (_MODEL, _INTERPOLATION, _LABELS, _VOCABULARY)
+        paths = [self.path / name for name in names if (self.path / name).exists()]
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
+        self.write_json(_MODEL_RECORD, {"format": _MODEL_FORMAT, "files": files})
+
+    def read_model(self, *, verify: bool = True) -> dict[str, NDArray[Any]]:
+        """What `write_model` was given, tables in float32 as exact as they are stored.
+
+        Parameters
+        ----------
+        verify : whether the hashes are computed; the sizes are compared in any case.
+
+        Raises
+        ------
+        DataError : a file is missing or damaged, or of a newer format.
+        """
+        record = self.read_json(_MODEL_RECORD)
+        files, form = record.get("files"), record.get("format")
+        if form != _MODEL_FORMAT:
+            raise DataError(
+                f"{self.path / _MODEL_RECORD}: has model format {form}; this release reads {_MODEL_FORMAT}.",
+                hint="Install a newer xmc-midx, or train anew.",
+            )
+        if (
+            not isinstance(files, dict)
+            or _MODEL not in files
+            or not all(isinstance(entry, dict) and set(entry) == {"bytes", "sha256"} for entry in files.values())
+        ):
+            raise DataError(f"{self.path / _MODEL_RECORD}: is no record of a model.", hint="It was damaged or edited.")
+        for name, expected in files.items():
+            path = self.path / name
+            if path.parent != self.path or not path.is_file():
+                raise DataError(f"{path}: is missing; {_MODEL_RECORD} names it.", hint="Was the run copied in part?")
+            damaged = path.stat().st_size != expected["bytes"] or (verify and sha256_of(path) != expected["sha256"])
+            if damaged:
+                raise DataError(f"{path}: is not what {_MODEL_RECORD} says it is.", hint="It was damaged or edited.")
+        try:
+            return dequantize(load_file(self.path / _MODEL))
+        except (SafetensorError, OSError, LookupError, ValueError, TypeError) as error:
+            raise DataError(f"{self.path / _MODEL}: holds no model: {error}.", hint="It was edited.") from None
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of the finished model and of what is added to it; 0 before the end."""
+        files = [self.path / name for name in (_MODEL, _NEIGHBORS, _RANKER)]
+        return sum(file.stat().st_size for file in files if file.exists()) if self.has_model else 0
+
+    def _write_tensors(self, name: str, save: Callable[[Path], None]) -> str:
+        """A file of tensors, written beside its name and renamed there; its sha256."""
+        path = self.path / name
+        beside = path.with_name(f".{name}.{os.getpid()}.tmp")
+        try:
+            save(beside)
+            sync_file(beside)
+            digest = sha256_of(beside)
+            beside.replace(path)
+        except (OSError, SafetensorError) as error:
+            beside.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or error
+            raise ResourceError(f"{path}: cannot be written: {reason}.", hint="Is the disk full?") from None
+        return digest
+
+    # ------------------------------------------------------- what is added to it
 
     def write_interpolation(
         self,
         interpolation: Interpolation,
         training_rows: tuple[csr_matrix, csr_matrix] | None,
+        ranker: LinearRanker | None,
         validation: Mapping[str, float],
         calibration: Calibration | None = None,
     ) -> None:
-        """Keep what is added to the model's scores, the training rows (features, labels) if it needs them, what it
-        gained, and what makes probabilities of the scores."""
+        """Keep what is added to the model's scores, the training rows (features, labels) and the ranker if it needs
+        them, what it gained, and what makes probabilities of the scores."""
         values = interpolation.as_dict() | {"validation": dict(validation)}
         if calibration is not None:
             values["calibration"] = calibration.as_dict()
         if training_rows is not None:
-            path = self.path / _NEIGHBORS
-            beside = path.with_name(f".{_NEIGHBORS}.{os.getpid()}.tmp")
-            try:
-                save_rows(beside, *training_rows)
-                values["neighbors_sha256"] = sha256_of(beside)
-                beside.replace(path)
-            except (OSError, SafetensorError) as error:
-                beside.unlink(missing_ok=True)
-                reason = getattr(error, "strerror", None) or error
-                raise ResourceError(f"{path}: cannot be written: {reason}.", hint="Is the disk full?") from None
+            values["neighbors_sha256"] = self._write_tensors(_NEIGHBORS, lambda path: save_rows(path, *training_rows))
+        if ranker is not None:
+            values["ranker_sha256"] = self._write_tensors(_RANKER, lambda path: save_file(ranker.as_arrays(), path))
         self.write_json(_INTERPOLATION, values)
-
-    @property
-    def neighbors_bytes(self) -> int:
-        """Bytes of the training rows that are kept for neighbours; 0 where none are."""
-        path = self.path / _NEIGHBORS
-        return path.stat().st_size if path.exists() else 0
 
     def interpolation_validation(self) -> dict[str, float] | None:
         """The validation metrics with what `write_interpolation` kept; None where it was not called."""
@@ -223,8 +296,10 @@ class RunDirectory:
         values = self.read_json(_INTERPOLATION).get("calibration")
         return None if values is None else Calibration.from_dict(values)
 
-    def interpolation(self, *, verify: bool = True) -> tuple[Interpolation | None, NeighborIndex | None]:
-        """What `write_interpolation` kept; None where it was not called, or had no neighbours.
+    def interpolation(
+        self, *, verify: bool = True
+    ) -> tuple[Interpolation, NeighborIndex | None, LinearRanker | None] | None:
+        """What `write_interpolation` kept; None where it was not called.
 
         Parameters
         ----------
@@ -235,38 +310,48 @@ class RunDirectory:
         DataError : a file is missing or damaged.
         """
         if not (self.path / _INTERPOLATION).exists():
-            return None, None
+            return None
         values = self.read_json(_INTERPOLATION)
-        expected = values.get("neighbors_sha256")
+        neighbors = self._read_added(values, _NEIGHBORS, "neighbors_sha256", NeighborIndex.load, verify)
+        ranker = self._read_added(
+            values, _RANKER, "ranker_sha256", lambda path: LinearRanker.from_arrays(load_file(path)), verify
+        )
+        settings = Interpolation.from_dict(values)
+        if (settings.needs_neighbors and neighbors is None) or (settings.needs_ranker and ranker is None):
+            raise DataError(f"{self.path / _INTERPOLATION}: names no file of what it needs.", hint="It was edited.")
+        return settings, neighbors, ranker
+
+    def _read_added(
+        self, values: Mapping[str, Any], name: str, hash_name: str, read: Callable[[Path], _Added], verify: bool
+    ) -> _Added | None:
+        expected = values.get(hash_name)
         if expected is None:
-            return Interpolation.from_dict(values), None
-        path = self.path / _NEIGHBORS
+            return None
+        path = self.path / name
         if not path.is_file():
-            raise DataError(f"{path}: is missing; interpolation.json names it.", hint="Was the run copied in part?")
+            raise DataError(f"{path}: is missing; {_INTERPOLATION} names it.", hint="Was the run copied in part?")
         if verify and sha256_of(path) != expected:
-            raise DataError(
-                f"{path}: its sha256 is not the one in interpolation.json.", hint="It was damaged or edited."
-            )
+            raise DataError(f"{path}: its sha256 is not the one in {_INTERPOLATION}.", hint="It was damaged or edited.")
         try:
-            return Interpolation.from_dict(values), NeighborIndex.load(path)
+            return read(path)
         except (SafetensorError, ValueError, LookupError, TypeError) as error:
-            raise DataError(f"{path}: holds no training rows: {error}.", hint="It was edited.") from None
+            raise DataError(f"{path}: is not what `train` wrote: {error}.", hint="It was edited.") from None
 
     # --------------------------------------------------------- names and words
 
     def write_names(self, label_names: Sequence[str] | None, vocabulary: Vocabulary | None) -> None:
         """Keep what turns ids into names and texts into features with the model."""
         if label_names is not None:
-            self.write_text("labels.txt", "".join(f"{name}\n" for name in label_names))
+            self.write_text(_LABELS, "".join(f"{name}\n" for name in label_names))
         if vocabulary is not None:
-            vocabulary.save(self.path / "vocabulary.txt")
+            vocabulary.save(self.path / _VOCABULARY)
 
     def label_names(self) -> tuple[str, ...] | None:
-        path = self.path / "labels.txt"
+        path = self.path / _LABELS
         return tuple(path.read_text(encoding="utf-8").split("\n")[:-1]) if path.exists() else None
 
     def vocabulary(self) -> Vocabulary | None:
-        path = self.path / "vocabulary.txt"
+        path = self.path / _VOCABULARY
         if not path.exists():
             return None
         from xmc_midx.data.vocabulary import Vocabulary
@@ -290,7 +375,7 @@ def _holds_a_run(path: Path) -> UsageError:
 
 def _refuse_strangers(path: Path) -> None:
     # A start that was killed before config.yaml leaves files of these names; the next start writes them anew.
-    ours = {"run.json", "labels.txt", "vocabulary.txt"}
+    ours = {"run.json", _LABELS, _VOCABULARY}
     strangers = sorted(
         entry.name for entry in path.iterdir() if not entry.name.startswith(".") and entry.name not in ours
     )

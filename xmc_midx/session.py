@@ -7,12 +7,14 @@ Before it: run directory and trainer; after it: the pipeline.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_matrix
 
 from xmc_midx.build import build_encoder, build_softmax
 from xmc_midx.calibration import BACKGROUND, fit_calibration
@@ -28,6 +30,7 @@ from xmc_midx.interpolation import SHORTLIST, Interpolation, fit_interpolation, 
 from xmc_midx.metrics import evaluate_topk
 from xmc_midx.neighbors import NeighborIndex
 from xmc_midx.predictor import Predictor
+from xmc_midx.ranker import LinearRanker
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.signals import PendingSignal, deferred_signals
 from xmc_midx.topk import concatenate_topk
@@ -141,16 +144,14 @@ class TrainingSession:
                 if kept is not None:
                     error.hint = f"{error.hint} The checkpoint of step {kept} is finite and stays."
                 raise
-        if self.held_out is not None:
-            crash_point("neighbours.begun")
-            validation = self.run_directory.interpolation_validation()
-            if validation is not None:
-                self.validation = validation
-            else:
-                self._choose_interpolation()
-                self.seconds = time.perf_counter() - started
+        self._conclude(started)
         self.finished = True
         self.run_directory.finish()
+
+    def release(self) -> None:
+        """Give tables and training rows back: what follows a finished training reads the run directory."""
+        del self.trainer, self._whole, self.held_out
+        release_freed_memory()
 
     def _run_epochs(self, started: float) -> None:
         patience = self.config.training.patience
@@ -163,35 +164,95 @@ class TrainingSession:
             self._end_epoch(self._pending, started)
             self._stop_if_asked()
 
-    def _choose_interpolation(self) -> None:
-        """Let the held-out instances say how much the neighbours' labels and the label frequencies are worth, and what
-        chance a score stands for."""
-        assert self.held_out is not None
-        self.reporter.start("neighbours", None)
-        features, labels = self.held_out
-        if self.best_step != self.trainer.step:
+    def _conclude(self, started: float) -> None:
+        """Keep the best model, and choose what is added to it, unless a resumed run has both already."""
+        run = self.run_directory
+        added = self.held_out is not None
+        chosen = run.interpolation_validation() if added else None
+        if chosen is not None:
+            self.validation = chosen
+        if run.has_model:
+            return
+        if self.best_step not in (0, self.trainer.step):
             # Into the trainer's own tables: a second model beside them would be the peak of the whole training.
             self.trainer.load_model(self.store.load("best", ["model"]).parts["model"])
-        scored = self._predictor().predict(features, k=min(max(SHORTLIST, BACKGROUND), labels.shape[1]))
-        chosen, rows = Interpolation(), None
+        crash_point("model.begun")
+        tensors = self.trainer.model_tensors() | self._known
+        run.write_model({name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()})
+        if added and chosen is None:
+            crash_point("neighbours.begun")
+            self._choose_interpolation()
+        crash_point("model.unsealed")
+        run.seal_model()
+        self.seconds = time.perf_counter() - started
+
+    def _choose_interpolation(self) -> None:
+        """Let the held-out instances say how much the neighbours' labels, the linear ranker and the label frequencies
+        are worth."""
+        assert self.held_out is not None
+        features, labels = self.held_out
+        shortlist = self._predict(features, SHORTLIST, stage="shortlist")
+        neighbors, found, ranker, margin_of = None, None, None, None
         if self.config.neighbors.enabled:
-            shortlist = TopK(label_ids=scored.label_ids[:, :SHORTLIST], scores=scored.scores[:, :SHORTLIST])
+            self.reporter.start("neighbours", None)
             neighbors = NeighborIndex(self.trainer.stream.features, self.trainer.stream.labels)
             found = neighbors.search(features, self.config.neighbors.count)
-            num_train = self.trainer.stream.num_instances
-            chosen = fit_interpolation(shortlist, neighbors, found, labels, self.frequencies, num_train)
-            if not chosen.is_identity:
-                votes = neighbors.votes(*found, chosen.temperature)
-                scored = interpolate(shortlist, votes, self.frequencies, chosen, BACKGROUND)
-            self.validation = self._metrics(scored)
-            self.reporter.message(
-                f"neighbours: {'used' if chosen.needs_neighbors else 'not used'}, frequency {chosen.frequency:+.2f}; "
-                f"validation P@1 {100 * self.history[self.best_epoch - 1]['validation']['P@1']:.2f}% -> "
-                f"{100 * self.validation['P@1']:.2f}%"
-            )
-            # What is kept knows all training rows, the held-out ones too.
-            rows = self._whole if chosen.needs_neighbors else None
-        self.run_directory.write_interpolation(chosen, rows, self.validation, fit_calibration(scored, labels))
+        if self.config.ranker.enabled:
+            ranker = self._train_ranker()
+            margin_of = functools.partial(ranker.margins, features)
+        self.reporter.start("interpolation", None)
+        if neighbors is None and ranker is None:
+            calibration = fit_calibration(shortlist, labels)
+            self.run_directory.write_interpolation(Interpolation(), None, None, self.validation, calibration)
+            return
+        num_train = self.trainer.stream.num_instances
+        chosen = fit_interpolation(
+            shortlist, neighbors, found, labels, self.frequencies, num_train, margin_of=margin_of
+        )
+        votes = None
+        if neighbors is not None and found is not None:
+            votes = neighbors.votes(*found, chosen.temperature)
+        top = shortlist
+        if not chosen.is_identity:
+            top = interpolate(shortlist, votes, self.frequencies, chosen, BACKGROUND, margin_of=margin_of)
+        self.validation = self._metrics(top)
+        self.reporter.message(
+            f"neighbours: {'used' if chosen.needs_neighbors else 'not used'}, linear ranker: "
+            f"{'used' if chosen.needs_ranker else 'not used'}, frequency {chosen.frequency:+.2f}; "
+            f"validation P@1 {100 * self.history[self.best_epoch - 1]['validation']['P@1']:.2f}% -> "
+            f"{100 * self.validation['P@1']:.2f}%"
+        )
+        # What is kept knows all training rows, the held-out ones too.
+        rows = self._whole if chosen.needs_neighbors else None
+        kept = ranker if chosen.needs_ranker else None
+        self.run_directory.write_interpolation(chosen, rows, kept, self.validation, fit_calibration(top, labels))
+
+    def _train_ranker(self) -> LinearRanker:
+        """Classifiers that tell the labels which the model confuses apart, on the training instances."""
+        features, labels = self.trainer.stream.features, self.trainer.stream.labels
+        order = np.random.default_rng((self.config.training.seed, 1)).permutation(features.shape[0])
+        rows = np.sort(order[: self.config.ranker.num_instances])
+        top = self._predict(features[rows], self.config.ranker.num_rivals, stage="rivals")
+        self.reporter.start("ranker", None)
+        found = top.label_ids >= 0
+        row_BK = np.broadcast_to(rows[:, None], found.shape)
+        rivals = csr_matrix(
+            (np.ones(int(found.sum()), dtype=np.float32), (row_BK[found], top.label_ids[found])), shape=labels.shape
+        )
+        return LinearRanker.fit(features, labels, rivals)
+
+    def _predict(self, features: csr_matrix, k: int, *, stage: str | None = None) -> TopK:
+        """The model's best labels, k or all, with a look at the signals now and again; `stage` reports."""
+        predictor, parts = self._predictor(), []
+        if stage is not None:
+            self.reporter.start(stage, features.shape[0])
+        for begin in range(0, features.shape[0], _VALIDATION_CHUNK):
+            self._signals.check()
+            rows = features[begin : begin + _VALIDATION_CHUNK]
+            parts.append(predictor.predict(rows, k=min(k, self.frequencies.shape[0])))
+            if stage is not None:
+                self.reporter.step(rows.shape[0])
+        return concatenate_topk(parts)
 
     def _announce_epoch(self) -> None:
         steps = self.trainer.stream.steps_per_epoch
@@ -226,12 +287,7 @@ class TrainingSession:
     def _validate(self) -> dict[str, float]:
         if self.held_out is None:
             return {}
-        features, _ = self.held_out
-        predictor, parts = self._predictor(), []
-        for begin in range(0, features.shape[0], _VALIDATION_CHUNK):
-            self._signals.check()
-            parts.append(predictor.predict(features[begin : begin + _VALIDATION_CHUNK], k=max(DEFAULT_KS)))
-        return self._metrics(concatenate_topk(parts))
+        return self._metrics(self._predict(self.held_out[0], max(DEFAULT_KS)))
 
     def _predictor(self) -> Predictor:
         """The model as it stands; its rows come normalised already."""

@@ -118,6 +118,8 @@ class MetricReport:
     num_instances: int
     """Instances counted; those without labels count as 0 in every mean."""
     num_without_labels: int
+    num_ignored: int = 0
+    """Pairs of an instance and a label that a filter file leaves out of predictions and truth."""
     propensity_a: float | None = None
     """A of the propensity model; None where no training split gave label frequencies (then there is no PSP)."""
     propensity_b: float | None = None

@@ -23,7 +23,21 @@ import typer
 from typer.core import TyperCommand
 
 from xmc_midx import __version__
-from xmc_midx.cli import check, datasets, demo, diagnose, download, evaluate, export, plan, predict, render, train
+from xmc_midx.cli import (
+    check,
+    convert,
+    datasets,
+    demo,
+    diagnose,
+    download,
+    evaluate,
+    export,
+    plan,
+    predict,
+    prepare,
+    render,
+    train,
+)
 from xmc_midx.errors import XmcMidxError
 from xmc_midx.signals import Terminated, interrupt_on_signals
 
@@ -77,7 +91,9 @@ for _module, _function in (
     (predict, predict.predict),
     (export, export.export),
     (diagnose, diagnose.diagnose),
+    (prepare, prepare.prepare),
     (check, check.check),
+    (convert, convert.convert),
     (plan, plan.plan),
     (datasets, datasets.datasets),
     (download, download.download),

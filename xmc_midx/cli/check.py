@@ -25,11 +25,14 @@ STATISTICS = {
     "num_labels": "labels",
     "num_labels_with_positives": "labels with instances",
     "features_per_instance": "features per instance",
+    "num_feature_values": "stored feature values",
+    "num_positives": "pairs of instance and label",
     "labels_per_instance": "labels per instance",
     "instances_per_label": "instances per label",
     "num_head_labels": "head labels (over 100)",
     "num_torso_labels": "torso labels (6 to 100)",
     "num_tail_labels": "tail labels (0 to 5)",
+    "tail_share": "their share of the labels",
     "max_label_frequency": "most frequent label",
     "num_without_labels": "instances without labels",
     "num_without_features": "instances without features",
@@ -39,9 +42,7 @@ STATISTICS = {
 
 def check(
     data: options.Data,
-    test: Annotated[
-        str | None, typer.Option("--test", metavar="FILE", help="Sparse file in place of the test split.")
-    ] = None,
+    test: Annotated[str | None, typer.Option("--test", metavar="FILE", help="File in place of the test split.")] = None,
     limit: Annotated[
         int, typer.Option("--limit", metavar="N", min=1, help="Problems shown of each kind in each file.")
     ] = 20,
@@ -94,9 +95,8 @@ def _print_statistics(splits: Mapping[Any, SplitStatistics]) -> None:
 
 def _print_problems(report: CheckReport) -> None:
     for problem in report.problems:
-        place = problem.file if problem.line is None else f"{problem.file}:{problem.line}"
         hint = f" {problem.hint}" if problem.hint else ""
-        render.print_text(f"{place}: {problem.level}: {problem.text}{hint}", indent="  ")
+        render.print_text(f"{problem.place}: {problem.level}: {problem.text}{hint}", indent="  ")
     shown = Counter(problem.kind for problem in report.problems)
     for kind, number in report.counts.items():
         if number > shown[kind]:

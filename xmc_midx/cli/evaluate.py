@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,7 +18,20 @@ EPILOG = """\b
 Examples:
   xmc-midx evaluate runs/debtags debtags
   xmc-midx evaluate runs/a data/test.txt --k 1,3,5,10 --json
-  xmc-midx evaluate - debtags --predictions scores.txt"""
+  xmc-midx evaluate - debtags --predictions scores.npz --breakdown deciles
+
+\b
+FILE of --predictions, by its content (text also as .gz, .bz2, .xz):
+  XMC   label:score label:score ..., an instance a line
+  TSV   instance, rank, label, score, name; or instance, label, score
+  npz   label_ids and scores, instances x k; or a SciPy CSR matrix of scores"""
+
+
+class Breakdown(StrEnum):
+    """Groups of labels by training frequency."""
+
+    HEAD_TAIL = "head-tail"
+    DECILES = "deciles"
 
 
 def evaluate(
@@ -27,8 +40,11 @@ def evaluate(
     k: Annotated[str, typer.Option("--k", "-k", metavar="K,K,...", help="Cut-offs of the metrics.")] = "1,3,5",
     predictions: Annotated[
         str | None,
-        typer.Option("--predictions", metavar="FILE", help="Evaluate these: label:score label:score ... on each line."),
+        typer.Option("--predictions", metavar="FILE", help="Evaluate these of any tool: XMC text, TSV or npz."),
     ] = None,
+    breakdown: Annotated[
+        Breakdown, typer.Option("--breakdown", metavar="NAME", help="Groups of labels: head-tail or deciles.")
+    ] = Breakdown.HEAD_TAIL,
     a: Annotated[float | None, typer.Option("--A", metavar="A", help="Propensity A; else the registry's.")] = None,
     b: Annotated[float | None, typer.Option("--B", metavar="B", help="Propensity B; else the registry's.")] = None,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -61,6 +77,7 @@ def evaluate(
             data=data,
             ks=ks,
             predictions=predictions,
+            breakdown=breakdown.value,
             A=a,
             B=b,
             device=device,
@@ -92,19 +109,29 @@ def print_evaluation(evaluation: Evaluation, *, title: str) -> None:
     render.print_metrics(metrics, title=title)
     render.print_line()
     if evaluation.breakdown:
-        _print_breakdown(evaluation.breakdown, k=max(int(name.partition("@")[2]) for name in metrics))
+        _print_breakdown(evaluation, k=max(int(name.partition("@")[2]) for name in metrics))
         render.print_line()
     render.print_definitions(metrics, report=evaluation.report, source=evaluation.propensity_source)
     render.print_line(f"Evaluated in {render.duration(evaluation.seconds)}.")
 
 
-def _print_breakdown(groups: Sequence[Mapping[str, Any]], *, k: int) -> None:
+def _print_breakdown(evaluation: Evaluation, *, k: int) -> None:
+    from xmc_midx.metrics import BREAKDOWNS
+
     heads = ("labels", "instances each", "number", "of the true", "of the hits", f"recall@{k}")
     rows = []
-    for group in groups:
+    for group in evaluation.breakdown:
         least, most = group["min_frequency"], group["max_frequency"]
         span = f"over {least - 1:,}" if most is None else f"{least:,} to {most:,}" if most > least else f"{least:,}"
         recall = "" if group["recall"] is None else render.percent(group["recall"])
         shares = render.percent(group["share_of_true"]), render.percent(group["share_of_hits"])
         rows.append((group["group"], span, f"{group['num_labels']:,}", *shares, recall))
     render.print_table(heads, rows, title="By training frequency of the label; shares in %", right=range(1, 6))
+    definition = BREAKDOWNS[evaluation.breakdown_by]
+    render.print_text(f"{definition[0].upper()}{definition[1:]}.")
+    render.print_text(
+        f"of the true, of the hits: the group's share of the true labels, and of those in the top {k}; equal for a "
+        f"ranking that does not look at frequency. recall@{k}: hits of the group / its true labels, all instances "
+        "together.",
+        indent="  ",
+    )

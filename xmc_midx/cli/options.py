@@ -8,7 +8,7 @@ import typer
 
 __all__ = ["AsJson", "ConfigFile", "Data", "Fetch", "Preset", "Sets", "TestFile"]
 
-Data = Annotated[str, typer.Argument(metavar="DATA", help="Name in `datasets`, directory, or sparse file.")]
+Data = Annotated[str, typer.Argument(metavar="DATA", help="Name in `datasets`, directory, or file: .txt, .svm, .npz.")]
 TestFile = Annotated[str | None, typer.Option("--test", metavar="FILE", help="Sparse file to evaluate on at the end.")]
 ConfigFile = Annotated[str | None, typer.Option("--config", metavar="FILE", help="Configuration in YAML.")]
 Sets = Annotated[

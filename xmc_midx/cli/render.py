@@ -53,6 +53,7 @@ STAGES = {
     "download": "downloading",
     "unpack": "unpacking",
     "verify": "verifying",
+    "write": "writing",
 }
 """What a stage of the pipeline is called on the live line."""
 
@@ -257,6 +258,8 @@ def print_definitions(metrics: Mapping[str, float], *, report: MetricReport | No
     if report.num_without_labels:
         counted += f"; the {report.num_without_labels:,} without labels count as 0"
     print_text(f"{counted}.")
+    if report.num_ignored:
+        print_text(f"{report.num_ignored:,} pairs of a filter file are passed over.")
     if report.propensity_a is None or report.propensity_b is None:
         print_text("PSP and PSnDCG need label frequencies, and no training split gave them.")
     else:

@@ -1,7 +1,7 @@
 """Layer 2. DATA -> `CheckReport`: every problem of its files, and figures that tell whether the data makes
 sense.
 
-Before it: `formats`, whose readers report each fault and go on. After it: `xmc-midx check`. Errors are what
+Before it: `sources`, whose readers report each fault and go on. After it: `xmc-midx check`. Errors are what
 makes `load_dataset` refuse the data; warnings are what a careful person would want to know before training.
 """
 
@@ -21,13 +21,17 @@ from xmc_midx.data.dataset import (
     Split,
     SplitStatistics,
     find_files,
+    fit_sizes,
     load_vocabulary,
-    require_same_sizes,
     split_statistics,
 )
-from xmc_midx.data.formats import read_labels, scan_xmc
+from xmc_midx.data.files import LineChunks
+from xmc_midx.data.formats import read_labels
+from xmc_midx.data.ignored import read_ignored
 from xmc_midx.data.problems import Problem, ProblemList
 from xmc_midx.data.registry import DEFAULT_A, DEFAULT_B, match_spec
+from xmc_midx.data.scans import SplitScan
+from xmc_midx.data.sources import Source, scan_source
 from xmc_midx.errors import DataError
 
 if TYPE_CHECKING:
@@ -36,7 +40,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckReport", "FileReport", "PropensityRange", "check_dataset"]
 
-Role = Literal["train", "test", "labels", "vocabulary"]
+SplitRole = Literal["train", "test"]
+Role = Literal["train", "test", "labels", "features", "vocabulary", "ignored"]
+"""`features`: their names; `ignored`: a filter file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +54,7 @@ class FileReport:
     num_errors: int
     num_warnings: int
     statistics: SplitStatistics | None = None
-    """Of a split; with errors, of what could be read. None where there is no usable header."""
+    """Of a split, with its first file; with errors, of what could be read. None where nothing could."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,18 +115,21 @@ class _Check:
     def __init__(self, files: DataFiles, limit: int) -> None:
         self.files = files
         self.found = ProblemList(limit)
-        self.splits: dict[Role, Split] = {}
-        self.sound: dict[Role, Split] = {}
+        self.splits: dict[SplitRole, Split] = {}
+        self.scans: dict[SplitRole, SplitScan] = {}
+        self.sound: dict[SplitRole, Split] = {}
         """The splits without errors: what is said of instances is true of these alone."""
 
     def run(self) -> CheckReport:
-        for role, path in self._paths():
-            if role in ("train", "test"):
-                self._read_split(role, path)
-        self._compare_sizes()
+        for role, source in self._sources().items():
+            self._read_split(role, source)
+        self._fit_sizes()
+        self._check_sizes()
+        self._check_unread()
         self._check_names()
+        self._check_ignored()
         for role, split in self.sound.items():
-            self._check_instances(role, split)
+            self._check_instances(split, self.scans[role])
         self._check_labels()
         self._check_first_id("feature")
         self._check_first_id("label")
@@ -139,27 +148,36 @@ class _Check:
             propensity=self._propensity(),
         )
 
+    def _sources(self) -> dict[SplitRole, Source]:
+        sources: dict[SplitRole, Source | None] = {"train": self.files.train, "test": self.files.test}
+        return {role: source for role, source in sources.items() if source}
+
     def _paths(self) -> list[tuple[Role, Path]]:
         files = self.files
         paths: list[tuple[Role, Path | None]] = [
-            ("train", files.train),
-            ("test", files.test),
+            *((role, path) for role, source in self._sources().items() for path in source.paths),
             ("labels", files.labels),
+            *(("labels", path) for path in files.label_maps if not files.labels),
+            ("features", files.feature_map),
             ("vocabulary", files.vocabulary),
+            ("ignored", files.ignored_train),
+            ("ignored", files.ignored_test),
         ]
         return [(role, path) for role, path in paths if path is not None]
 
     def _file_report(self, role: Role, path: Path) -> FileReport:
+        split = self.splits.get(role) if role == "train" or role == "test" else None
         return FileReport(
             path=str(path),
             role=role,
             num_errors=self.found.count(level="error", file=str(path)),
             num_warnings=self.found.count(level="warning", file=str(path)),
-            statistics=split_statistics(self.splits[role]) if role in self.splits else None,
+            statistics=split_statistics(split) if split and split.source.features == path else None,
         )
 
-    def _warn(self, kind: str, file: str, text: str, line: int | None = None, hint: str | None = None) -> None:
-        self.found(Problem(level="warning", kind=kind, file=file, line=line, text=text, hint=hint))
+    def _warn(self, kind: str, text: str, hint: str | None = None, **place: Any) -> None:
+        """`place` is the `file` and perhaps the `line` or the `row`."""
+        self.found(Problem(level="warning", kind=kind, text=text, hint=hint, **place))
 
     def _error(self, kind: str, file: str, error: DataError) -> None:
         """Note an error that a function raised, whose message begins with the file."""
@@ -168,48 +186,92 @@ class _Check:
         line = int(match[1]) if match[1] else None
         self.found(Problem(kind=kind, file=file, line=line, text=match[2], hint=error.hint))
 
-    def _read_split(self, role: Role, path: Path) -> None:
-        scan = scan_xmc(path, self.found)
+    def _read_split(self, role: SplitRole, source: Source) -> None:
+        scan = scan_source(source, self.found)
         if scan is None:
             return
-        split = Split(features=scan.features, labels=scan.labels, path=str(path))
-        self.splits[role] = split
-        if not scan.final_newline:
-            text = "the last line has no newline."
-            self._warn("final-newline", split.path, text, split.num_instances + 1, "Is the file cut?")
-        if role == "train" and scan.header.num_instances == 0:
-            self._error("rows", split.path, DataError("the header says 0 instances, expected some to train on."))
-        if not self.found.count(level="error", file=split.path):
+        split = Split(features=scan.features, labels=scan.labels, source=source)
+        self.splits[role], self.scans[role] = split, scan
+        is_sound = not any(self.found.count(level="error", file=str(path)) for path in source.paths)
+        if is_sound and role == "train" and not split.num_instances:
+            self._error("rows", split.path, DataError("holds 0 instances, expected some to train on."))
+        elif is_sound:
             self.sound[role] = split
 
-    def _compare_sizes(self) -> None:
-        if len(self.splits) == 2:
-            try:
-                require_same_sizes(self.splits["train"], self.splits["test"])
-            except DataError as error:
-                self._error("sizes", self.splits["test"].path, error)
+    def _fit_sizes(self) -> None:
+        train, test = fit_sizes(self.splits.get("train"), self.splits.get("test"), report=self.found)
+        fitted: dict[SplitRole, Split | None] = {"train": train, "test": test}
+        for role, split in fitted.items():
+            for splits in (self.splits, self.sound):
+                if split and role in splits:
+                    splits[role] = split
+
+    def _check_sizes(self) -> None:
+        """Sizes that no file states are worth a look: an id that never occurs is missing from them."""
+        if self.splits and not any(split.source.states_sizes for split in self.splits.values()):
+            split = next(iter(self.splits.values()))
+            sizes = f"{split.features.shape[1]} features and {split.labels.shape[1]} labels"
+            self._warn("sizes", f"nothing states the sizes: {sizes} are what the largest ids make.", file=split.path)
+
+    def _check_unread(self) -> None:
+        for other, source in self.files.unread:
+            names = " and ".join(path.name for path in source.paths)
+            self._warn("unread", f"is not read: the split is in {names}.", file=str(other.features))
 
     def _check_names(self) -> None:
-        """Label names and vocabulary against the first split that has a header."""
+        """Names of labels and features, and the vocabulary, against the first split that could be read."""
         first = next(iter(self.splits.values()), None)
         num_features, num_labels = (first.features.shape[1], first.labels.shape[1]) if first else (None, None)
         if self.files.labels:
             read_labels(self.files.labels, num_labels, report=self.found)
+        elif num_labels is not None:
+            self._check_label_maps(num_labels)
+        if self.files.feature_map and num_features is not None:
+            num_names = sum(text.count(b"\n") for _, text in LineChunks(self.files.feature_map, self.found))
+            if num_names != num_features:
+                text = f"holds {num_names} lines, the splits have {num_features} features."
+                hint = "Nothing needs it."
+                self._warn("map", text, hint, file=str(self.files.feature_map))
         if self.files.vocabulary and num_features is not None:
             try:
                 load_vocabulary(self.files.vocabulary, num_features)
             except DataError as error:
                 self._error("vocabulary", str(self.files.vocabulary), error)
 
-    def _check_instances(self, role: Role, split: Split) -> None:
-        for kind, what, matrix in (
-            ("no-labels", "labels", split.labels),
-            ("no-features", "features", split.features),
+    def _check_label_maps(self, num_labels: int) -> None:
+        """The first that fits is used; a warning for each of those before it."""
+        for path in self.files.label_maps:
+            faults = ProblemList(1)
+            read_labels(path, num_labels, report=faults)
+            if not faults.problems:
+                break
+            fault = faults.problems[0]
+            self._warn("map", f"{fault.text} It is not used.", fault.hint, file=fault.file, line=fault.line)
+
+    def _check_ignored(self) -> None:
+        ignored_files: dict[SplitRole, Path | None] = {
+            "train": self.files.ignored_train,
+            "test": self.files.ignored_test,
+        }
+        for role, path in ignored_files.items():
+            split = self.sound.get(role)
+            if not path or not split:
+                continue
+            ignored = read_ignored(path, *split.labels.shape, report=self.found)
+            shared = int(ignored.multiply(split.labels).nnz)
+            if shared and not self.found.count(level="error", file=str(path)):
+                text = f"{shared} of its {ignored.nnz} pairs are positives: an evaluation counts them as neither "
+                self._warn("ignored", text + "true nor predicted.", file=str(path))
+
+    def _check_instances(self, split: Split, scan: SplitScan) -> None:
+        for kind, what, matrix, places in (
+            ("no-labels", "labels", split.labels, scan.labels_at),
+            ("no-features", "features", split.features, scan.features_at),
         ):
             empty = np.flatnonzero(np.diff(matrix.indptr) == 0)
             if len(empty):
                 text = f"{len(empty)} of {split.num_instances} instances have no {what}; this is the first."
-                self._warn(kind, split.path, text, _line(empty[0]))
+                self._warn(kind, text, **places.of(empty[0]))
         # Instances without features are all alike and counted above.
         rows = np.flatnonzero(np.diff(split.features.indptr))
         features, labels = _row_hashes(split.features)[rows], _row_hashes(split.labels)[rows]
@@ -218,7 +280,7 @@ class _Check:
             num_same = int(_repeats(features * np.uint64(3) + labels).sum())
             text = f"{again.sum()} instances have the features of an earlier one, {num_same} its labels as well; "
             text += "this is the first."
-            self._warn("duplicates", split.path, text, _line(rows[np.flatnonzero(again)[0]]))
+            self._warn("duplicates", text, **scan.features_at.of(rows[np.flatnonzero(again)[0]]))
 
     def _check_labels(self) -> None:
         if train := self.sound.get("train"):
@@ -226,7 +288,7 @@ class _Check:
             missing = statistics.num_labels - statistics.num_labels_with_positives
             if missing:
                 text = f"{missing} of {statistics.num_labels} labels have no training instance: nothing finds them."
-                self._warn("unseen-labels", train.path, text)
+                self._warn("unseen-labels", text, file=str(train.source.labels))
 
     def _check_first_id(self, what: Literal["feature", "label"]) -> None:
         """Guess whether the ids start from 1."""
@@ -237,14 +299,17 @@ class _Check:
         if not len(used) or used[0] == 0:
             return
         size = max(matrix.shape[1] for matrix in matrices)
-        file = next(iter(self.splits.values())).path
+        source = next(iter(self.splits.values())).source
+        file = str(source.features if what == "feature" else source.labels)
         hint = "Subtract 1 from each id, or correct the header."
+        if not source.states_sizes:
+            hint = f"Ids are taken as they are: {what} 0 stays unused."
         if self.found.count(kind=f"{what}-past-end"):
             text = f"the {what} ids seem to start from 1: id 0 never occurs, and id {size} does."
-            self._warn("first-id", file, text, hint=hint)
+            self._warn("first-id", text, hint, file=file)
         elif size >= _MANY_IDS and len(used) >= _NEARLY_ALL * (size - 1):
             text = f"the {what} ids may start from 1: id 0 never occurs, and nearly all others do."
-            self._warn("first-id", file, text, hint=hint)
+            self._warn("first-id", text, hint, file=file)
 
     def _check_overlap(self) -> int | None:
         if len(self.sound) < 2:
@@ -254,7 +319,7 @@ class _Check:
         shared = rows[np.isin(_row_hashes(test.features)[rows], _row_hashes(train.features))]
         if len(shared):
             text = f"{len(shared)} of {test.num_instances} instances have the features of a training instance; "
-            self._warn("overlap", test.path, text + "this is the first.", _line(shared[0]))
+            self._warn("overlap", text + "this is the first.", **self.scans["test"].features_at.of(shared[0]))
         return len(shared)
 
     def _propensity(self) -> PropensityRange | None:
@@ -274,11 +339,6 @@ class _Check:
 _MANY_IDS = 100
 _NEARLY_ALL = 0.99
 """An unused id 0 is odd only where hardly any id is unused: by chance it happens in 1 of 100 such files."""
-
-
-def _line(row: int) -> int:
-    """The line of a row: the header is line 1, and every row keeps its place."""
-    return int(row) + 2
 
 
 def _row_hashes(matrix: csr_matrix[Any]) -> NDArray[np.uint64]:

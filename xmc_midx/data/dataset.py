@@ -1,13 +1,14 @@
 """Layer 2. DATA -> `XmcDataset`: splits, names, sizes, statistics.
 
-Before it: `formats` (files -> matrices) and `registry` (names -> places). After it: `batches`, `metrics`,
+Before it: `sources` (files -> matrices) and `registry` (names -> places). After it: `batches`, `metrics`,
 `check` and everything that trains or evaluates.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,10 +16,14 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from xmc_midx.data.cache import read_cached
-from xmc_midx.data.files import SUFFIXES, find_variant
-from xmc_midx.data.formats import read_labels, read_xmc
+from xmc_midx.data.files import find_variant
+from xmc_midx.data.formats import read_labels
+from xmc_midx.data.ignored import read_ignored
 from xmc_midx.data.manifest import verify_directory
+from xmc_midx.data.problems import Report, raise_error
 from xmc_midx.data.registry import DatasetSpec, find_spec, match_spec
+from xmc_midx.data.scans import MAX_SIZE, canonical
+from xmc_midx.data.sources import Part, Source, find_sources, read_half, read_source, source_of, split_of, stem_of
 from xmc_midx.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -32,7 +37,9 @@ __all__ = [
     "SplitStatistics",
     "XmcDataset",
     "find_files",
+    "fit_sizes",
     "load_dataset",
+    "load_features",
     "load_split",
     "split_statistics",
 ]
@@ -51,12 +58,19 @@ class Split:
     """(N, F) float32, finite, ids ascending in each row. An absent feature is 0; a row may be empty."""
     labels: csr_matrix[Any]
     """(N, L) float32 ones: the positives. A row may be empty."""
-    path: str
-    """The file, for messages."""
+    source: Source
+    """The files."""
+    ignored: csr_matrix[Any] | None = None
+    """(N, L), not 0 where an evaluation passes over a label of an instance; None if there is no filter file."""
 
     @property
     def num_instances(self) -> int:
         return int(self.features.shape[0])
+
+    @property
+    def path(self) -> str:
+        """The file of the features, for messages."""
+        return str(self.source.features)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,11 +196,24 @@ class DataFiles:
     """The files of DATA; nothing of them is read yet."""
 
     name: str
-    train: Path | None
-    test: Path | None
+    train: Source | None
+    test: Source | None
     labels: Path | None = None
+    label_maps: tuple[Path, ...] = ()
+    """Names of the labels as the repository ships them: the first that fits is a help, others are no error."""
+    feature_map: Path | None = None
+    """Names of the features, of which nothing but their number is known to be of use."""
     vocabulary: Path | None = None
+    ignored_train: Path | None = None
+    """Filter file of the training split."""
+    ignored_test: Path | None = None
+    unread: tuple[tuple[Source, Source], ...] = ()
+    """What is there once more in another format, and the split that goes before it."""
     spec: DatasetSpec | None = None
+
+
+LABEL_MAPS = ("Y.txt", "Yf.txt")
+FEATURE_MAP = "Xf.txt"
 
 
 def find_files(data: str | Path, *, test: str | Path | None = None) -> DataFiles:
@@ -194,10 +221,10 @@ def find_files(data: str | Path, *, test: str | Path | None = None) -> DataFiles
 
     Parameters
     ----------
-    data : a path that exists, else a name in the registry (upper or lower case). A directory holds
-    `train.txt`
-        or `test.txt` or both, plain, .gz, .bz2 or .xz, and perhaps `labels.txt` and `vocabulary.txt`
-        likewise. A file is the training split.
+    data : a path that exists, else a name in the registry (upper or lower case). A directory holds a training split or
+        a test split or both, in one of the formats of `sources`, and perhaps `labels.txt` (else `Y.txt` or `Yf.txt`),
+        `vocabulary.txt`, `filter_labels_train.txt` and `filter_labels_test.txt`, plain, .gz, .bz2 or .xz. A file is the
+        training split. The filter file of a split goes with it, also where the file itself is given.
     test : a file that takes the place of the directory's test split.
 
     Raises
@@ -211,26 +238,51 @@ def find_files(data: str | Path, *, test: str | Path | None = None) -> DataFiles
     spec = None if path.exists() else _spec_on_disk(str(data))
     if spec is not None:
         path = spec.directory
+    own_test = None if test_path is None else source_of(test_path)
+    ignored_test = None if test_path is None else _ignored_beside(test_path)
     if not path.is_dir():
-        name = path.name.removesuffix(path.suffix if path.suffix in SUFFIXES else "").removesuffix(".txt")
-        return DataFiles(name=name, train=path, test=test_path)
-    train = find_variant(path, "train.txt")
-    test_path = test_path or find_variant(path, "test.txt")
-    if train is None and test_path is None:
-        found = sorted(entry.name for entry in path.iterdir())
-        shown = ", ".join(found[:6]) + (", ..." if len(found) > 6 else "") if found else "nothing"
-        raise DataError(
-            f"{path}: holds {shown}, expected train.txt or test.txt (or .gz, .bz2, .xz).",
-            hint="Name the sparse feature file itself, or rename it.",
+        return DataFiles(
+            name=stem_of(path),
+            train=source_of(path),
+            test=own_test,
+            ignored_train=_ignored_beside(path),
+            ignored_test=ignored_test,
         )
+    trains = find_sources(path, "train")
+    tests = [own_test] if own_test else find_sources(path, "test")
+    if not trains and not tests:
+        raise _nothing_found(path)
+    if own_test is None:
+        ignored_test = find_variant(path, "filter_labels_test.txt")
     return DataFiles(
         name=spec.name if spec else path.resolve().name,
-        train=train,
-        test=test_path,
+        train=trains[0] if trains else None,
+        test=tests[0] if tests else None,
         labels=find_variant(path, "labels.txt"),
+        label_maps=tuple(found for name in LABEL_MAPS if (found := find_variant(path, name))),
+        feature_map=find_variant(path, FEATURE_MAP),
         vocabulary=find_variant(path, "vocabulary.txt"),
+        ignored_train=find_variant(path, "filter_labels_train.txt"),
+        ignored_test=ignored_test,
+        unread=tuple((other, group[0]) for group in (trains, tests) for other in group[1:]),
         spec=spec,
     )
+
+
+def _nothing_found(directory: Path) -> DataError:
+    found = sorted(entry.name for entry in directory.iterdir())
+    shown = ", ".join(found[:6]) + (", ..." if len(found) > 6 else "") if found else "nothing"
+    text = f"{directory}: holds {shown}, expected train.txt or test.txt (or .gz, .bz2, .xz)"
+    hint = "Or trn_X_Xf.txt with trn_X_Y.txt, train.svm, X.trn.npz with Y.trn.npz; or name the file itself."
+    if any(name.startswith(("trn.json", "train.json")) for name in found):
+        hint = "Raw text: `xmc-midx prepare` makes features of it."
+    return DataError(f"{text}.", hint=hint)
+
+
+def _ignored_beside(path: Path) -> Path | None:
+    """The filter file that lies beside the file of a split."""
+    split = split_of(path)
+    return find_variant(path.parent, f"filter_labels_{split}.txt") if split else None
 
 
 def _spec_on_disk(name: str) -> DatasetSpec:
@@ -251,56 +303,133 @@ def _spec_on_disk(name: str) -> DatasetSpec:
     return spec
 
 
-def load_split(path: str | Path) -> Split:
-    """One sparse feature file; see `read_xmc` for the format and the errors, `read_cached` for the cache it fills."""
-    features, labels = read_cached(lambda: read_xmc(path), reader="xmc", sources=[path])
-    return Split(features=features, labels=labels, path=str(path))
+def load_split(path: str | Path | Source) -> Split:
+    """One split by its file of features, see `source_of` for the formats; `read_cached` for the cache it fills.
+
+    Raises
+    ------
+    DataError : with the place of the first fault.
+    """
+    source = path if isinstance(path, Source) else source_of(path)
+    features, labels = read_cached(lambda: read_source(source), reader=source.format, sources=source.paths)
+    return Split(features=features, labels=labels, source=source)
 
 
-def load_dataset(data: str | Path, *, test: str | Path | None = None) -> XmcDataset:
-    """Read DATA: a path, or a name of the registry; see `find_files` for both parameters.
+def load_features(path: str | Path, num_features: int) -> csr_matrix[Any]:
+    """The features alone of a file of any format, as of a model of `num_features` features.
+
+    A file without labels will do. One that does not state its sizes gets them from the model.
+
+    Raises
+    ------
+    DataError : with the place of the first fault.
+    """
+    features = read_half(Path(path))
+    if features is None:
+        split, _ = fit_sizes(load_split(path), None, (num_features, MAX_SIZE))
+        assert split is not None
+        features = split.features
+    return features
+
+
+def load_dataset(
+    data: str | Path, *, test: str | Path | None = None, sizes: tuple[int, int] | None = None
+) -> XmcDataset:
+    """Read DATA: a path, or a name of the registry; see `find_files` for these parameters.
+
+    Parameters
+    ----------
+    data, test : see `find_files`.
+    sizes : features and labels of a model that the data is for. Files that do not state their sizes get these.
 
     Raises
     ------
     DataError : DATA is not found; a file is not what it should be (with file and line); the splits differ
     in their
-        features or labels; or names or vocabulary do not fit them.
+        features or labels; or names, vocabulary or filter files do not fit them.
     """
     files = find_files(data, test=test)
     train = load_split(files.train) if files.train else None
     test_split = load_split(files.test) if files.test else None
+    train, test_split = fit_sizes(train, test_split, sizes)
     first = train or test_split
     assert first is not None  # find_files found one
     if train and not train.num_instances:
-        raise DataError(f"{train.path}:1: the header says 0 instances, expected some to train on.")
-    if train and test_split:
-        require_same_sizes(train, test_split)
+        raise DataError(f"{train.path}: holds 0 instances, expected some to train on.")
     num_features, num_labels = first.features.shape[1], first.labels.shape[1]
     num_train = train.num_instances if train else None
     return XmcDataset(
         name=files.name,
-        train=train,
-        test=test_split,
+        train=train and _with_ignored(train, files.ignored_train),
+        test=test_split and _with_ignored(test_split, files.ignored_test),
         num_features=num_features,
         num_labels=num_labels,
-        label_names=read_labels(files.labels, num_labels) if files.labels else None,
+        label_names=_label_names(files, num_labels),
         vocabulary=load_vocabulary(files.vocabulary, num_features) if files.vocabulary else None,
         spec=files.spec or match_spec(num_features, num_labels, num_train),
     )
 
 
-def require_same_sizes(train: Split, test: Split) -> None:
-    """Raise a `DataError` unless both splits have the same features and labels."""
-    for what, train_size, test_size in (
-        ("features", train.features.shape[1], test.features.shape[1]),
-        ("labels", train.labels.shape[1], test.labels.shape[1]),
-    ):
-        if train_size != test_size:
-            expected = f"expected {train_size} as in {train.path}"
-            raise DataError(
-                f"{test.path}:1: the header says {test_size} {what}, {expected}.",
-                hint="Are these splits of the same data set?",
-            )
+def _with_ignored(split: Split, path: Path | None) -> Split:
+    return replace(split, ignored=read_ignored(path, *split.labels.shape)) if path else split
+
+
+def _label_names(files: DataFiles, num_labels: int) -> tuple[str, ...] | None:
+    if files.labels:
+        return read_labels(files.labels, num_labels)
+    for path in files.label_maps:
+        with suppress(DataError):  # `check` says what does not fit
+            return read_labels(path, num_labels)
+    return None
+
+
+def fit_sizes(
+    train: Split | None,
+    test: Split | None,
+    sizes: tuple[int, int] | None = None,
+    *,
+    report: Report = raise_error,
+) -> tuple[Split | None, Split | None]:
+    """Both splits with the same features and labels; one that does not state its sizes gets what the others have.
+
+    Parameters
+    ----------
+    sizes : features and labels of a model, for splits of which none states its sizes. Without them these get the least
+        that holds the ids of both.
+    report : receives what does not fit, kind `sizes`.
+    """
+    fitted = {name: split for name, split in (("train", train), ("test", test)) if split}
+    stated = next((split for split in fitted.values() if split.source.states_sizes), None)
+    for axis, what in enumerate(_PARTS):
+        widths = {name: _part(split, what).shape[1] for name, split in fitted.items()}
+        if stated:
+            width = _part(stated, what).shape[1]
+            expected = f"{width} as in {stated.source.path_of(what)}"
+        elif sizes:
+            width = sizes[axis]
+            expected = f"{width} as the model has"
+        else:
+            width, expected = max(widths.values(), default=0), ""
+        for name, split in fitted.items():
+            if split.source.states_sizes and widths[name] != width:
+                hint = "Are these splits of the same data set?"
+                report(split.source.size_problem(what, widths[name], f"expected {expected}", hint))
+            elif widths[name] > width:
+                hint = "Is it of the same data set?"
+                report(split.source.size_problem(what, widths[name], f"expected at most {expected}", hint))
+            elif widths[name] < width:
+                narrow = _part(split, what)
+                wide = csr_matrix((narrow.data, narrow.indices, narrow.indptr), shape=(narrow.shape[0], width))
+                wide = canonical(wide)
+                fitted[name] = replace(split, features=wide) if what == "features" else replace(split, labels=wide)
+    return fitted.get("train"), fitted.get("test")
+
+
+_PARTS: tuple[Part, Part] = ("features", "labels")
+
+
+def _part(split: Split, what: Part) -> csr_matrix[Any]:
+    return split.features if what == "features" else split.labels
 
 
 def load_vocabulary(path: Path, num_features: int) -> Vocabulary:

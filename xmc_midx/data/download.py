@@ -215,8 +215,9 @@ class _Job:
                 if archive.exists():  # a damaged one must not be the next call's
                     discard(archive)
                 failures.append(f"{url}: {error.message.rstrip('.')}")
-                self.reporter.message(failures[-1])
                 continue
+            for failure in failures:  # else the error says them
+                self.reporter.message(failure)
             return self._done(hashes, url, known, began)
         recorded = any(source.sha256 is None and self._recorded(source.key) for source in self.spec.sources(self.kind))
         place = f" Recorded hashes are in {self._hashes}." if recorded and not offline else ""

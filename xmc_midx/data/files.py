@@ -34,6 +34,7 @@ __all__ = [
     "read_json",
     "sha256_of",
     "sync_directory",
+    "sync_file",
 ]
 
 SUFFIXES = ("", ".gz", ".bz2", ".xz")
@@ -252,6 +253,12 @@ def _open_write(file: BinaryIO, suffix: str) -> Iterator[BinaryIO]:
             yield cast("BinaryIO", stream)
     else:
         yield file
+
+
+def sync_file(path: Path) -> None:
+    """Bring what was written to a file to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_directory(path: Path) -> None:

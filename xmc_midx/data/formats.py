@@ -1,63 +1,37 @@
-"""Layer 2. Files <-> matrices: XMC text, label names and predictions; every error carries file and line.
+"""Layer 2. XMC text and label names <-> matrices; every error carries file and line.
 
-Before it: `files` (streams of lines) and `parser` (lines -> rows). After it: `dataset`. A file is read in one
+Before it: `files` (streams of lines) and `parser` (lines -> rows). After it: `sources`. A file is read in one
 pass with bounded memory beyond the result, whatever its header says, and every row keeps its place.
 """
 
 from __future__ import annotations
 
 import itertools
-import re
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from scipy.sparse import csr_matrix
 
 from xmc_midx.data.files import LineChunks, atomic_write
 from xmc_midx.data.parser import Rules
 from xmc_midx.data.predictions import read_predictions, write_predictions
 from xmc_midx.data.problems import Problem, Report, excerpt, raise_error
-from xmc_midx.data.table import RowTable, pair_texts, row_texts
+from xmc_midx.data.scans import RowPlaces, SplitScan, read_header, warn_of_cut
+from xmc_midx.data.table import RowTable, float32_rows, pair_texts, row_texts
 from xmc_midx.errors import DataError
 
 __all__ = [
-    "Header",
     "read_labels",
     "read_predictions",
     "read_xmc",
     "scan_xmc",
+    "split_lines",
     "write_predictions",
     "write_xmc",
 ]
 
-MAX_SIZE = 2**31 - 1
-"""Largest number of instances, features or labels of a file: ids are int32."""
-
 _WRITE_ROWS = 4096
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Header:
-    """The first line of XMC text."""
-
-    num_instances: int
-    num_features: int
-    num_labels: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class XmcScan:
-    """What could be read of a file; without errors, all of it."""
-
-    header: Header
-    features: csr_matrix[Any]
-    """(rows, F) float32, ids ascending in each row. Without errors, rows = the header's instances."""
-    labels: csr_matrix[Any]
-    """(rows, L) float32, all ones."""
-    final_newline: bool
-    """Whether the last line ends with a newline; a file that was cut mostly has none."""
 
 
 def read_xmc(path: str | Path) -> tuple[csr_matrix[Any], csr_matrix[Any]]:
@@ -82,13 +56,13 @@ def read_xmc(path: str | Path) -> tuple[csr_matrix[Any], csr_matrix[Any]]:
     return scan.features, scan.labels
 
 
-def scan_xmc(path: Path, report: Report, *, line_by_line: bool = False) -> XmcScan | None:
+def scan_xmc(path: Path, report: Report, *, line_by_line: bool = False) -> SplitScan | None:
     """Read XMC text, giving each fault to `report`; faulty parts are left out where `report` returns.
 
     Parameters
     ----------
     path, report : the file and who hears of its faults: those of `LineChunks` and `parse_lines`, `header` and
-        `rows`.
+        `rows`; and of the warning `final-newline`.
     line_by_line : use the strict reader for all lines: the reference of the tests.
 
     Returns
@@ -98,62 +72,26 @@ def scan_xmc(path: Path, report: Report, *, line_by_line: bool = False) -> XmcSc
     lines = LineChunks(path, report)
     chunks = iter(lines)
     _, chunk = next(chunks, (1, b""))
-    if not chunk:
-        if lines.complete:
-            report(_header_problem(path, "the file is empty", None))
-        return None
+    if not chunk and not lines.complete:
+        return None  # the fault of the stream is known
     head, newline, rest = chunk.partition(b"\n")
-    header = _read_header(path, head + newline, report)
+    header = read_header(path, head + newline, ("instances", "features", "labels"), report)
     if header is None:
         return None
+    num_rows, num_features, num_labels = header
     rules = Rules(
         file=str(path),
-        num_features=header.num_features,
-        num_labels=header.num_labels,
-        num_features_source=f"the header says {header.num_features} features",
-        num_labels_source=f"the header says {header.num_labels} labels",
+        num_features=num_features,
+        num_labels=num_labels,
+        num_features_source=f"the header says {num_features} features",
+        num_labels_source=f"the header says {num_labels} labels",
     )
-    table = RowTable(
-        rules,
-        report,
-        num_rows=header.num_instances,
-        source=f"the header says {header.num_instances}",
-        line_by_line=line_by_line,
-    )
+    source = f"the header says {num_rows}"
+    table = RowTable(rules, report, num_rows=num_rows, source=source, line_by_line=line_by_line)
     table.read(lines, itertools.chain([(2, rest)] if rest else [], chunks))
-    return XmcScan(header=header, features=table.features(), labels=table.labels(), final_newline=lines.final_newline)
-
-
-_HEADER_EXPECTED = "expected the header `num_instances num_features num_labels`"
-
-
-def _header_problem(path: Path, fact: str, hint: str | None) -> Problem:
-    return Problem(kind="header", file=str(path), line=1, text=f"{fact}, {_HEADER_EXPECTED}.", hint=hint)
-
-
-def _read_header(path: Path, line: bytes, report: Report) -> Header | None:
-    hint = None
-    words = line.split()
-    if b":" in line:
-        fact = "the file starts with an instance"
-        hint = "Put the three numbers into a line of their own before it."
-    elif len(words) == 2 and all(word.isdigit() for word in words):
-        fact = f"the first line is {excerpt(line.strip())}"
-        hint = "A file of features or labels alone (trn_X_Xf.txt, trn_X_Y.txt) has two numbers."
-    elif len(words) != 3 or not all(re.fullmatch(rb"-?\d+", word) for word in words):
-        fact = f"the first line is {excerpt(line.strip())}"
-    else:
-        # int() refuses thousands of digits.
-        sizes = [int(word) if len(word) < 19 else 2**63 for word in words]
-        names = ("instances", "features", "labels")
-        for name, word, size, least in zip(names, words, sizes, (0, 1, 1), strict=True):
-            if not least <= size <= MAX_SIZE:
-                fact = f"the header says {excerpt(word)[1:-1]} {name}, expected {least} to {MAX_SIZE}."
-                report(Problem(kind="header", file=str(path), line=1, text=fact))
-                return None
-        return Header(num_instances=sizes[0], num_features=sizes[1], num_labels=sizes[2])
-    report(_header_problem(path, fact, hint))
-    return None
+    warn_of_cut(lines, report)
+    places = RowPlaces(file=str(path), first_line=2)
+    return SplitScan(features=table.features(), labels=table.labels(), features_at=places, labels_at=places)
 
 
 def write_xmc(path: str | Path, features: csr_matrix[Any], labels: csr_matrix[Any]) -> None:
@@ -171,28 +109,27 @@ def write_xmc(path: str | Path, features: csr_matrix[Any], labels: csr_matrix[An
     ResourceError : the file cannot be written.
     """
     path = Path(path)
-    features, labels = _canonical(path, features), _canonical(path, labels)
+    lines = split_lines(path, features, labels)
+    with atomic_write(path) as file:
+        file.write(f"{features.shape[0]} {features.shape[1]} {labels.shape[1]}\n".encode())
+        file.writelines(lines)
+
+
+def split_lines(path: Path, features: csr_matrix[Any], labels: csr_matrix[Any]) -> Iterator[bytes]:
+    """The lines of `write_xmc` after the header; what it raises is raised before the first of them."""
+    features, labels = float32_rows(path, features), float32_rows(path, labels)
     labels.eliminate_zeros()
     if features.shape[0] != labels.shape[0]:
         raise DataError(f"{path}: {features.shape[0]} rows of features, {labels.shape[0]} of labels.")
-    with atomic_write(path) as file:
-        file.write(f"{features.shape[0]} {features.shape[1]} {labels.shape[1]}\n".encode())
+
+    def lines() -> Iterator[bytes]:
         for start in range(0, features.shape[0], _WRITE_ROWS):
             stop = start + _WRITE_ROWS
-            lines = zip(_label_texts(labels[start:stop]), _feature_texts(features[start:stop]), strict=True)
-            # A row without labels starts with a blank, also where it is all there is in the line.
-            file.writelines(
-                f"{ids} {pairs}".rstrip().encode() + b"\n" if ids else f" {pairs}\n".encode() for ids, pairs in lines
-            )
+            for ids, pairs in zip(_label_texts(labels[start:stop]), _feature_texts(features[start:stop]), strict=True):
+                # A row without labels starts with a blank, also where it is all there is in the line.
+                yield f"{ids} {pairs}".rstrip().encode() + b"\n" if ids else f" {pairs}\n".encode()
 
-
-def _canonical(path: Path, matrix: csr_matrix[Any]) -> csr_matrix[Any]:
-    with np.errstate(over="ignore"):
-        matrix = csr_matrix(matrix, dtype=np.float32, copy=True)
-    matrix.sum_duplicates()
-    if not np.isfinite(matrix.data).all():
-        raise DataError(f"{path}: a value to write is not finite in float32.")
-    return matrix
+    return lines()
 
 
 def _feature_texts(features: csr_matrix[Any]) -> list[str]:

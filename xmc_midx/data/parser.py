@@ -1,9 +1,11 @@
 """Layer 2. Lines of XMC text -> rows, in two ways with one result: strict line by line, or a chunk at once.
 
-Before it: `problems`. After it: `formats` joins the rows of all chunks. The grammar of a line, ids from 0::
+Before it: `problems`. After it: `table` joins the rows of all chunks. The grammar of a line, ids from 0::
 
     line   = [ label { "," label } ] { blank feature ":" value } [ CR ] LF
     blank  = one or more spaces or tabs; the first one may be missing where the line has no label
+
+In svmlight, what follows a `#` is a comment, a line of nothing else is no row, and a `qid:N` is passed over.
 
 `parse_lines` defines what is right, and names every fault. `parse_chunk` accepts a subset of it with the same
 result, 100 times as fast, and returns None for anything else: `table` tries it first.
@@ -36,11 +38,15 @@ class Rules:
     """Ids of the label list are 0..num_labels-1; 0 means that a line has no label list."""
     feature: str = "feature id"
     """What the number before a colon is called."""
+    kind: str = "feature"
+    """What the kinds of its problems begin with."""
     pair: str = "id:value"
     """What the number, the colon and the value are called."""
     num_features_source: str = ""
     """Where `num_features` comes from, such as `the header says 5000 features`."""
     num_labels_source: str = ""
+    svmlight: bool = False
+    """Whether there may be comments and query ids."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +63,8 @@ class Rows:
     """(nnz,) finite; zeros are kept."""
     num_features: NDArray[np.int64]
     """(rows,)"""
+    comment_lines: NDArray[np.int64]
+    """Numbers of the lines that are no rows."""
 
 
 # --- A chunk at once
@@ -95,6 +103,7 @@ def parse_chunk(text: bytes, rules: Rules) -> Rows | None:
         feature_ids=feature_ids,
         values=values,
         num_features=num_features,
+        comment_lines=np.empty(0, dtype=np.int64),
     )
 
 
@@ -114,6 +123,7 @@ _INTEGER = re.compile(rb"-?\d+")
 _FLOAT = re.compile(rb"[+-]?+(?:\d++(?:\.\d*+)?+|\.\d++)(?:[eE][+-]?+\d++)?+")
 _NOT_FINITE = re.compile(rb"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
 _TOKEN = re.compile(rb"[^ \t]+")
+_QUERY_ID = re.compile(rb"qid:\d+")
 _HUGE = 2**63
 """Stands for every integer beyond int64."""
 
@@ -128,17 +138,26 @@ def parse_lines(text: bytes, first_line: int, rules: Rules, report: Report) -> R
     rules : the ranges of the ids.
     report : receives the faults. Kinds: `encoding`, `comment`, `token`, `label-value`, `label-range`,
         `label-past-end` (the id is the number of labels itself: ids from 1?), `label-duplicate`, the same
-        four of `feature`, and `value`.
+        four of `rules.kind`, and `value`.
     """
     labels: list[int] = []
     features: list[int] = []
     values: list[float] = []
     num_labels: list[int] = []
     num_features: list[int] = []
+    comment_lines: list[int] = []
     start = 0
     while start < len(text):
         end = text.index(b"\n", start)
-        line = _Line(text[start:end], first_line + len(num_labels), rules, report)
+        number = first_line + len(num_labels) + len(comment_lines)
+        content = text[start:end]
+        if rules.svmlight and b"#" in content:
+            content = content.partition(b"#")[0]
+            if not content.strip():
+                comment_lines.append(number)
+                start = end + 1
+                continue
+        line = _Line(content, number, rules, report)
         labels += sorted(line.labels)
         features += sorted(line.features)
         values += [line.features[feature] for feature in sorted(line.features)]
@@ -151,6 +170,7 @@ def parse_lines(text: bytes, first_line: int, rules: Rules, report: Report) -> R
         feature_ids=np.array(features, dtype=np.int32),
         values=np.array(values, dtype=np.float32),
         num_features=np.array(num_features, dtype=np.int64),
+        comment_lines=np.array(comment_lines, dtype=np.int64),
     )
 
 
@@ -168,6 +188,8 @@ class _Line:
             for match in _TOKEN.finditer(line):
                 if rules.num_labels and match.start() == 0 and b":" not in match.group():
                     self._read_labels(match.group())
+                elif rules.svmlight and _QUERY_ID.fullmatch(match.group()):
+                    continue
                 else:
                     self._read_pair(match.group())
 
@@ -205,12 +227,12 @@ class _Line:
             hint = "The labels begin in the first column, without blanks between them." if rules.num_labels else None
             self._fault("token", f"{excerpt(token)} is not `{rules.pair}`.", hint)
             return
-        feature = self._id(name, "feature", rules.feature, rules.num_features, rules.num_features_source)
+        feature = self._id(name, rules.kind, rules.feature, rules.num_features, rules.num_features_source)
         value = self._value(text, f"of {rules.feature} {excerpt(name)[1:-1]}")
         if feature is None or value is None:
             return
         if feature in self.features:
-            self._fault("feature-duplicate", f"{rules.feature} {feature} occurs twice, expected once.")
+            self._fault(f"{rules.kind}-duplicate", f"{rules.feature} {feature} occurs twice, expected once.")
         else:
             self.features[feature] = value
 
@@ -224,10 +246,11 @@ class _Line:
         if 0 <= value < limit and not text.startswith(b"-"):
             return value
         fact = f"{name} {excerpt(text)[1:-1]} is outside 0..{limit - 1} ({source})."
-        if value == limit:
+        if value == limit and not self._rules.svmlight:
             self._fault(f"{kind}-past-end", fact, "Do the ids of this file start from 1?")
         else:
-            self._fault(f"{kind}-range", fact, "Is this the header of another file?" if value > 0 else None)
+            hint = "Is this the header of another file?" if value > 0 and source.startswith("the header") else None
+            self._fault(f"{kind}-range", fact, hint)
         return None
 
     def _value(self, text: bytes, owner: str) -> float | None:

@@ -26,15 +26,23 @@ class Problem:
     kind: str
     """Short name of the kind of fault, such as `feature-range`; `ProblemList` limits and counts by it."""
     file: str
-    line: int | None
-    """Counted from 1; None where the fault is the whole file's."""
+    line: int | None = None
+    """Counted from 1; None where the fault is the whole file's, or the file has no lines."""
+    row: int | None = None
+    """Of a matrix, counted from 0; None where the file has lines."""
     text: str
     """Fact and expectation."""
     hint: str | None = None
 
+    @property
+    def place(self) -> str:
+        """`file`, `file:line` or `file: row N`."""
+        if self.row is not None:
+            return f"{self.file}: row {self.row}"
+        return self.file if self.line is None else f"{self.file}:{self.line}"
+
     def __str__(self) -> str:
-        place = self.file if self.line is None else f"{self.file}:{self.line}"
-        return f"{place}: {self.text}"
+        return f"{self.place}: {self.text}"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

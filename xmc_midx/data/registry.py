@@ -164,10 +164,19 @@ def load_registry() -> tuple[DatasetSpec, ...]:
     if path is None:
         raise DataError("datasets.yaml: not found in the package.", hint="Install xmc-midx again.")
     try:
-        return _Registry.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).datasets
+        return _Registry.model_validate(_read_yaml(path.read_text(encoding="utf-8"))).datasets
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: is not a registry of data sets: {reason}.") from None
+
+
+def _read_yaml(text: str) -> Any:
+    """`yaml.safe_load`, in a tenth of the time where PyYAML was built with libyaml: `load_dataset` waits for it."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def find_spec(name: str) -> DatasetSpec:

@@ -1,7 +1,7 @@
 """Layer 2. A file's rows: all chunks of lines joined into CSR matrices, and CSR rows as text.
 
-Before it: `files` (chunks of lines) and `parser` (lines -> rows). After it: `formats` and `predictions`,
-which differ in their headers alone.
+Before it: `files` (chunks of lines) and `parser` (lines -> rows). After it: `formats`, `pairs`, `svmlight` and
+`predictions`, which differ in their headers alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,11 +21,12 @@ from scipy.sparse import csr_matrix
 from xmc_midx.data.files import LineChunks
 from xmc_midx.data.parser import Rows, Rules, parse_chunk, parse_lines
 from xmc_midx.data.problems import Problem, Report
+from xmc_midx.errors import DataError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["RowTable", "pair_texts", "row_texts", "rows_matrix"]
+__all__ = ["RowTable", "float32_rows", "pair_texts", "row_texts", "rows_matrix"]
 
 _DTYPES: dict[str, type[np.generic]] = {
     "label_ids": np.int32,
@@ -32,6 +34,7 @@ _DTYPES: dict[str, type[np.generic]] = {
     "feature_ids": np.int32,
     "values": np.float32,
     "num_features": np.int64,
+    "comment_lines": np.int64,
 }
 """The fields of `Rows`."""
 
@@ -136,6 +139,10 @@ class RowTable:
         ones = np.ones(len(ids), dtype=np.float32)
         return _csr(ones, ids, self._columns["num_labels"].array(), self._rules.num_labels)
 
+    def comment_lines(self) -> NDArray[np.int64]:
+        """Numbers of the lines that are no rows, ascending."""
+        return self._columns["comment_lines"].array()
+
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
@@ -182,6 +189,21 @@ def _csr(values: NDArray[Any], ids: NDArray[Any], counts: NDArray[np.int64], num
 def rows_matrix(rows: Rows, num_features: int) -> csr_matrix[Any]:
     """(rows, F) float32 features of parsed lines, ids ascending in each row."""
     return _csr(rows.values, rows.feature_ids, rows.num_features, num_features)
+
+
+def float32_rows(path: Path, matrix: csr_matrix[Any]) -> csr_matrix[Any]:
+    """A copy to write: float32, ids ascending in each row, duplicates summed.
+
+    Raises
+    ------
+    DataError : a value is not finite; the message names `path`.
+    """
+    with np.errstate(over="ignore"):
+        matrix = csr_matrix(matrix, dtype=np.float32, copy=True)
+    matrix.sum_duplicates()
+    if not np.isfinite(matrix.data).all():
+        raise DataError(f"{path}: a value to write is not finite in float32.")
+    return matrix
 
 
 def row_texts(texts: list[str], offsets: NDArray[Any], separator: str) -> list[str]:

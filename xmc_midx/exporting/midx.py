@@ -60,9 +60,12 @@ def export_midx(source: ExportSource, queries: Queries | None, target: Path) -> 
     if queries is not None:
         measured = [queries.measure("midx", search_at(num_candidates), settings), queries.exact()]
     interpolation = source.interpolation
-    if interpolation is not None and interpolation.needs_neighbors:
-        name = "neighbors.safetensors"
-        (target / name).write_bytes((source.directory.path / name).read_bytes())
+    for name, is_needed in (
+        ("neighbors.safetensors", interpolation is not None and interpolation.needs_neighbors),
+        ("ranker.safetensors", interpolation is not None and interpolation.needs_ranker),
+    ):
+        if is_needed:
+            (target / name).write_bytes((source.directory.path / name).read_bytes())
     source.copy_names(target)
     document = {
         "format": FORMAT,

@@ -85,11 +85,11 @@ class ExportSource:
         DataError : a file is missing or damaged.
         """
         directory = RunDirectory.open(run)
-        interpolation, _ = directory.interpolation()
+        added = directory.interpolation()
         return cls(
             directory=directory,
             model=TrainedModel.load(directory, find_device("cpu")),
-            interpolation=interpolation,
+            interpolation=added[0] if added else None,
             calibration=directory.calibration(),
             label_names=directory.label_names(),
             has_vocabulary=directory.vocabulary() is not None,

@@ -1,0 +1,123 @@
+"""Claims about `xmc_midx.ranker`: the optimum of liblinear, margins, threads, files that lie."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from sklearn.svm import LinearSVC
+
+from xmc_midx import ranker
+from xmc_midx.ranker import LinearRanker
+
+
+def problem(num_rows: int = 120, num_features: int = 31, num_labels: int = 7) -> tuple[sp.csr_matrix, ...]:
+    """Rows, labels that depend on them, and rivals: some labels twice, some rows without any."""
+    rng = np.random.default_rng(3)
+    rows = sp.random(num_rows, num_features, 0.3, format="csr", random_state=rng, dtype=np.float32)
+    scores = rows @ rng.normal(size=(num_features, num_labels))
+    truth = (scores > np.quantile(scores, 0.75, axis=0)).astype(np.float32)
+    truth[:, 5] = 0.0  # a label without positives
+    rivals = (rng.random(truth.shape) < 0.5).astype(np.float32)
+    rivals[::4] = 0.0
+    truth[:, 6] = rivals[:, 6] = 0.0  # a label that no instance knows
+    return rows, sp.csr_matrix(truth), sp.csr_matrix(rivals)
+
+
+def dense(found: LinearRanker) -> np.ndarray:
+    """(L, F + 1): the weights, then the bias."""
+    arrays = found.as_arrays()
+    shape = (found.num_labels, found.num_features)
+    weights = sp.csr_matrix((arrays["weights"].astype(np.float64), arrays["feature_ids"], arrays["offsets"]), shape)
+    return np.hstack([weights.toarray(), arrays["bias"].astype(np.float64)[:, None]])
+
+
+def test_each_label_is_liblinears_optimum_over_its_positives_and_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranker, "_PASSES", 3000)
+    monkeypatch.setattr(ranker, "_TOLERANCE", 1e-5)
+    monkeypatch.setattr(ranker, "_SMALLEST", 0.0)
+    rows, truth, rivals = problem()
+    found = dense(LinearRanker.fit(rows, truth, rivals))
+    for label in range(5):
+        positive = truth.toarray()[:, label] > 0
+        mine = np.flatnonzero(positive | (rivals.toarray()[:, label] > 0))
+        reference = LinearSVC(C=1.0, loss="squared_hinge", dual=True, tol=1e-8, max_iter=100_000, random_state=0)
+        reference.fit(rows[mine], positive[mine])
+        expected = np.append(reference.coef_[0], reference.intercept_)
+        np.testing.assert_allclose(found[label], expected, atol=4e-3)  # float16
+    assert (found[5] <= 0).all() or found[5, -1] < 0, "only negatives: below zero"
+    assert not found[6].any()
+
+
+def test_few_passes_separate_and_small_weights_are_dropped() -> None:
+    rows, truth, rivals = problem()
+    found = LinearRanker.fit(rows, truth, rivals)
+    weights = found.as_arrays()["weights"]
+    assert np.abs(weights).min() >= 0.2 and weights.size < 5 * 31
+    instance, label = np.divmod(np.arange(120 * 5), 5)
+    margins = found.margins(rows, instance, label).reshape(120, 5)
+    known = (truth + rivals).toarray()[:, :5] > 0
+    right = (margins > 0) == (truth.toarray()[:, :5] > 0)
+    assert right[known].mean() > 0.9
+
+
+def test_margins_are_the_product() -> None:
+    rows, truth, rivals = problem()
+    found = LinearRanker.fit(rows, truth, rivals)
+    rng = np.random.default_rng(5)
+    instance = np.sort(rng.integers(120, size=333))
+    label = rng.integers(7, size=333)
+    model = dense(found)
+    expected = np.hstack([rows.toarray(), np.ones((120, 1))]) @ model.T
+    np.testing.assert_allclose(found.margins(rows, instance, label), expected[instance, label], atol=1e-5)
+    assert found.margins(rows[:0], np.empty(0, np.int64), np.empty(0, np.int64)).shape == (0,)
+
+
+@pytest.mark.parametrize("block", [1, 40, 1 << 21])
+def test_neither_threads_nor_blocks_change_a_bit(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    rows, truth, rivals = problem()
+    expected = LinearRanker.fit(rows, truth, rivals, num_threads=1).as_arrays()
+    monkeypatch.setattr(ranker, "_BLOCK", block)
+    found = LinearRanker.fit(rows, truth, rivals, num_threads=3).as_arrays()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_a_label_learns_from_no_instance_but_its_own_and_its_rivals() -> None:
+    rows, truth, rivals = problem()
+    found = dense(LinearRanker.fit(rows, truth, rivals))
+    stranger = np.flatnonzero((truth + rivals).toarray()[:, 0] == 0)
+    other = rows.toarray()
+    other[stranger] *= 100
+    again = dense(LinearRanker.fit(sp.csr_matrix(other), truth, rivals))
+    np.testing.assert_array_equal(found[0], again[0])
+    assert (found[1] != again[1]).any()
+
+
+def test_arrays_are_read_back_equal_and_lies_are_refused() -> None:
+    rows, truth, rivals = problem()
+    found = LinearRanker.fit(rows, truth, rivals)
+    arrays = found.as_arrays()
+    again = LinearRanker.from_arrays(arrays)
+    np.testing.assert_array_equal(dense(again), dense(found))
+    far = arrays["feature_ids"].copy()
+    far[3] = 31
+    negative = arrays["feature_ids"].copy()
+    negative[0] = -1
+    falling = arrays["offsets"].copy()
+    falling[2] = falling[1] - 1
+    for lie in (
+        {"feature_ids": far},
+        {"feature_ids": negative},
+        {"offsets": falling},
+        {"offsets": arrays["offsets"][:-1]},
+        {"offsets": arrays["offsets"] + 1},
+        {"weights": arrays["weights"][:-1]},
+        {"weights": arrays["weights"].astype(np.float32)},
+        {"bias": arrays["bias"][:-1]},
+        {"bias": arrays["bias"][:, None]},
+    ):
+        with pytest.raises(ValueError, match="do not fit"):
+            LinearRanker.from_arrays(arrays | lie)
+    with pytest.raises(LookupError):
+        LinearRanker.from_arrays({name: array for name, array in arrays.items() if name != "bias"})

@@ -1,0 +1,247 @@
+"""Layer 2. A sparse linear one-vs-all ranker, trained on the labels that the model confuses.
+
+The encoder squeezes an instance into D numbers; a label's own weights on the features lose nothing. Such a classifier
+only has to tell a label from its rivals: its negatives are the instances that have the label among the model's best,
+not all others, so that training costs what a few passes over the positives cost. `xmc_midx.interpolation` adds the
+margin to the model's score. Source: the squared hinge loss and its dual coordinate descent are liblinear's (Hsieh et
+al. 2008), matching-aware negatives are PECOS's (arXiv 2010.05878); the use beside a sampled softmax is ours.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+
+__all__ = ["LinearRanker"]
+
+_COST = 1.0
+"""Of a violated margin against the norm of the weights."""
+_PASSES = 6
+"""Over a label's instances, at most."""
+_TOLERANCE = 0.1
+"""Largest projected gradient at which a label is done."""
+_SMALLEST = 0.2
+"""Smaller weights are dropped: a fifth are left, and rank as well (EXPERIMENTS.md, "Linear ranker")."""
+_BLOCK = 1 << 21
+"""Weights held at once, before the small ones are dropped."""
+
+
+class LinearRanker:
+    """A weight vector and a bias for each label.
+
+    Parameters
+    ----------
+    offsets : (L+1,) int64; label l owns the entries `offsets[l]:offsets[l+1]`.
+    feature_ids, weights : (nnz,) int32 and float16.
+    bias : (L,) float16.
+    num_features : F.
+    """
+
+    def __init__(
+        self,
+        offsets: NDArray[np.int64],
+        feature_ids: NDArray[np.int32],
+        weights: NDArray[np.float16],
+        bias: NDArray[np.float16],
+        num_features: int,
+    ) -> None:
+        self.num_features = num_features
+        self._arrays: dict[str, NDArray[Any]] = {
+            "offsets": offsets,
+            "feature_ids": feature_ids,
+            "weights": weights,
+            "bias": bias,
+        }
+        self._model = (offsets, feature_ids, weights.astype(np.float32), bias.astype(np.float32))
+
+    @property
+    def num_labels(self) -> int:
+        return int(self._arrays["bias"].shape[0])
+
+    @classmethod
+    def fit(
+        cls,
+        features: csr_matrix,
+        labels: csr_matrix,
+        rivals: csr_matrix,
+        *,
+        num_threads: int | None = None,
+    ) -> LinearRanker:
+        """Train a classifier a label, independent of the number of threads bit for bit.
+
+        Parameters
+        ----------
+        features, labels : (N, F) and (N, L) of the training instances.
+        rivals : (N, L); a stored value is a label that the model ranks high for the instance. Those of an instance's
+            own labels are skipped. Rows may be empty: negatives of some instances are enough.
+        num_threads : None: numba's.
+        """
+        assert labels.shape == rivals.shape and features.shape[0] == labels.shape[0]
+        num_features, num_labels = features.shape[1], labels.shape[1]
+        signs = csr_matrix((np.full(labels.nnz, 2, dtype=np.int8), labels.indices, labels.indptr), shape=labels.shape)
+        others = csr_matrix((np.ones(rivals.nnz, dtype=np.int8), rivals.indices, rivals.indptr), shape=rivals.shape)
+        pairs = (signs + others).tocsc()
+        pairs.sort_indices()
+        counts = np.diff(features.indptr).astype(np.int64)
+        entries = np.concatenate([[0], np.cumsum(counts[pairs.indices])])[pairs.indptr]
+        rows = (features.indptr.astype(np.int64), features.indices, features.data.astype(np.float32))
+        squares = np.asarray(features.multiply(features).sum(axis=1)).ravel().astype(np.float32)
+        targets = (pairs.indptr.astype(np.int64), pairs.indices, pairs.data)
+        blocks = _blocks(np.minimum(np.diff(entries), num_features))
+
+        def train(block: tuple[int, int]) -> tuple[NDArray[Any], ...]:
+            room = int(np.minimum(np.diff(entries[block[0] : block[1] + 1]), num_features).sum())
+            ids, weights = np.empty(room, dtype=np.int32), np.empty(room, dtype=np.float32)
+            sizes = np.zeros(block[1] - block[0], dtype=np.int64)
+            bias = np.zeros(block[1] - block[0], dtype=np.float32)
+            limits = (_COST, _PASSES, _TOLERANCE, _SMALLEST)
+            used = _train(rows, squares, targets, num_features, limits, *block, ids, weights, sizes, bias)
+            return sizes, ids[:used].copy(), weights[:used].astype(np.float16), bias.astype(np.float16)
+
+        with ThreadPoolExecutor(num_threads or numba.get_num_threads()) as pool:
+            parts = list(pool.map(train, blocks))
+        sizes, ids, weights, bias = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        assert bias.shape[0] == num_labels
+        return cls(np.concatenate([[0], np.cumsum(sizes)]), ids, weights, bias, num_features)
+
+    def margins(
+        self, features: csr_matrix, instance: NDArray[np.int64], label_ids: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """(C,) float32: `weights . features + bias` of C pairs of an instance and a label.
+
+        Parameters
+        ----------
+        features : (B, F) rows, scaled like those of training.
+        instance, label_ids : (C,) row numbers, which never fall, and labels.
+        """
+        assert features.shape[1] == self.num_features, "instances and training rows have the same features"
+        num_rows = features.shape[0]
+        borders = np.searchsorted(instance, np.arange(num_rows + 1))
+        found = np.empty(label_ids.shape[0], dtype=np.float32)
+        queries = (features.indptr.astype(np.int64), features.indices, features.data.astype(np.float32))
+        _margins(queries, borders, label_ids, self._model, np.zeros(self.num_features, dtype=np.float32), found)
+        return found
+
+    def as_arrays(self) -> dict[str, NDArray[Any]]:
+        """What `from_arrays` reads."""
+        return self._arrays | {"num_features": np.array([self.num_features], dtype=np.int64)}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> LinearRanker:
+        """The ranker of `as_arrays`; a ValueError or LookupError where it is not that."""
+        num_features = int(arrays["num_features"][0])
+        offsets, ids, weights, bias = (arrays[name] for name in ("offsets", "feature_ids", "weights", "bias"))
+        sound = (
+            [array.dtype.name for array in (offsets, ids, weights, bias)] == ["int64", "int32", "float16", "float16"]
+            and all(array.ndim == 1 for array in (offsets, ids, weights, bias))
+            and offsets.shape[0] == bias.shape[0] + 1
+            and ids.shape == weights.shape
+            and offsets[0] == 0
+            and offsets[-1] == ids.shape[0]
+            and bool((np.diff(offsets) >= 0).all())
+            # Compiled code follows these ids without looking: the file must not lead it out of bounds.
+            and (not ids.size or (ids.min() >= 0 and ids.max() < num_features))
+        )
+        if not sound:
+            raise ValueError("offsets, ids, weights and bias do not fit together")
+        return cls(offsets, ids, weights, bias, num_features)
+
+
+def _blocks(sizes: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Ranges of labels with about `_BLOCK` weights each, one label at the least."""
+    total = np.cumsum(sizes)
+    borders = np.searchsorted(total, np.arange(_BLOCK, total[-1] + _BLOCK, _BLOCK), side="left") + 1
+    borders = np.unique(np.concatenate([[0], np.minimum(borders, sizes.shape[0]), [sizes.shape[0]]]))
+    return [(int(begin), int(end)) for begin, end in itertools.pairwise(borders)]
+
+
+@numba.njit(nogil=True, cache=True)
+def _train(
+    rows: Any,
+    squares: Any,
+    targets: Any,
+    num_features: int,
+    limits: Any,
+    begin: int,
+    end: int,
+    found_ids: Any,
+    found_weights: Any,
+    sizes: Any,
+    bias: Any,
+) -> int:
+    """Labels begin..end one after the other; returns the number of weights that were kept."""
+    row_offsets, row_ids, row_values = rows
+    offsets, instances, signs = targets
+    weight = np.zeros(num_features, dtype=np.float32)
+    cost, passes, tolerance, smallest = limits
+    diagonal = np.float32(0.5 / cost)
+    used = 0
+    for label in range(begin, end):
+        first, count = offsets[label], offsets[label + 1] - offsets[label]
+        dual = np.zeros(count, dtype=np.float32)
+        order = np.arange(count)
+        offset = np.float32(0.0)
+        state = np.uint64(label + 1)
+        for _ in range(passes):
+            largest = np.float32(0.0)
+            for last in range(count - 1, -1, -1):
+                # Fisher-Yates by a linear congruential generator (Knuth's MMIX), of the label alone.
+                state = state * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
+                pick = int((state >> np.uint64(33)) % np.uint64(last + 1))
+                order[last], order[pick] = order[pick], order[last]
+                place = order[last]
+                row = instances[first + place]
+                sign = np.float32(1.0 if signs[first + place] >= 2 else -1.0)
+                margin = offset
+                for entry in range(row_offsets[row], row_offsets[row + 1]):
+                    margin += weight[row_ids[entry]] * row_values[entry]
+                gradient = sign * margin - np.float32(1.0) + dual[place] * diagonal
+                if dual[place] == 0.0 and gradient > 0.0:
+                    continue
+                largest = max(largest, abs(gradient))
+                before = dual[place]
+                dual[place] = max(before - gradient / (squares[row] + np.float32(1.0) + diagonal), np.float32(0.0))
+                change = (dual[place] - before) * sign
+                if change != 0.0:
+                    for entry in range(row_offsets[row], row_offsets[row + 1]):
+                        weight[row_ids[entry]] += change * row_values[entry]
+                    offset += change
+            if largest < tolerance:
+                break
+        start = used
+        for place in range(count):
+            row = instances[first + place]
+            for entry in range(row_offsets[row], row_offsets[row + 1]):
+                feature = row_ids[entry]
+                if weight[feature] != 0.0 and abs(weight[feature]) >= smallest:
+                    found_ids[used] = feature
+                    found_weights[used] = weight[feature]
+                    used += 1
+                weight[feature] = 0.0
+        sizes[label - begin] = used - start
+        bias[label - begin] = offset
+    return used
+
+
+@numba.njit(nogil=True, cache=True)
+def _margins(queries: Any, borders: Any, label_ids: Any, model: Any, dense: Any, found: Any) -> None:
+    query_offsets, query_ids, query_values = queries
+    offsets, feature_ids, weights, bias = model
+    for row in range(borders.shape[0] - 1):
+        for entry in range(query_offsets[row], query_offsets[row + 1]):
+            dense[query_ids[entry]] = query_values[entry]
+        for pair in range(borders[row], borders[row + 1]):
+            label = label_ids[pair]
+            margin = bias[label]
+            for entry in range(offsets[label], offsets[label + 1]):
+                margin += dense[feature_ids[entry]] * weights[entry]
+            found[pair] = margin
+        for entry in range(query_offsets[row], query_offsets[row + 1]):
+            dense[query_ids[entry]] = 0.0

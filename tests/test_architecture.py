@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "xmc_midx"
 HEAVY = ("torch", "scipy", "sklearn", "numba", "faiss", "pandas", "matplotlib")
-PACKAGES = {"", "data", "samplers"}
+PACKAGES = {"", "data", "exporting", "samplers"}
 """Packages whose `__init__` imports nothing at run time (`cli` is in the table)."""
 
 TORCH_FREE = (

@@ -29,7 +29,7 @@ from xmc_midx.errors import DataError, DivergedError, DownloadError, ResourceErr
 from xmc_midx.types import EpochStats, MetricReport, SamplerDiagnosis, Spread, TopK
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("train", "evaluate", "predict", "diagnose", "prepare", "check", "convert")
+COMMANDS = ("train", "evaluate", "predict", "export", "diagnose", "prepare", "check", "convert")
 COMMANDS += ("plan", "datasets", "download", "demo")
 ESCAPE = "\x1b"
 METRICS = {f"{family}@{k}": 0.1 * k for family in ("P", "nDCG", "R", "PSP", "PSnDCG") for k in (1, 3, 5)}
@@ -74,9 +74,30 @@ class FakeEvaluation:
 
 
 @dataclass(frozen=True)
-class FakePrediction:
+class FakeChunk:
+    first: int
+    top: TopK
+    input_sha256: str = "0"
+
+
+@dataclass
+class FakeStream:
+    """One chunk an instance; the input is read when the first one is asked for, as in truth."""
+
     top: TopK
     label_names: tuple[str, ...] | None
+    read: Any
+    settings: dict[str, Any] = field(default_factory=lambda: {"model": "a"})
+    next: int = 0
+
+    def go_on(self, next_instance: int, input_sha256: str) -> None:
+        self.next = next_instance
+
+    def __iter__(self) -> Any:
+        self.read()
+        for row in range(self.next, len(self.top.label_ids)):
+            one = slice(row, row + 1)
+            yield FakeChunk(row, TopK(label_ids=self.top.label_ids[one], scores=self.top.scores[one]))
 
 
 @dataclass(frozen=True)
@@ -182,19 +203,21 @@ def fake_pipeline(calls: list[dict[str, Any]]) -> types.ModuleType:
             raise module.failure
         return FakeEvaluation()
 
-    def predict(run: str, *, input: Any, reporter: Any, **options: Any) -> FakePrediction:
-        content = input.read_text() if isinstance(input, Path) else input
-        calls.append({"name": "predict", "run": run, "input": input, "content": content, **options})
-        if module.failure is not None:
-            if isinstance(module.failure, XmcMidxError):
-                module.failure.message = f"{input}:3: is wrong."
-            raise module.failure
+    def predict_stream(run: str, *, input: Any, reporter: Any, **options: Any) -> FakeStream:
+        calls.append({"name": "predict", "run": run, "input": input, **options})
+
+        def read() -> None:
+            if not isinstance(input, str):
+                calls[-1]["content"] = input.read()
+            if module.failure is not None:
+                raise module.failure
+
         repeat = int(os.environ.get("FAKE_ROWS", "1"))
         top = TopK(
             label_ids=np.tile(module.top.label_ids, (repeat, 1)),
             scores=np.tile(module.top.scores, (repeat, 1)),
         )
-        return FakePrediction(top=top, label_names=module.names)
+        return FakeStream(top, module.names, read)
 
     def diagnose(run: str, *, reporter: Any, **options: Any) -> FakeDiagnosis:
         calls.append({"name": "diagnose", "run": run, **options})
@@ -210,7 +233,7 @@ def fake_pipeline(calls: list[dict[str, Any]]) -> types.ModuleType:
         examples = [("A sentence about trees.", [("botany", 3.5), ("décor", -0.25)])]
         return FakeDemo(FakeTraining(run="demo"), FakeEvaluation(), examples)
 
-    for function in (train, resume, evaluate, predict, diagnose, demo):
+    for function in (train, resume, evaluate, predict_stream, diagnose, demo):
         setattr(module, function.__name__, function)
     return module
 
@@ -401,6 +424,10 @@ def test_the_help_of_train_names_every_sampler(cli: Any) -> None:
         (["predict", "r", "-", "--format", "npz"], "expected --output FILE"),
         (["predict", "r", "-", "--allow", "/nowhere"], "--allow /nowhere: is no file"),
         (["predict", "r", "-", "--output", "/"], "is a directory"),
+        (["predict", "r", "-", "--shard", "2"], "expected I/N"),
+        (["predict", "r", "-", "--resume"], "expected --output FILE with it"),
+        (["predict", "r", "-", "--resume", "-o", "a.gz"], "not compressed"),
+        (["predict", "r", "-", "--threshold", "nan"], "expected a number"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_2(
@@ -877,68 +904,49 @@ def stdin(monkeypatch: pytest.MonkeyPatch) -> Any:
     return give
 
 
-def test_texts_and_rows_come_from_stdin(cli: Any, pipeline: Any, calls: Any, stdin: Any) -> None:
+def test_stdin_is_handed_on_as_bytes_and_its_faults_are_shown(cli: Any, pipeline: Any, calls: Any, stdin: Any) -> None:
     stdin("first\r\n\nthïrd".encode())
     assert cli("predict", "r", "-", "--text").code == 0
-    assert calls[-1]["content"] == ["first", "", "thïrd"]
-    stdin(b"1 2 3\n0 1:2\n")
-    assert cli("predict", "r", "-").code == 0
-    assert calls[-1]["content"] == "1 2 3\n0 1:2\n"
-    assert not calls[-1]["input"].exists(), "the copy is gone"
-    pipeline.failure = DataError("")
+    assert (calls[-1]["content"], calls[-1]["text"], calls[-1]["live"]) == ("first\r\n\nthïrd".encode(), True, True)
+    pipeline.failure = DataError("standard input:3: is wrong.")
     stdin(b"")
     assert cli("predict", "r", "-").err == "Error: standard input:3: is wrong.\n"
-    stdin(b"good\n\xff\n")
-    shown = cli("predict", "r", "-", "--text")
-    assert (shown.code, shown.err) == (3, "Error: standard input:2: is not UTF-8, expected text.\n")
+    assert calls[-1]["text"] is None
 
 
-@pytest.mark.parametrize(
-    ("content", "is_text"),
-    [
-        ("two words\n", True),
-        ("In 2019, 3 of 4 won\n", True),
-        ("a: b\n", True),
-        ("1 2 3\n0 1:2\n", False),
-        ("\ufeff1 2 3\n", False),
-        ("0,1 5:0.5 6:.1\n", False),
-        (" 5:-1\n", False),
-        ("4,5\n", False),
-        ("\n", False),
-        ("", False),
-    ],
-)
-def test_text_is_told_from_rows_where_the_run_has_a_vocabulary(
-    content: str, is_text: bool, cli: Any, pipeline: Any, calls: Any, stdin: Any, tmp_path: Path
-) -> None:
-    (tmp_path / "vocabulary.txt").touch()
-    file = tmp_path / "input.txt"
-    file.write_text(content, encoding="utf-8")
-    for source in (file, "-"):
-        stdin(content.encode())
-        assert cli("predict", tmp_path, source).code == 0
-        assert isinstance(calls[-1]["content"], list) == is_text
-        stdin(content.encode())
-        cli("predict", tmp_path / "other", source)
-        assert not isinstance(calls[-1]["content"], list), "this run has no vocabulary"
-
-
-@pytest.mark.parametrize("name", ["a.svm", "a.libsvm.gz", "X.trn.npz", "trn_X_Xf.txt"])
-def test_a_file_that_is_called_rows_is_never_text(
-    name: str, cli: Any, pipeline: Any, calls: Any, tmp_path: Path
-) -> None:
-    (tmp_path / "vocabulary.txt").touch()
-    (tmp_path / name).write_text("# made by hand\n0 1:1\n")
-    assert cli("predict", tmp_path, tmp_path / name).code == 0
-    assert not isinstance(calls[-1]["content"], list)
-
-
-def test_a_file_of_texts_and_label_lists(cli: Any, pipeline: Any, calls: Any, tmp_path: Path) -> None:
+def test_every_option_arrives(cli: Any, pipeline: Any, calls: Any, tmp_path: Path) -> None:
     file = tmp_path / "t.txt"
-    file.write_text("one\ntwo\n")
-    cli("predict", "r", file, "--text", "--allow", file, "--deny", file)
-    assert calls[-1]["content"] == ["one", "two"]
-    assert calls[-1]["allow"] == calls[-1]["deny"] == file
+    file.write_text("1\n")
+    words = ["--scores", "probabilities", "--threshold", "0.5", "--shard", "2/8", "--no-verify", "--device", "cpu"]
+    cli("predict", "r", file, "--text", "--allow", file, "--deny", file, "-o", tmp_path / "out", *words)
+    expected = {"scores": "probabilities", "threshold": 0.5, "shard": (2, 8), "verify": False, "device": "cpu", "k": 5}
+    expected |= {"allow": str(file), "deny": str(file), "text": True, "live": False}
+    assert {name: calls[-1][name] for name in expected} == expected
+    cli("predict", "r", file)
+    expected = {"scores": "logits", "threshold": None, "shard": (1, 1), "verify": True, "allow": None, "live": True}
+    assert {name: calls[-1][name] for name in expected} == expected
+
+
+def test_resume_goes_on_from_the_partial_file(cli: Any, pipeline: Any, calls: Any, tmp_path: Path) -> None:
+    from xmc_midx.data.resumable import ResumableFile
+
+    out = tmp_path / "p.tsv"
+    assert cli("predict", "r", "x", "-o", out).code == 0
+    whole = out.read_bytes()
+    settings = {"format": "tsv", "model": "a"}
+    with pytest.raises(KeyboardInterrupt), ResumableFile.open(out, settings, resume=True) as file:
+        file.write(whole[: whole.index(b"1\t1")] + b"half a l")
+        file.mark(1, "0")
+        file.write(b"ine")
+        raise KeyboardInterrupt
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["p.tsv", "p.tsv.partial", "p.tsv.partial.json"]
+    shown = cli("predict", "r", "x", "-o", out, "--resume", "--format", "jsonl")
+    assert shown.code == 2 and "was begun with another format: 'tsv', now 'jsonl'" in shown.err
+    # The mark covers the half line, so it stays: the file is gone on with at the mark, not looked at.
+    done = cli("predict", "r", "x", "-o", out, "--resume")
+    assert (done.code, done.err.splitlines()[0]) == (0, "Going on after 1 instances.")
+    assert out.read_bytes() == whole.replace(b"1\t1\t1", b"half a l1\t1\t1")
+    assert [path.name for path in tmp_path.iterdir()] == ["p.tsv"]
 
 
 # ------------------------------------------------------------------ demo

@@ -223,7 +223,9 @@ LATER = {
     "file.renamed": 4,
 }
 """A later passage of each point, in the middle of the run."""
-CRASHES = [f"{name}:{LATER.get(name, 1)}" for name in crash.POINTS if not name.startswith("directory.")]
+CRASHES = [
+    f"{name}:{LATER.get(name, 1)}" for name in crash.POINTS if not name.startswith(("directory.", "output.", "export."))
+]
 FIRST = [f"{name}:1" for name in LATER]
 
 

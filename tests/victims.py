@@ -69,6 +69,14 @@ def command(words: list[str], points: str | None, number: int, log: str, loading
     os._exit(code)
 
 
+def predict(words: list[str], points: str | None, number: int, log: str) -> None:
+    """`predict`, whose progress is noted at every batch."""
+    from xmc_midx.data import resumable
+
+    resumable._MARK_SECONDS = 0
+    command(["predict", *words], points, number, log, False)
+
+
 def starve(words: list[str], extra: int, log: str, blind: bool) -> None:
     """A command line with `extra` bytes of address space left; `blind`: the system does not say so."""
     from xmc_midx import device

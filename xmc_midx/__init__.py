@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from xmc_midx.data.dataset import XmcDataset, load_dataset
     from xmc_midx.data.download import download
     from xmc_midx.errors import XmcMidxError
-    from xmc_midx.pipeline import evaluate, predict, resume, train
+    from xmc_midx.pipeline import evaluate, export, predict, resume, train
     from xmc_midx.predictor import Predictor
     from xmc_midx.softmax import MIDXSoftmax
     from xmc_midx.types import MetricReport, TopK
@@ -41,6 +41,7 @@ __all__ = [
     "XmcMidxError",
     "download",
     "evaluate",
+    "export",
     "load_config",
     "load_dataset",
     "predict",
@@ -58,6 +59,7 @@ _HOMES = {
     "XmcMidxError": "errors",
     "download": "data.download",
     "evaluate": "pipeline",
+    "export": "pipeline",
     "load_config": "config",
     "load_dataset": "data.dataset",
     "predict": "pipeline",

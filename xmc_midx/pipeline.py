@@ -7,8 +7,10 @@ evaluated without it.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -16,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -40,22 +42,31 @@ from xmc_midx.rundir import RunDirectory
 from xmc_midx.types import DEFAULT_KS, MetricReport, Reporter, SamplerDiagnosis, SilentReporter, TopK
 
 if TYPE_CHECKING:
+    from io import BufferedIOBase
+
+    from xmc_midx.data.instances import HeldInstances, InstanceReader
+    from xmc_midx.exporting.source import ExportSource, Measurement
     from xmc_midx.forecast import Forecast, TrainingData
-    from xmc_midx.predictor import Predictor
+    from xmc_midx.predictor import Predictor, Scores
     from xmc_midx.session import TrainingSession
 
 __all__ = [
     "DemoResult",
     "Diagnosis",
     "Evaluation",
+    "ExportResult",
     "Plan",
     "Prediction",
+    "PredictionChunk",
+    "PredictionStream",
     "TrainResult",
     "demo",
     "diagnose",
     "evaluate",
+    "export",
     "plan",
     "predict",
+    "predict_stream",
     "resume",
     "train",
 ]
@@ -598,51 +609,403 @@ def predict(
     *,
     input: str | Path | Sequence[str],
     k: int = 5,
+    scores: Scores = "logits",
+    threshold: float | None = None,
     allow: str | Path | None = None,
     deny: str | Path | None = None,
     device: str = "auto",
     verify: bool = True,
     reporter: Reporter | None = None,
 ) -> Prediction:
-    """The best labels of each instance of a file, or of raw texts.
+    """The best labels of each instance of a file, or of raw texts, all at once; `predict_stream` for more than fits.
+
+    Parameters
+    ----------
+    input : a sparse feature file or a file of raw texts, or a sequence of raw texts.
+    The others : as in `predict_stream`.
+    """
+    options: dict[str, Any] = {"k": k, "scores": scores, "threshold": threshold, "allow": allow, "deny": deny}
+    stream = predict_stream(run, input=input, **options, device=device, verify=verify, reporter=reporter)
+    return Prediction(top=_concatenate([chunk.top for chunk in stream], k), label_names=stream.label_names)
+
+
+def predict_stream(
+    run: str | Path,
+    *,
+    input: str | Path | BinaryIO | Sequence[str] | csr_matrix,
+    k: int = 5,
+    scores: Scores = "logits",
+    threshold: float | None = None,
+    allow: str | Path | None = None,
+    deny: str | Path | None = None,
+    text: bool | None = None,
+    shard: tuple[int, int] = (1, 1),
+    live: bool = False,
+    device: str = "auto",
+    verify: bool = True,
+    reporter: Reporter | None = None,
+) -> PredictionStream:
+    """The best labels of each instance, batch by batch, in constant memory. The model is loaded at once, the input read
+    as it is asked for.
 
     Parameters
     ----------
     run : run directory.
-    input : a sparse feature file (its labels, if any, are not looked at), or a sequence of raw texts.
+    input : a file of feature rows, with or without header and labels (which are not looked at), or of raw texts, a line
+        each; a binary stream of the same; or what is in memory already: raw texts, or feature rows (N, F).
     k : labels an instance, 1 to L.
-    allow, deny : files of label ids, one a line, that alone may, or may not, be predicted.
+    scores : `"logits"`: what the ranking is made by; `"probabilities"`: calibrated, that the label applies.
+    threshold : labels with a lower score are left out.
+    allow, deny : files of label ids or names, one a line, that alone may, or may not, be predicted.
+    text : whether the input is raw text; None looks at it, where the run has a vocabulary.
+    shard : (i, n): the i-th of n parts of a file, from 1; the parts' results, one after the other, are the whole's.
+    live : answer the lines of a stream as they come, in batches of what is at hand.
     device : where the model runs.
     verify : whether the hashes of the model's files are computed.
+
+    Raises
+    ------
+    XmcMidxError : an option or the model is at fault; faults of the input are raised when the stream comes to them.
     """
+    from xmc_midx.data.sources import is_named
     from xmc_midx.predictor import Predictor
 
+    index, num_shards = shard
+    if not 1 <= index <= num_shards:
+        raise UsageError(f"shard {index}/{num_shards}: expected 1/{max(num_shards, 1)} to {num_shards}/{num_shards}.")
     reporter = reporter or SilentReporter()
-    reporter.start("read", None)
+    reporter.start("load", None)
     predictor = Predictor.load(run, device=device, verify=verify)
     _check_k(k, predictor.num_labels)
-    allowed = None if allow is None else _read_label_ids(Path(allow), predictor.num_labels)
-    denied = None if deny is None else _read_label_ids(Path(deny), predictor.num_labels)
-    instances: csr_matrix | Sequence[str]
-    instances = load_features(input, predictor.num_features) if isinstance(input, str | Path) else input
-    top = predictor.predict(instances, k=k, allow=allowed, deny=denied, reporter=reporter)
-    return Prediction(top=top, label_names=predictor.label_names)
+    if scores == "probabilities":
+        predictor.require_calibration()
+    if not text and isinstance(input, str | Path) and is_named(Path(input)):
+        # Formats that are read whole: svmlight, npz, the halves of a pair.
+        input = load_features(input, predictor.num_features)
+    if text is None and predictor.vocabulary is None:
+        text = False
+    if text:
+        predictor.require_vocabulary()
+    if live and not isinstance(input, str | Path | Sequence | csr_matrix):
+        # Someone may wait for the first answer: what is loaded at first use is loaded before it.
+        predictor.warm_up()
+    options = {
+        "k": k,
+        "scores": scores,
+        "threshold": threshold,
+        "allow": None if allow is None else _read_label_ids(Path(allow), predictor),
+        "deny": None if deny is None else _read_label_ids(Path(deny), predictor),
+    }
+    return PredictionStream(
+        predictor, input, options, text=text, shard=shard, live=live, reporter=reporter, model=_model_digest(Path(run))
+    )
 
 
-def _read_label_ids(path: Path, num_labels: int) -> list[int]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictionChunk:
+    """The answers to consecutive instances."""
+
+    first: int
+    """Number of the first one, from 0."""
+    top: TopK
+    input_sha256: str
+    """Of the input's lines up to the last one of these."""
+
+
+class PredictionStream:
+    """Made by `predict_stream`; iterated once."""
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        source: str | Path | BinaryIO | Sequence[str] | csr_matrix,
+        options: Mapping[str, Any],
+        *,
+        text: bool | None,
+        shard: tuple[int, int],
+        live: bool,
+        reporter: Reporter,
+        model: str,
+    ) -> None:
+        self._predictor, self._source, self._options, self._text = predictor, source, options, text
+        self._shard, self._live, self._reporter, self._model = shard, live, reporter, model
+        self._next, self._input_sha256 = 0, ""
+        self._num_answered, self._seconds = 0, 0.0
+
+    @property
+    def label_names(self) -> Sequence[str] | None:
+        return self._predictor.label_names
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the answers depend on besides the input; plain values."""
+        lists = {name: self._options[name] for name in ("allow", "deny")}
+        return {
+            "model": self._model,
+            **self._options,
+            **{name: None if ids is None else _digest_of(ids) for name, ids in lists.items()},
+            "text": self._text,
+            "shard": list(self._shard),
+        }
+
+    def go_on(self, next_instance: int, input_sha256: str) -> None:
+        """Leave out the instances before `next_instance`, the end of an earlier chunk; their lines must have this
+        sha256."""
+        self._next, self._input_sha256 = next_instance, input_sha256
+
+    def __iter__(self) -> Iterator[PredictionChunk]:
+        reader = self._reader()
+        chosen, total = self._chosen()
+        started = False
+        for batch in reader.batches(lambda number, first: number in chosen and first >= self._next):
+            self._check_place(reader, batch.first, batch.num_instances)
+            if not started:
+                known = total if total is not None else reader.num_instances
+                self._reporter.start("predict", known)
+                started = True
+            if batch.rows is None:
+                self._reporter.step(batch.num_instances if total is None else 0)
+                continue
+            yield self._answer(batch.first, batch.rows, reader.digest())
+        if self._next > reader.num_given:
+            raise self._another_input()
+
+    def _answer(self, first: int, rows: csr_matrix | list[str], digest: str) -> PredictionChunk:
+        began = time.monotonic()
+        try:
+            top = self._predictor.predict(rows, **self._options)
+        except DataError as error:
+            raise DataError(
+                f"Instances {first} to {first + _length(rows) - 1}: {error.message}", hint=error.hint
+            ) from None
+        self._num_answered += _length(rows)
+        self._seconds += time.monotonic() - began
+        self._reporter.step(_length(rows), instances_per_second=self._num_answered / max(self._seconds, 1e-9))
+        return PredictionChunk(first=first, top=top, input_sha256=digest)
+
+    def _reader(self) -> InstanceReader | HeldInstances:
+        from xmc_midx.data.files import LineChunks
+        from xmc_midx.data.instances import HeldInstances, InstanceReader
+        from xmc_midx.data.problems import raise_error
+
+        num_features, source = self._predictor.num_features, self._source
+        if isinstance(source, csr_matrix) or (isinstance(source, Sequence) and not isinstance(source, str)):
+            return HeldInstances(source)
+        if isinstance(source, str | Path):
+            live = self._live and not Path(source).is_file()
+            lines = LineChunks(Path(source), raise_error, live=live)
+        else:
+            live = self._live
+            stream = cast("BufferedIOBase", source)
+            lines = LineChunks(Path("standard input"), raise_error, stream=stream, live=live)
+        return InstanceReader(lines, num_features=num_features, text=self._text, live=live)
+
+    def _chosen(self) -> tuple[range, int | None]:
+        """The numbers of the shard's batches, and its instances (None: not counted)."""
+        index, num_shards = self._shard
+        if num_shards == 1:
+            return range(sys.maxsize), None
+        source = self._source
+        is_stream = not isinstance(source, str | Path | Sequence | csr_matrix)
+        if is_stream or (isinstance(source, str | Path) and not Path(source).is_file()):
+            raise UsageError(
+                "A shard needs a file: its instances are counted first.",
+                hint="Split a stream before it comes here, or give each part its own file.",
+            )
+        self._reporter.start("read", None)
+        counts = [batch.num_instances for batch in self._reader().batches(lambda number, first: False)]
+        chosen = range(len(counts) * (index - 1) // num_shards, len(counts) * index // num_shards)
+        return chosen, sum(counts[chosen.start : chosen.stop])
+
+    def _check_place(self, reader: InstanceReader | HeldInstances, first: int, count: int) -> None:
+        end = first + count
+        if first < self._next and (end > self._next or (end == self._next and reader.digest() != self._input_sha256)):
+            raise self._another_input()
+
+    def _another_input(self) -> DataError:
+        return DataError(
+            f"The input is not the one whose first {self._next} instances are answered already: its lines differ.",
+            hint="Remove the partial output to start anew.",
+        )
+
+
+def _length(rows: csr_matrix | list[str]) -> int:
+    return len(rows) if isinstance(rows, list) else int(rows.shape[0])
+
+
+def _concatenate(parts: list[TopK], k: int) -> TopK:
+    from xmc_midx.topk import concatenate_topk, empty_topk
+
+    return concatenate_topk(parts) if parts else empty_topk(0, k)
+
+
+def _model_digest(run: Path) -> str:
+    """sha256 of what names the model: the manifest of its best checkpoint, which has the hashes of its files, and what
+    is added to it."""
+    from xmc_midx.checkpoint import CheckpointStore
+
+    digest = hashlib.sha256()
+    manifest = run / "model.json"
+    if not manifest.exists():
+        manifest = CheckpointStore(run / "checkpoints").path_of("best") / "manifest.json"
+    for path in (manifest, run / "interpolation.json", run / "vocabulary.txt"):
+        digest.update(path.read_bytes() if path.exists() else b"-")
+    return digest.hexdigest()
+
+
+def _digest_of(ids: Sequence[int]) -> str:
+    return hashlib.sha256(np.unique(np.asarray(ids, dtype="<i8")).tobytes()).hexdigest()
+
+
+def _read_label_ids(path: Path, predictor: Predictor) -> list[int]:
+    """The labels of a list: an id or a name a line. Digits are an id, and a name may belong to several labels."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as text: {error}.") from None
-    ids = []
+    num_labels, names = predictor.num_labels, predictor.label_names
+    ids_of: dict[str, list[int]] = {}
+    for label, name in enumerate(names or ()):
+        ids_of.setdefault(name, []).append(label)
+    ids: list[int] = []
     for number, line in enumerate(lines, start=1):
         text = line.strip()
         if not text:
             continue
-        if not (text.isascii() and text.isdigit() and int(text) < num_labels):
-            raise DataError(f"{path}:{number}: {text!r} is no label id; expected 0 to {num_labels - 1}.")
-        ids.append(int(text))
+        if text.isascii() and text.isdigit() and int(text[:20]) < num_labels and len(text) < 20:
+            ids.append(int(text))
+        elif text in ids_of:
+            ids += ids_of[text]
+        elif names is None or re.fullmatch(r"[+-]?[\d.]+", text):
+            raise DataError(f"{path}:{number}: {text[:60]!r} is no label id; expected 0 to {num_labels - 1}.")
+        else:
+            near = difflib.get_close_matches(text, ids_of, n=1)
+            hint = f"Did you mean {near[0]}?" if near else None
+            raise DataError(
+                f"{path}:{number}: {text[:60]!r} is no label; expected a name or an id, 0 to {num_labels - 1}.",
+                hint=hint,
+            )
     return ids
+
+
+# ------------------------------------------------------------------------- export
+
+EXPORT_FORMATS = ("midx", "faiss", "onnx")
+_MEASURED_INSTANCES = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportResult:
+    """What was written, and how well it finds what the exact search finds."""
+
+    output: str
+    format: str
+    files: Mapping[str, int]
+    """Name -> bytes, SHA256SUMS included."""
+    measured: Sequence[Measurement]
+    """What was exported, and last the run itself; without figures where there were no instances to measure on."""
+    measured_on: str | None
+    """The data; None where it was not found."""
+    num_instances: int
+    """Measured on."""
+    num_labels: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON document of `export`."""
+        return {
+            "output": self.output,
+            "format": self.format,
+            "files": dict(self.files),
+            "bytes": sum(self.files.values()),
+            "measured": [one.as_dict() for one in self.measured],
+            "measured_on": self.measured_on,
+            "num_instances": self.num_instances,
+            "num_labels": self.num_labels,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def export(
+    run: str | Path,
+    *,
+    output: str | Path,
+    format: str = "midx",
+    data: str | Path | None = None,
+    reporter: Reporter | None = None,
+) -> ExportResult:
+    """Write a run's best model as files that other programs load, with the sha256 of each, and measure them.
+
+    Parameters
+    ----------
+    run : run directory.
+    output : a new directory; it appears complete or not at all.
+    format : `"midx"`: the whole model, as an inverted multi-index that NumPy alone can search; `"faiss"`: the label
+        table as stock indexes, HNSW and IVF; `"onnx"`: the encoder.
+    data : whose instances (of the test split, where there is one) recall is measured on and the search is set by; None
+        takes what the run was trained on, if it is still there.
+
+    Raises
+    ------
+    UsageError : `output` is not empty, or the format is unknown or needs a package that is not installed.
+    """
+    from xmc_midx.exporting.faiss import export_faiss, require_faiss
+    from xmc_midx.exporting.midx import export_midx
+    from xmc_midx.exporting.onnx import export_onnx, require_onnx
+    from xmc_midx.exporting.sealed import sealed_directory
+    from xmc_midx.exporting.source import ExportSource, Queries
+
+    writers = {"midx": export_midx, "faiss": export_faiss, "onnx": export_onnx}
+    if format not in writers:
+        raise UsageError(f"format is {format!r}; expected {', '.join(EXPORT_FORMATS)}.")
+    if format == "faiss":
+        require_faiss()
+    if format == "onnx":
+        require_onnx()
+    started = time.perf_counter()
+    reporter = reporter or SilentReporter()
+    target = Path(output)
+    with sealed_directory(target) as directory:
+        reporter.start("load", None)
+        source = ExportSource.load(run)
+        reporter.start("read", None)
+        features, measured_on = _instances_to_measure(source, data)
+        reporter.start("export", None)
+        queries = Queries.build(source, features)
+        measured = writers[format](source, queries, directory)
+    return ExportResult(
+        output=str(output),
+        format=format,
+        files={file.name: file.stat().st_size for file in sorted(target.iterdir())},
+        measured=measured,
+        measured_on=measured_on,
+        num_instances=features.shape[0],
+        num_labels=source.num_labels,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _instances_to_measure(source: ExportSource, data: str | Path | None) -> tuple[csr_matrix, str | None]:
+    """Some instances of the data, the same each time; none where the run's data is gone."""
+    place = data
+    if place is None:
+        record = source.directory.read_json("run.json")
+        place = record.get("data")
+        if not isinstance(place, str):
+            place = None
+    try:
+        dataset = None if place is None else load_dataset(place)
+    except DataError:
+        if data is not None:
+            raise
+        dataset = None
+    if dataset is None:
+        return csr_matrix(np.empty((0, source.num_features), dtype=np.float32)), None
+    _check_sizes(dataset, num_features=source.num_features, num_labels=source.num_labels)
+    split = dataset.test or dataset.split()
+    count = min(_MEASURED_INSTANCES, split.num_instances)
+    rows = np.sort(np.random.default_rng(0).permutation(split.num_instances)[:count])
+    return split.features[rows], str(place)
 
 
 # ----------------------------------------------------------------------- diagnose

@@ -8,14 +8,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, issparse
 
+from xmc_midx.calibration import BACKGROUND, Calibration, calibrate
 from xmc_midx.checkpoint import CheckpointStore, refuse_misfits
-from xmc_midx.data.features import normalize_rows
+from xmc_midx.data.features import normalize_rows, rows_from_pairs
 from xmc_midx.device import find_device
 from xmc_midx.encoder import SparseEncoder
 from xmc_midx.errors import DataError, UsageError
@@ -30,7 +31,15 @@ from xmc_midx.types import LabelIndex, Reporter, SilentReporter, TopK
 if TYPE_CHECKING:
     from xmc_midx.data.vocabulary import Vocabulary
 
-__all__ = ["Predictor"]
+__all__ = ["Instances", "Predictor", "Scores"]
+
+Row = Mapping[int, float] | Sequence[tuple[int, float]]
+"""Of features: `{id: value}` or `[(id, value), ...]`."""
+Instances = csr_matrix | str | Row | Sequence[str] | Sequence[Row] | np.ndarray
+"""What `Predictor.predict` takes."""
+Scores = Literal["logits", "probabilities"]
+"""`logits`: what the ranking is made by, comparable within an instance; `probabilities`: the calibrated chance that the
+label applies (`xmc_midx.calibration`), comparable between instances."""
 
 
 class Predictor:
@@ -43,6 +52,7 @@ class Predictor:
     vocabulary : turns raw texts into features; None where the run has none.
     label_frequencies, num_train : (L,) int64 and N of the training split; None where unknown.
     interpolation, neighbors, ranker : what is added to the model's scores (`xmc_midx.interpolation`); None: nothing.
+    calibration : what makes probabilities of the scores; None where no instances were held out.
     """
 
     def __init__(
@@ -58,11 +68,13 @@ class Predictor:
         interpolation: Interpolation | None = None,
         neighbors: NeighborIndex | None = None,
         ranker: LinearRanker | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         self.encoder, self.index, self.normalize = encoder.eval(), index, normalize
         self.label_names, self.vocabulary = label_names, vocabulary
         self.label_frequencies, self.num_train = label_frequencies, num_train
         self.interpolation, self.neighbors, self.ranker = interpolation or Interpolation(), neighbors, ranker
+        self.calibration = calibration
 
     @classmethod
     def load(cls, run: str | Path, *, checkpoint: str = "best", device: str = "auto", verify: bool = True) -> Predictor:
@@ -73,7 +85,8 @@ class Predictor:
         run : as `train` wrote it.
         checkpoint : `"best"`, the finished model where there is one; or `"latest"`.
         device : as in `training.device`.
-        verify : whether the hashes of the model's files are computed; the sizes are compared in any case.
+        verify : whether the hashes of the model's files are computed; the sizes are compared in any case. The tables
+            are mapped, not copied: without hashes, a prediction on the CPU reads the rows that it needs alone.
 
         Raises
         ------
@@ -87,10 +100,10 @@ class Predictor:
             saved = CheckpointStore(directory.checkpoints).load(checkpoint, ["model"], verify=verify)
             model, source = dict(saved.parts["model"]), saved.path
         with refuse_misfits(source):
-            return cls._build(directory, model, device)
+            return cls._build(directory, model, device, verify)
 
     @classmethod
-    def _build(cls, directory: RunDirectory, model: Mapping[str, torch.Tensor], device: str) -> Predictor:
+    def _build(cls, directory: RunDirectory, model: Mapping[str, torch.Tensor], device: str, verify: bool) -> Predictor:
         config = directory.config.model
         target = find_device(device)
         num_features, dim = model["encoder.embedding"].shape
@@ -103,7 +116,7 @@ class Predictor:
         )
         names = {n.removeprefix("encoder."): t for n, t in model.items() if n.startswith("encoder.")}
         encoder.load_state_dict(names, assign=True)
-        added = directory.interpolation()
+        added = directory.interpolation(verify=verify)
         index = ExactIndex(model["labels.weight"].to(target), model["labels.bias"].to(target))
         label_names = directory.label_names()
         if label_names is not None and len(label_names) != index.num_labels:
@@ -121,6 +134,7 @@ class Predictor:
             interpolation=added[0] if added else None,
             neighbors=added[1] if added else None,
             ranker=added[2] if added else None,
+            calibration=directory.calibration(),
         )
 
     @property
@@ -133,35 +147,114 @@ class Predictor:
 
     def predict(
         self,
-        instances: csr_matrix | str | Sequence[str],
+        instances: Instances,
         k: int = 5,
         *,
-        allow: Sequence[int] | None = None,
-        deny: Sequence[int] | None = None,
+        scores: Scores = "logits",
+        threshold: float | None = None,
+        allow: Sequence[int] | np.ndarray | None = None,
+        deny: Sequence[int] | np.ndarray | None = None,
         reporter: Reporter | None = None,
     ) -> TopK:
-        """The k best labels of each instance, with logits, or the scores of `interpolation` where it is fitted.
+        """The k best labels of each instance.
 
         Parameters
         ----------
-        instances : (N, F) feature rows, one raw text, or a sequence of raw texts (with a vocabulary).
+        instances : (N, F) feature rows (SciPy sparse or a NumPy array), one row or a sequence of rows as dictionaries
+            `{feature: value}` or lists of pairs, one raw text or a sequence of them (with a vocabulary).
         k : results an instance, >= 1; rows are padded with -1 where fewer labels may be returned.
+        scores : `"logits"`, or the scores of `interpolation` where it is fitted; or `"probabilities"`.
+        threshold : labels with a lower score are left out.
         allow, deny : label ids that alone may, or may not, be returned.
+
+        Raises
+        ------
+        DataError : the rows have other features than the model, or values that are not finite.
+        UsageError : there is no vocabulary for a text, no calibration for probabilities, or k is below 1.
         """
         reporter = reporter or SilentReporter()
         features = self._features(instances)
         if k < 1:
             raise UsageError(f"k is {k}; expected at least 1.")
-        allowed = None if allow is None else np.asarray(allow, dtype=np.int64)
-        denied = None if deny is None else np.asarray(deny, dtype=np.int64)
+        if scores not in ("logits", "probabilities"):
+            raise UsageError(f"scores is {scores!r}; expected 'logits' or 'probabilities'.")
+        if scores == "probabilities":
+            self.require_calibration()
+        allowed, denied = self._label_ids("allow", allow), self._label_ids("deny", deny)
         reporter.start("predict", features.shape[0])
         parts = []
         for rows, query_BD in self.encoder.encode(features):
-            parts.append(self._search(query_BD, features[rows], k, allowed, denied))
+            chunk = features if rows == slice(0, features.shape[0]) else features[rows]
+            _require_finite(query_BD.isfinite().all(dim=1).cpu().numpy(), rows.start)
+            if scores == "logits":
+                top = self._search(query_BD, chunk, k, allowed, denied)
+            else:
+                top = self._probabilities(query_BD, chunk, k, allowed, denied)
+            _require_finite(np.logical_not(np.isnan(top.scores).any(axis=1)), rows.start)
+            parts.append(top if threshold is None else _above(top, threshold))
             reporter.step(rows.stop - rows.start)
         if not parts:
             return empty_topk(0, k)
         return concatenate_topk(parts)
+
+    def warm_up(self) -> None:
+        """Load what the first prediction would: scikit-learn for texts, compiled code."""
+        self.predict({0: 1.0})
+        if self.vocabulary is not None:
+            self.predict(self.vocabulary.tokens[0])
+
+    def require_calibration(self) -> Calibration:
+        """What makes probabilities of the scores.
+
+        Raises
+        ------
+        UsageError : the run has none.
+        """
+        if self.calibration is None:
+            raise UsageError(
+                "The run has no calibration, so its scores are no probabilities: no instances were held out, or an "
+                "older version trained it.",
+                hint="Train with data.validation_fraction above 0, or use --scores logits.",
+            )
+        return self.calibration
+
+    def require_vocabulary(self) -> Vocabulary:
+        """What turns raw texts into features.
+
+        Raises
+        ------
+        UsageError : the run has none.
+        """
+        if self.vocabulary is None:
+            raise UsageError(
+                "The run has no vocabulary, so it cannot read raw text; expected sparse feature rows.",
+                hint="Train on a dataset directory with a vocabulary.txt.",
+            )
+        return self.vocabulary
+
+    def _probabilities(
+        self,
+        query_BD: torch.Tensor,
+        features: csr_matrix,
+        k: int,
+        allow: np.ndarray | None,
+        deny: np.ndarray | None,
+    ) -> TopK:
+        wide, settings = max(k, BACKGROUND), self.require_calibration()
+        top = self._search(query_BD, features, wide, allow, deny)
+        background = None
+        if allow is not None or deny is not None:
+            background = self._search(query_BD, features, wide, None, None)
+        top = calibrate(top, settings, background=background)
+        return TopK(label_ids=top.label_ids[:, :k], scores=top.scores[:, :k])
+
+    def _label_ids(self, name: str, ids: Sequence[int] | np.ndarray | None) -> np.ndarray | None:
+        if ids is None:
+            return None
+        found = np.asarray(ids, dtype=np.int64)
+        if found.size and not 0 <= found.min() <= found.max() < self.num_labels:
+            raise UsageError(f"{name}: holds a label id outside 0..{self.num_labels - 1}.")
+        return found
 
     def _search(
         self,
@@ -188,19 +281,55 @@ class Predictor:
         margin_of = None if self.ranker is None else functools.partial(self.ranker.margins, features)
         return interpolate(top, votes, self.label_frequencies, self.interpolation, k, margin_of=margin_of)
 
-    def _features(self, instances: csr_matrix | str | Sequence[str]) -> csr_matrix:
-        if isinstance(instances, csr_matrix):
-            features = instances
-        elif self.vocabulary is None:
-            raise UsageError(
-                "The run has no vocabulary, so it cannot read raw text; expected sparse feature rows.",
-                hint="Train on a dataset directory with a vocabulary.txt.",
-            )
-        else:
-            features = self.vocabulary.transform([instances] if isinstance(instances, str) else instances)
+    def _features(self, instances: Instances) -> csr_matrix:
+        features = self._read(instances)
         if features.shape[1] != self.num_features:
             raise DataError(
                 f"The instances have {features.shape[1]} features; the model was trained with {self.num_features}.",
                 hint="Is this the model of another dataset?",
             )
+        if not np.isfinite(features.data).all():
+            raise DataError("The instances hold a value that is not finite; expected numbers.")
         return normalize_rows(features) if self.normalize == "l2" else features
+
+    def _read(self, instances: Instances) -> csr_matrix:
+        if issparse(instances) or isinstance(instances, np.ndarray):
+            if instances.ndim != 2:
+                raise UsageError(f"The instances have {instances.ndim} dimensions; expected rows of features: (N, F).")
+            with np.errstate(over="ignore"):
+                features = csr_matrix(instances, dtype=np.float32)
+            if not features.has_canonical_format:
+                features = features.copy()
+                features.sum_duplicates()
+            return features
+        if isinstance(instances, str):
+            return self._read_texts([instances])
+        if isinstance(instances, Mapping) or (len(instances) and _is_pair(instances[0])):
+            return rows_from_pairs([instances], self.num_features)  # type: ignore[list-item]
+        if all(isinstance(instance, str) for instance in instances):
+            return self._read_texts(instances)  # type: ignore[arg-type]
+        return rows_from_pairs(instances, self.num_features)  # type: ignore[arg-type]
+
+    def _read_texts(self, texts: Sequence[str]) -> csr_matrix:
+        if not texts:
+            return rows_from_pairs([], self.num_features)
+        return self.require_vocabulary().transform(texts)
+
+
+def _is_pair(value: Any) -> bool:
+    """Whether a value is a feature and its value, rather than a row of them."""
+    return isinstance(value, tuple) and len(value) == 2 and not isinstance(value[0], tuple | list)
+
+
+def _require_finite(is_finite_B: np.ndarray, first: int) -> None:
+    """Refuse an instance whose values are so large that it has no best labels."""
+    if not is_finite_B.all():
+        raise DataError(
+            f"Instance {first + int(np.argmin(is_finite_B))}: its scores are not finite, so it has no best labels.",
+            hint="Are its feature values of the size of those that the model was trained with?",
+        )
+
+
+def _above(top: TopK, threshold: float) -> TopK:
+    kept = top.scores >= threshold
+    return TopK(label_ids=np.where(kept, top.label_ids, -1), scores=np.where(kept, top.scores, -np.inf))

@@ -4,7 +4,8 @@ config.yaml          the resolved configuration          run.json       versions
 checkpoints/<step>/  see `xmc_midx.checkpoint`           metrics.jsonl  one line an epoch
 best, latest         each names a checkpoint             labels.txt, vocabulary.txt   where they are known
 model.safetensors    the finished model, quantised       model.json     hashes of what a prediction reads, last
-interpolation.json   what is added to the model: neighbors.safetensors (training rows), ranker.safetensors, or neither
+interpolation.json   what is added to the model: neighbors.safetensors (training rows), ranker.safetensors, or neither;
+                     and what makes probabilities of the scores
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from xmc_midx.calibration import Calibration
 from xmc_midx.config import Config, dump_config, load_config
 from xmc_midx.crash import crash_point
 from xmc_midx.data.files import atomic_write, read_json, sha256_of, sync_file
@@ -268,10 +270,13 @@ class RunDirectory:
         training_rows: tuple[csr_matrix, csr_matrix] | None,
         ranker: LinearRanker | None,
         validation: Mapping[str, float],
+        calibration: Calibration | None = None,
     ) -> None:
         """Keep what is added to the model's scores, the training rows (features, labels) and the ranker if it needs
-        them, and what it gained."""
+        them, what it gained, and what makes probabilities of the scores."""
         values = interpolation.as_dict() | {"validation": dict(validation)}
+        if calibration is not None:
+            values["calibration"] = calibration.as_dict()
         if training_rows is not None:
             values["neighbors_sha256"] = self._write_tensors(_NEIGHBORS, lambda path: save_rows(path, *training_rows))
         if ranker is not None:
@@ -284,8 +289,21 @@ class RunDirectory:
             return None
         return dict(self.read_json(_INTERPOLATION).get("validation", {}))
 
-    def interpolation(self) -> tuple[Interpolation, NeighborIndex | None, LinearRanker | None] | None:
+    def calibration(self) -> Calibration | None:
+        """What makes probabilities of the scores; None where no instances were held out, or by an older version."""
+        if not (self.path / _INTERPOLATION).exists():
+            return None
+        values = self.read_json(_INTERPOLATION).get("calibration")
+        return None if values is None else Calibration.from_dict(values)
+
+    def interpolation(
+        self, *, verify: bool = True
+    ) -> tuple[Interpolation, NeighborIndex | None, LinearRanker | None] | None:
         """What `write_interpolation` kept; None where it was not called.
+
+        Parameters
+        ----------
+        verify : whether the hash of the training rows is computed.
 
         Raises
         ------
@@ -294,9 +312,9 @@ class RunDirectory:
         if not (self.path / _INTERPOLATION).exists():
             return None
         values = self.read_json(_INTERPOLATION)
-        neighbors = self._read_added(values, _NEIGHBORS, "neighbors_sha256", NeighborIndex.load)
+        neighbors = self._read_added(values, _NEIGHBORS, "neighbors_sha256", NeighborIndex.load, verify)
         ranker = self._read_added(
-            values, _RANKER, "ranker_sha256", lambda path: LinearRanker.from_arrays(load_file(path))
+            values, _RANKER, "ranker_sha256", lambda path: LinearRanker.from_arrays(load_file(path)), verify
         )
         settings = Interpolation.from_dict(values)
         if (settings.needs_neighbors and neighbors is None) or (settings.needs_ranker and ranker is None):
@@ -304,7 +322,7 @@ class RunDirectory:
         return settings, neighbors, ranker
 
     def _read_added(
-        self, values: Mapping[str, Any], name: str, hash_name: str, read: Callable[[Path], _Added]
+        self, values: Mapping[str, Any], name: str, hash_name: str, read: Callable[[Path], _Added], verify: bool
     ) -> _Added | None:
         expected = values.get(hash_name)
         if expected is None:
@@ -312,7 +330,7 @@ class RunDirectory:
         path = self.path / name
         if not path.is_file():
             raise DataError(f"{path}: is missing; {_INTERPOLATION} names it.", hint="Was the run copied in part?")
-        if sha256_of(path) != expected:
+        if verify and sha256_of(path) != expected:
             raise DataError(f"{path}: its sha256 is not the one in {_INTERPOLATION}.", hint="It was damaged or edited.")
         try:
             return read(path)

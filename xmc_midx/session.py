@@ -17,6 +17,7 @@ import torch
 from scipy.sparse import csr_matrix
 
 from xmc_midx.build import build_encoder, build_softmax
+from xmc_midx.calibration import BACKGROUND, fit_calibration
 from xmc_midx.checkpoint import CheckpointStore, refuse_misfits
 from xmc_midx.crash import crash_point
 from xmc_midx.data.batches import BatchStream
@@ -25,7 +26,7 @@ from xmc_midx.data.features import normalize_rows
 from xmc_midx.device import find_device, keep_freed_memory, release_freed_memory
 from xmc_midx.errors import DataError, DivergedError
 from xmc_midx.index import ExactIndex
-from xmc_midx.interpolation import SHORTLIST, fit_interpolation, interpolate
+from xmc_midx.interpolation import SHORTLIST, Interpolation, fit_interpolation, interpolate
 from xmc_midx.metrics import evaluate_topk
 from xmc_midx.neighbors import NeighborIndex
 from xmc_midx.predictor import Predictor
@@ -166,7 +167,7 @@ class TrainingSession:
     def _conclude(self, started: float) -> None:
         """Keep the best model, and choose what is added to it, unless a resumed run has both already."""
         run = self.run_directory
-        added = (self.config.neighbors.enabled or self.config.ranker.enabled) and self.held_out is not None
+        added = self.held_out is not None
         chosen = run.interpolation_validation() if added else None
         if chosen is not None:
             self.validation = chosen
@@ -200,6 +201,10 @@ class TrainingSession:
             ranker = self._train_ranker()
             margin_of = functools.partial(ranker.margins, features)
         self.reporter.start("interpolation", None)
+        if neighbors is None and ranker is None:
+            calibration = fit_calibration(shortlist, labels)
+            self.run_directory.write_interpolation(Interpolation(), None, None, self.validation, calibration)
+            return
         num_train = self.trainer.stream.num_instances
         chosen = fit_interpolation(
             shortlist, neighbors, found, labels, self.frequencies, num_train, margin_of=margin_of
@@ -207,7 +212,9 @@ class TrainingSession:
         votes = None
         if neighbors is not None and found is not None:
             votes = neighbors.votes(*found, chosen.temperature)
-        top = interpolate(shortlist, votes, self.frequencies, chosen, max(DEFAULT_KS), margin_of=margin_of)
+        top = shortlist
+        if not chosen.is_identity:
+            top = interpolate(shortlist, votes, self.frequencies, chosen, BACKGROUND, margin_of=margin_of)
         self.validation = self._metrics(top)
         self.reporter.message(
             f"neighbours: {'used' if chosen.needs_neighbors else 'not used'}, linear ranker: "
@@ -217,7 +224,8 @@ class TrainingSession:
         )
         # What is kept knows all training rows, the held-out ones too.
         rows = self._whole if chosen.needs_neighbors else None
-        self.run_directory.write_interpolation(chosen, rows, ranker if chosen.needs_ranker else None, self.validation)
+        kept = ranker if chosen.needs_ranker else None
+        self.run_directory.write_interpolation(chosen, rows, kept, self.validation, fit_calibration(top, labels))
 
     def _train_ranker(self) -> LinearRanker:
         """Classifiers that tell the labels which the model confuses apart, on the training instances."""

@@ -1,25 +1,27 @@
-"""Layer 7. `xmc-midx predict`: rows or texts -> `pipeline.predict` -> labels and scores."""
+"""Layer 7. `xmc-midx predict`: rows or texts -> `pipeline.predict_stream` -> labels and scores, as they come."""
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, cast
 
 import typer
 
-from xmc_midx.cli import options, render
-from xmc_midx.errors import DataError, ResourceError, UsageError, XmcMidxError
+from xmc_midx.cli import answers, options, render
+from xmc_midx.cli.answers import Format
+from xmc_midx.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
-    from xmc_midx.pipeline import Prediction
+    from xmc_midx.pipeline import PredictionStream
+    from xmc_midx.types import Reporter, TopK
 
 EPILOG = """\b
 Formats:
@@ -29,26 +31,27 @@ Formats:
   npz    arrays label_ids and scores, instances x k, padded with -1
 
 \b
-Instances and labels count from 0, ranks from 1; scores are logits.
+Instances and labels count from 0, ranks from 1. Rows may have a header and
+labels or not. With --scores probabilities a score is the chance that the
+label applies, as the held-out instances of the training have it.
 
 \b
 Examples:
   xmc-midx predict runs/a data/test.txt --k 10 --output top.tsv
+  xmc-midx predict runs/a big.txt.gz -o big.tsv --resume
+  xmc-midx predict runs/a big.txt --shard 2/8 -o part2.tsv
   echo "sparse linear models" | xmc-midx predict runs/demo -
-  xmc-midx predict runs/a rows.txt | awk -F'\\t' '$2 == 1 {print $3}'"""
+  tail -f titles.txt | xmc-midx predict runs/demo - --scores probabilities \\
+    --threshold 0.5 | awk -F'\\t' '{print $1, $5}'"""
+
+COMPRESSED = (".gz", ".bz2", ".xz")
 
 
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
-"""How gzip, bzip2 and xz files begin."""
+class Scores(StrEnum):
+    """What a score is."""
 
-
-class Format(StrEnum):
-    """How predictions are written."""
-
-    TSV = "tsv"
-    JSONL = "jsonl"
-    XMC = "xmc"
-    NPZ = "npz"
+    LOGITS = "logits"
+    PROBABILITIES = "probabilities"
 
 
 def predict(
@@ -62,13 +65,31 @@ def predict(
     form: Annotated[
         Format | None, typer.Option("--format", metavar="NAME", help="tsv (default), jsonl, xmc or npz.")
     ] = None,
+    scores: Annotated[
+        Scores, typer.Option("--scores", metavar="NAME", help="logits or probabilities (that the label applies).")
+    ] = Scores.LOGITS,
+    threshold: Annotated[
+        float | None, typer.Option("--threshold", metavar="X", help="Leave out labels with a lower score.")
+    ] = None,
     allow: Annotated[
-        str | None, typer.Option("--allow", metavar="FILE", help="Label ids, one a line: predict only these.")
+        str | None, typer.Option("--allow", metavar="FILE", help="Label ids or names, a line each: only these.")
     ] = None,
     deny: Annotated[
-        str | None, typer.Option("--deny", metavar="FILE", help="Label ids, one a line: never predict these.")
+        str | None, typer.Option("--deny", metavar="FILE", help="Label ids or names, a line each: never these.")
     ] = None,
     text: Annotated[bool, typer.Option("--text", help="INPUT is raw text, also where it could be rows.")] = False,
+    shard: Annotated[
+        str,
+        typer.Option(
+            "--shard",
+            metavar="I/N",
+            help="Part I of N of a file; the outputs joined are the whole.",
+            show_default=False,
+        ),
+    ] = "1/1",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="When interrupted keep FILE.partial, and go on from it.")
+    ] = False,
     exact: Annotated[bool, typer.Option("--exact", help="Score all labels, as this release always does.")] = False,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compute the model's hashes.")] = False,
@@ -76,7 +97,8 @@ def predict(
 ) -> None:
     """Predict the best labels of each instance of INPUT.
 
-    Raw text, one text a line, needs a run that was trained with a vocabulary.
+    INPUT may be of any size and is answered as it is read; a line on stdin is answered at once. Raw text, one text
+    a line, needs a run that was trained with a vocabulary.
     """
     if form is Format.NPZ and output is None:
         raise UsageError("--format npz: is binary, expected --output FILE with it.")
@@ -85,164 +107,135 @@ def predict(
     for option, file in (("--allow", allow), ("--deny", deny)):
         if file is not None and not Path(file).is_file():
             raise UsageError(f"{option} {file}: is no file.")
+    if threshold is not None and math.isnan(threshold):
+        raise UsageError("--threshold nan: expected a number.")
+    part = re.fullmatch(r"(\d{1,9})/(\d{1,9})", shard)
+    if part is None:
+        raise UsageError(f"--shard {shard}: expected I/N, such as 2/8.")
+    if resume and (output is None or form is Format.NPZ or Path(output).suffix in COMPRESSED or _is_special(output)):
+        raise UsageError("--resume: expected --output FILE with it, of tsv, jsonl or xmc, not compressed.")
     if output is not None:
         _check_writable(Path(output))
 
     from xmc_midx import pipeline
 
-    with _input(source, run=run, text=text) as rows, render.progress(as_json=as_json) as reporter:
-        prediction = pipeline.predict(
+    # Nobody waits for single answers that go to a file.
+    to_file = output is not None and not _is_special(output)
+    to_terminal = output is None and not as_json and sys.stdout.isatty()
+    with render.progress(as_json=as_json, live=not to_terminal) as reporter:
+        stream = pipeline.predict_stream(
             run,
-            input=rows,
+            input=_stdin() if source == "-" else source,
             k=k,
-            allow=Path(allow) if allow is not None else None,
-            deny=Path(deny) if deny is not None else None,
+            scores=scores.value,
+            threshold=threshold,
+            allow=allow,
+            deny=deny,
+            text=True if text else None,
+            shard=(int(part[1]), int(part[2])),
+            live=not (to_file or as_json),
             device=device,
             verify=not no_verify,
             reporter=reporter,
         )
-    num_instances = len(prediction.top.label_ids)
-    if output is not None:
-        write(prediction, Path(output), form or Format.TSV)
-        if as_json:
-            render.print_json(
-                {
-                    "output": output,
-                    "format": (form or Format.TSV).value,
-                    "num_instances": num_instances,
-                    "k": k,
-                }
-            )
-    elif as_json:
-        render.print_json({"num_instances": num_instances, "k": k, "predictions": list(_records(prediction))})
-    else:
-        sys.stdout.writelines(_lines(prediction, form or Format.TSV))
+        if source == "-" and sys.stdin.isatty():
+            reporter.message("Reading from the terminal, a line at a time; end with Ctrl-D.")
+        form = form or Format.TSV
+        if output is not None:
+            num_instances = _write_file(stream, Path(output), form, k, resume=resume, reporter=reporter)
+            document: dict[str, Any] = {"output": output, "format": form.value, "num_instances": num_instances, "k": k}
+        elif as_json:
+            found = [one for c in stream for one in answers.records(c.first, c.top, stream.label_names)]
+            document = {"num_instances": len(found), "k": k, "predictions": found}
+        else:
+            for chunk in stream:
+                sys.stdout.writelines(answers.lines(chunk.first, chunk.top, stream.label_names, form))
+                sys.stdout.flush()
+    if as_json:
+        render.print_json(document)
 
 
-@contextmanager
-def _input(source: str, *, run: str, text: bool) -> Iterator[str | Path | list[str]]:
-    """What the pipeline reads: a path, or texts. Rows on stdin go to a file first."""
-    if source != "-":
-        from xmc_midx.data.sources import is_named
-
-        path = Path(source)
-        as_text = path.is_file() and (text or (not is_named(path) and _looks_like_text(_first_line(path), run)))
-        yield _texts(path.read_bytes(), source) if as_text else source
-        return
-    if sys.stdin.isatty():
-        sys.stderr.write("Reading from the terminal; end with Ctrl-D.\n")
-    content = sys.stdin.buffer.read()
-    if text or _looks_like_text(content.partition(b"\n")[0], run):
-        yield _texts(content, "standard input")
-        return
-    with tempfile.TemporaryDirectory(prefix="xmc-midx-") as directory:
-        path = Path(directory) / "stdin.txt"
-        path.write_bytes(content)
-        try:
-            yield path
-        except XmcMidxError as error:
-            error.message = error.message.replace(str(path), "standard input")
-            raise
-
-
-def _first_line(path: Path) -> bytes:
-    with path.open("rb") as stream:
-        return stream.readline(65536)
-
-
-def _looks_like_text(line: bytes, run: str) -> bool:
-    """Whether a first line is neither a header nor sparse features, and the run can read text.
-
-    In doubt it is not: rows that were taken for text would be answered, and wrongly, without a complaint.
-    """
-    if not (Path(run) / "vocabulary.txt").exists() or line.startswith(COMPRESSED):
-        return False
-    return not re.fullmatch(rb"(\xef\xbb\xbf)?[\d\s.,+-]*|.*\d:[\d.+-].*", line.strip(), re.DOTALL)
-
-
-def _texts(content: bytes, name: str) -> list[str]:
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    if not lines[-1]:
-        lines.pop()
-    texts = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            texts.append(line.decode("utf-8").rstrip("\r"))
-        except UnicodeDecodeError:
-            raise DataError(f"{name}:{number}: is not UTF-8, expected text.") from None
-    return texts
+def _stdin() -> BinaryIO:
+    return cast("BinaryIO", sys.stdin.buffer)
 
 
 # Writing
 
 
-def write(prediction: Prediction, path: Path, form: Format) -> None:
-    """Write predictions; the file appears complete or not at all. A pipe or a device is written to as it is.
+def _write_file(stream: PredictionStream, path: Path, form: Format, k: int, *, resume: bool, reporter: Reporter) -> int:
+    """Write all predictions and return how many instances the file has; it appears complete or not at all. A pipe or a
+    device is written to as it is.
 
     Raises
     ------
     ResourceError : the file cannot be written.
     """
-    if path.exists() and not path.is_file():
-        with path.open("wb") as stream:
-            _write(prediction, stream, form)
-        return
     from xmc_midx.data.files import atomic_write
+    from xmc_midx.data.resumable import ResumableFile
 
-    with atomic_write(Path(os.path.realpath(path))) as stream:
-        _write(prediction, stream, form)
-
-
-def _write(prediction: Prediction, stream: BinaryIO, form: Format) -> None:
-    if form is Format.NPZ:
-        import numpy as np
-
-        np.savez_compressed(stream, label_ids=prediction.top.label_ids, scores=prediction.top.scores)
+    started = time.monotonic()
+    if _is_special(path):
+        with path.open("wb") as file:
+            return _write(stream, file, form, k, Path(tempfile.gettempdir()), live=True)
+    path = Path(os.path.realpath(path))
+    if form is Format.NPZ or path.suffix in COMPRESSED:
+        with atomic_write(path) as file:
+            num_instances = _write(stream, file, form, k, path.parent)
     else:
-        stream.writelines(line.encode("utf-8", errors="backslashreplace") for line in _lines(prediction, form))
+        num_instances = 0
+        with ResumableFile.open(path, {"format": form.value, **stream.settings}, resume=resume) as target:
+            if target.done is not None:
+                stream.go_on(target.done.next_instance, target.done.input_sha256)
+                reporter.message(f"Going on after {target.done.next_instance:,} instances.")
+            try:
+                for chunk in stream:
+                    target.write(b"".join(_encoded(stream, chunk.first, chunk.top, form)))
+                    num_instances += len(chunk.top.label_ids)
+                    target.mark(chunk.first + len(chunk.top.label_ids), chunk.input_sha256)
+            except KeyboardInterrupt as stop:
+                if resume:
+                    stop.add_note("Go on with the same command.")
+                raise
+    seconds = time.monotonic() - started
+    rate = f", {num_instances / seconds:,.0f} a second" if seconds > 1 else ""
+    reporter.message(f"{num_instances:,} instances in {render.duration(seconds)}{rate}.")
+    return num_instances
+
+
+def _write(stream: PredictionStream, file: BinaryIO, form: Format, k: int, scratch: Path, *, live: bool = False) -> int:
+    num_instances = 0
+    npz = answers.NpzWriter(scratch, k) if form is Format.NPZ else None
+    for chunk in stream:
+        num_instances += len(chunk.top.label_ids)
+        if npz is not None:
+            npz.add(chunk.top)
+        else:
+            file.write(b"".join(_encoded(stream, chunk.first, chunk.top, form)))
+            if live:
+                file.flush()
+    if npz is not None:
+        npz.finish(file)
+    return num_instances
+
+
+def _encoded(stream: PredictionStream, first: int, top: TopK, form: Format) -> Iterator[bytes]:
+    for line in answers.lines(first, top, stream.label_names, form):
+        yield line.encode("utf-8", errors="backslashreplace")
+
+
+def _is_special(path: str | Path) -> bool:
+    """Whether a path is there and is no regular file: a pipe, a device."""
+    return Path(path).exists() and not Path(path).is_file()
 
 
 def _check_writable(path: Path) -> None:
     """Find out before the work, not after it."""
     if path.is_dir():
         raise UsageError(f"--output {path}: is a directory, expected a file.")
-    if path.exists() and not path.is_file():
+    if _is_special(path):
         return
     try:
         with tempfile.TemporaryFile(dir=Path(os.path.realpath(path)).parent):
             pass
     except OSError as error:
         raise ResourceError(f"--output {path}: cannot be written: {error.strerror}.") from None
-
-
-def _rows(prediction: Prediction) -> Iterator[tuple[int, list[tuple[int, str]]]]:
-    """Instance -> its labels and the shortest text of their scores that reads back to the same float32."""
-    top = prediction.top
-    for instance, (label_ids, scores) in enumerate(
-        zip(top.label_ids.tolist(), top.scores.astype(str).tolist(), strict=True)
-    ):
-        yield instance, [(label, score) for label, score in zip(label_ids, scores, strict=True) if label >= 0]
-
-
-def _records(prediction: Prediction) -> Iterator[dict[str, Any]]:
-    names = prediction.label_names
-    for instance, row in _rows(prediction):
-        labels: list[dict[str, Any]] = [{"label": label, "score": float(score)} for label, score in row]
-        if names is not None:
-            labels = [{**entry, "name": names[entry["label"]]} for entry in labels]
-        yield {"instance": instance, "labels": labels}
-
-
-def _lines(prediction: Prediction, form: Format) -> Iterator[str]:
-    if form is Format.JSONL:
-        for record in _records(prediction):
-            yield json.dumps(record, ensure_ascii=False) + "\n"
-        return
-    names = prediction.label_names
-    for instance, row in _rows(prediction):
-        if form is Format.XMC:
-            yield " ".join(f"{label}:{score}" for label, score in row) + "\n"
-            continue
-        for rank, (label, score) in enumerate(row, start=1):
-            name = "" if names is None else f"\t{render.printable(names[label])}"
-            yield f"{instance}\t{rank}\t{label}\t{score}{name}\n"

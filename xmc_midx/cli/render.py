@@ -44,10 +44,12 @@ __all__ = [
 
 STAGES = {
     "read": "reading",
+    "load": "loading the model",
     "initialize": "preparing",
     "train": "training",
     "predict": "predicting",
     "diagnose": "diagnosing",
+    "export": "writing and measuring",
     "download": "downloading",
     "unpack": "unpacking",
     "verify": "verifying",
@@ -95,6 +97,8 @@ def _clock(seconds: float) -> str:
 
 def printable(text: str) -> str:
     """`text` on one line and without control characters, which a file name or a label name may hold."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else " " if c in "\t\n\r" else f"\\x{ord(c):02x}" for c in text)
 
 
@@ -267,12 +271,13 @@ def print_definitions(metrics: Mapping[str, float], *, report: MetricReport | No
 
 
 @contextmanager
-def progress(*, as_json: bool) -> Iterator[Reporter]:
+def progress(*, as_json: bool, live: bool = True) -> Iterator[Reporter]:
     """The reporter for one call of the pipeline, on stderr; its live line is gone when the block ends.
 
-    On a terminal a live line; elsewhere a plain line for each epoch and message, or nothing with --json.
+    On a terminal a live line; elsewhere, and where `live` is off because the results go to the same terminal, a plain
+    line for each epoch and message, or nothing with --json.
     """
-    if _decorated(sys.stderr):
+    if live and _decorated(sys.stderr):
         with _LiveReporter().running() as reporter:
             yield reporter
     elif as_json and not sys.stderr.isatty():
@@ -373,7 +378,7 @@ class _LiveReporter:
         return grid
 
     def _parts(self, total: int | None, done: int) -> list[str]:
-        parts = [f"{100 * done // total}%"] if total else []
+        parts = [f"{100 * done // total}%"] if total else [f"{done:,}"] if done else []
         if "loss" in self.facts:
             parts.append(f"loss {self.facts['loss']:.3f}")
         if "instances_per_second" in self.facts:

@@ -12,10 +12,11 @@ import hashlib
 import json
 import lzma
 import os
+import select
 import uuid
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -45,6 +46,11 @@ MAX_LINE_BYTES = 64 * 2**20
 CHUNK_BYTES = 2**20
 """Read at a time; on gnd-tib larger chunks take the same time and more memory."""
 
+_PATIENCE_SECONDS = 0.001
+"""For which a chunk of a live stream waits for more, if there was much already: what writes without pause fills it."""
+_MUCH_BYTES = 4096
+"""A block of a program's output; one question is shorter, and is answered at once."""
+
 _MAGIC = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00"}
 _BOM = b"\xef\xbb\xbf"
 # What the three decompressors raise on a damaged stream; OSError without errno is theirs as well.
@@ -60,12 +66,16 @@ class LineChunks:
 
     Parameters
     ----------
-    path : the file; its name says how it is compressed.
+    path : the file; its name says how it is compressed. With `stream`, what messages call it.
     report : receives the faults: kinds `file` (missing, unreadable), `compression` and `line-length`.
+    stream : read instead of the file, as it is; left open.
+    live : give whole lines as soon as nothing more is at hand, rather than when a chunk is full: someone waits for
+        what is made of them.
     """
 
-    def __init__(self, path: Path, report: Report) -> None:
+    def __init__(self, path: Path, report: Report, *, stream: BufferedIOBase | None = None, live: bool = False) -> None:
         self.path = path
+        self._stream, self._live = stream, live
         self.num_lines = 0
         """Lines given so far."""
         self.complete = False
@@ -102,14 +112,14 @@ class LineChunks:
 
     def _blocks(self) -> Iterator[bytes]:
         try:
-            with _open_read(self.path) as stream:
-                block, error = _read_block(stream)
+            with _open_read(self.path) if self._stream is None else nullcontext(self._stream) as stream:
+                block, error = _read_block(stream, live=self._live)
                 block = block.removeprefix(_BOM)
                 while block:
                     yield block
                     if error:
                         break
-                    block, error = _read_block(stream)
+                    block, error = _read_block(stream, live=self._live)
             if error:
                 raise error
             self.complete = True
@@ -136,7 +146,7 @@ class LineChunks:
         self.report(Problem(kind=kind, file=str(self.path), line=line, text=text, hint=hint))
 
 
-def _read_block(stream: BufferedIOBase) -> tuple[bytes, Exception | None]:
+def _read_block(stream: BufferedIOBase, *, live: bool = False) -> tuple[bytes, Exception | None]:
     """The next bytes, empty at the end, and the fault that cut them short."""
     pieces: list[bytes] = []
     size = 0
@@ -144,9 +154,19 @@ def _read_block(stream: BufferedIOBase) -> tuple[bytes, Exception | None]:
         while size < CHUNK_BYTES and (piece := stream.read1(CHUNK_BYTES - size)):
             pieces.append(piece)
             size += len(piece)
+            if live and not _has_more(stream, _PATIENCE_SECONDS if size >= _MUCH_BYTES else 0.0):
+                break
     except (OSError, *_STREAM_ERRORS) as error:
         return b"".join(pieces), error
     return b"".join(pieces), None
+
+
+def _has_more(stream: BufferedIOBase, seconds: float) -> bool:
+    """Whether a stream gives more bytes, or its end, within some seconds."""
+    try:
+        return bool(select.select([stream], [], [], seconds)[0])
+    except (OSError, ValueError):  # no descriptor behind it; on Windows, no socket
+        return False
 
 
 def _open_read(path: Path) -> BufferedIOBase:

@@ -26,7 +26,7 @@ from xmc_midx.errors import DataError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["RowTable", "float32_rows", "pair_texts", "row_texts"]
+__all__ = ["RowTable", "float32_rows", "pair_texts", "row_texts", "rows_matrix"]
 
 _DTYPES: dict[str, type[np.generic]] = {
     "label_ids": np.int32,
@@ -184,6 +184,11 @@ def _csr(values: NDArray[Any], ids: NDArray[Any], counts: NDArray[np.int64], num
     matrix = csr_matrix((values, ids, offsets), shape=(len(counts), num_columns))
     matrix.has_canonical_format = True
     return matrix
+
+
+def rows_matrix(rows: Rows, num_features: int) -> csr_matrix[Any]:
+    """(rows, F) float32 features of parsed lines, ids ascending in each row."""
+    return _csr(rows.values, rows.feature_ids, rows.num_features, num_features)
 
 
 def float32_rows(path: Path, matrix: csr_matrix[Any]) -> csr_matrix[Any]:

@@ -27,8 +27,9 @@ from xmc_midx.crash import crash_point
 from xmc_midx.data.files import read_json, sha256_of, sync_directory, sync_file
 from xmc_midx.device import is_out_of_memory
 from xmc_midx.errors import DataError, ResourceError
+from xmc_midx.rundir import RunDirectory
 
-__all__ = ["FORMAT_VERSION", "Checkpoint", "CheckpointStore", "refuse_misfits"]
+__all__ = ["FORMAT_VERSION", "Checkpoint", "CheckpointStore", "read_model", "refuse_misfits"]
 
 FORMAT_VERSION = 2
 _FORMAT = "xmc-midx checkpoint"
@@ -240,6 +241,21 @@ class CheckpointStore:
         if not isinstance(state, dict):
             raise DataError(f"{path / 'state.json'}: expected a JSON object.")
         return Checkpoint(path=path, parts=tensors, state=state)
+
+
+def read_model(run: RunDirectory, name: str = "best", *, verify: bool = True) -> tuple[dict[str, torch.Tensor], Path]:
+    """The tensors that predict, and where they lie: the finished model where `name` is `best` and there is one, else
+    the part `model` of a checkpoint.
+
+    Raises
+    ------
+    DataError : a file is missing or damaged.
+    """
+    if name == "best" and run.has_model:
+        arrays = run.read_model(verify=verify)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}, run.path
+    saved = CheckpointStore(run.checkpoints).load(name, ["model"], verify=verify)
+    return dict(saved.parts["model"]), saved.path
 
 
 @contextmanager

@@ -36,7 +36,7 @@ import torch
 from scipy.sparse import csr_matrix
 
 from xmc_midx.build import build_encoder, build_sampler
-from xmc_midx.checkpoint import CheckpointStore
+from xmc_midx.checkpoint import read_model
 from xmc_midx.config import Config
 from xmc_midx.encoder import SparseEncoder
 from xmc_midx.errors import DataError, UsageError
@@ -81,11 +81,10 @@ class TrainedModel:
         ------
         DataError : there is no sound checkpoint, or it does not know the label frequencies.
         """
-        saved = CheckpointStore(run.checkpoints).load("best", ["model"])
-        model = saved.parts["model"]
+        model, source = read_model(run)
         if not {"train.label_frequencies", "train.num_instances"} <= model.keys():
             raise DataError(
-                f"{saved.path}: does not hold the label frequencies, which the samplers need.",
+                f"{source}: does not hold the label frequencies, which the samplers need.",
                 hint="It is of an older release; train again.",
             )
         encoder = build_encoder(run.config, model["encoder.embedding"].shape[0])

@@ -15,7 +15,7 @@ import torch
 from scipy.sparse import csr_matrix, issparse
 
 from xmc_midx.calibration import BACKGROUND, Calibration, calibrate
-from xmc_midx.checkpoint import CheckpointStore, refuse_misfits
+from xmc_midx.checkpoint import read_model, refuse_misfits
 from xmc_midx.data.features import normalize_rows, rows_from_pairs
 from xmc_midx.device import find_device
 from xmc_midx.encoder import SparseEncoder
@@ -85,20 +85,16 @@ class Predictor:
         run : as `train` wrote it.
         checkpoint : `"best"`, the finished model where there is one; or `"latest"`.
         device : as in `training.device`.
-        verify : whether the hashes of the model's files are computed; the sizes are compared in any case. The tables
-            are mapped, not copied: without hashes, a prediction on the CPU reads the rows that it needs alone.
+        verify : whether the hashes of the model's files are computed; the sizes are compared in any case. The
+            tables of a checkpoint are mapped, not copied: without hashes, a prediction on the CPU reads the rows that
+            it needs alone.
 
         Raises
         ------
         DataError : the run, its checkpoint or a file beside it is missing, damaged, or of another run.
         """
         directory = RunDirectory.open(run)
-        if checkpoint == "best" and directory.has_model:
-            arrays, source = directory.read_model(verify=verify), directory.path
-            model = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        else:
-            saved = CheckpointStore(directory.checkpoints).load(checkpoint, ["model"], verify=verify)
-            model, source = dict(saved.parts["model"]), saved.path
+        model, source = read_model(directory, checkpoint, verify=verify)
         with refuse_misfits(source):
             return cls._build(directory, model, device, verify)
 

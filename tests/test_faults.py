@@ -733,21 +733,21 @@ def test_malicious_json_and_training_rows_are_refused(whole: Path, tmp_path: Pat
             Predictor.load(run)
     rows = run / "neighbors.safetensors"
     arrays = {
-        "features.values": torch.ones(2, dtype=torch.float16),
-        "features.ids": torch.tensor([0, 2**31 - 1], dtype=torch.int32),
-        "features.offsets": torch.tensor([0, 1, 2]),
+        "features.counts": torch.tensor([1, 1], dtype=torch.uint32),
+        "features.ids": torch.tensor([0, 39], dtype=torch.uint16),
+        "features.values": torch.ones(2, dtype=torch.int8),
+        "features.scale": torch.ones(2),
+        "labels.counts": torch.tensor([1, 1], dtype=torch.uint32),
         "labels.ids": torch.tensor([0, 1], dtype=torch.int32),
-        "labels.offsets": torch.tensor([0, 1, 2]),
         "num_features_and_labels": torch.tensor([40, 23]),
     }
-    good = {"features.ids": torch.tensor([0, 1], dtype=torch.int32)}
     for change in (
-        {},
-        {"features.ids": torch.tensor([0, -1], dtype=torch.int32)},
-        good | {"features.offsets": torch.tensor([0, 1, 9])},
-        good | {"features.offsets": torch.tensor([0, 5, 2])},
-        good | {"labels.ids": torch.tensor([0, 23], dtype=torch.int32)},
-        good | {"labels.offsets": torch.tensor([0, 1])},
+        {"features.ids": torch.tensor([0, 40], dtype=torch.uint16)},
+        {"features.counts": torch.tensor([1, 9], dtype=torch.uint32)},
+        {"features.counts": torch.tensor([2], dtype=torch.uint32)},
+        {"labels.ids": torch.tensor([0, 23], dtype=torch.int32)},
+        {"labels.ids": torch.tensor([0, -1], dtype=torch.int32)},
+        {"labels.counts": torch.tensor([0, 1], dtype=torch.uint32)},
     ):
         save_file(arrays | change, rows)
         values = Interpolation(votes=1.0).as_dict() | {"neighbors_sha256": sha256_of(rows)}

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from safetensors.numpy import load_file
 
 from xmc_midx import neighbors as module
 from xmc_midx.data.features import normalize_rows
@@ -74,6 +75,22 @@ def test_a_feature_of_most_rows_is_left_out_of_large_collections_only(monkeypatc
     assert NeighborIndex(rows, labels).search(query, 3)[0].tolist() == [[5, 6, -1]]
 
 
+def test_a_small_budget_still_finds_most_neighbours_and_their_exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = normalize_rows(random_rows(3000, 200, 0.05, seed=8))
+    queries = normalize_rows(random_rows(40, 200, 0.05, seed=9, empty=(5,)))
+    index = NeighborIndex(rows, random_rows(3000, 5, 0.3, seed=3))
+    exact, exact_scores = index.search(queries, 10, exact=True)
+    monkeypatch.setattr(module, "_BUDGET", 700)
+    found, scores = index.search(queries, 10)
+    truth = (queries @ rows.T).toarray()
+    hit = [np.isin(a[a >= 0], b).mean() for a, b in zip(exact, found, strict=True) if (a >= 0).any()]
+    assert not np.array_equal(found, exact), "the budget is felt"
+    assert np.mean(hit) > 0.8
+    kept = found >= 0
+    np.testing.assert_allclose(scores[kept], truth[np.nonzero(kept)[0], found[kept]], rtol=1e-5)
+    np.testing.assert_array_equal(index.search(queries, 10, exact=True)[1], exact_scores)
+
+
 def test_saved_rows_give_the_same_votes(tmp_path: Path) -> None:
     rows, labels = normalize_rows(random_rows(30, 12, 0.3, seed=4)), random_rows(30, 6, 0.3, seed=5)
     save_rows(tmp_path / "rows.safetensors", rows, labels)
@@ -82,8 +99,53 @@ def test_saved_rows_give_the_same_votes(tmp_path: Path) -> None:
     for temperature in (0.05, 0.5):
         first = before.votes(*before.search(rows, 5), temperature)
         second = after.votes(*after.search(rows, 5), temperature)
-        # Half precision keeps three digits of a value.
-        np.testing.assert_allclose(first.toarray(), second.toarray(), atol=2e-2)
+        # A byte keeps a value to half a 127th of the row's largest.
+        np.testing.assert_allclose(first.toarray(), second.toarray(), atol=0.2 * 0.01 / temperature)
+
+
+@pytest.mark.parametrize("num_features", [9, 65_536, 65_537, 200_000])
+def test_rows_are_read_back_to_half_a_step(tmp_path: Path, num_features: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(num_features)
+    rows = sp.random(50, num_features, min(0.3, 400 / num_features), format="csr", random_state=rng, dtype=np.float32)
+    rows = sp.csr_matrix(rows + sp.csr_matrix(([-0.5], ([3], [num_features - 1])), shape=rows.shape, dtype=np.float32))
+    rows.sort_indices()
+    rows.data[rows.indptr[7] : rows.indptr[8]] = 0.0
+    rows.eliminate_zeros()
+    labels = random_rows(50, 6, 0.3, seed=5)
+    labels.data[:] = 1.0
+    save_rows(tmp_path / "rows.safetensors", rows, labels)
+    found, found_labels = module._read_rows(load_file(tmp_path / "rows.safetensors"))
+    np.testing.assert_array_equal(found.indptr, rows.indptr)
+    np.testing.assert_array_equal(found.indices, rows.indices)
+    step = np.repeat(np.abs(rows).max(axis=1).toarray().ravel() / 127, np.diff(rows.indptr))
+    assert (np.abs(found.data - rows.data) <= 0.501 * step).all()
+    assert (found_labels != labels).nnz == 0
+    assert (tmp_path / "rows.safetensors").stat().st_size < 4 * rows.nnz + 8 * labels.nnz + 4000
+
+    monkeypatch.setattr(module, "_SMALL", 10)
+    often = np.bincount(rows.indices, minlength=num_features) > 5
+    save_rows(tmp_path / "rows.safetensors", rows, labels)
+    found, _ = module._read_rows(load_file(tmp_path / "rows.safetensors"))
+    assert not often[found.indices].any() and found.nnz == (~often[rows.indices]).sum()
+
+
+def test_counts_that_lie_are_refused(tmp_path: Path) -> None:
+    rows, labels = normalize_rows(random_rows(30, 12, 0.3, seed=4)), random_rows(30, 6, 0.3, seed=5)
+    save_rows(tmp_path / "rows.safetensors", rows, labels)
+    arrays = load_file(tmp_path / "rows.safetensors")
+    huge = np.full(30, 2**32 - 1, dtype=np.uint32)
+    for lie in (
+        {"features.counts": huge},
+        {"features.counts": arrays["features.counts"][:-1]},
+        {"labels.counts": huge},
+        {"labels.ids": np.full_like(arrays["labels.ids"], 6)},
+        {"features.ids": np.full_like(arrays["features.ids"], 12)},
+        {"features.scale": arrays["features.scale"][:-1]},
+        {"features.values": arrays["features.values"][:-1]},
+        {"num_features_and_labels": np.array([2**40, 6])},
+    ):
+        with pytest.raises((ValueError, LookupError)):
+            module._read_rows(arrays | lie)
 
 
 def test_the_rows_have_unit_length_and_empty_ones_stay() -> None:

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from scipy.sparse import csc_matrix, csr_matrix, save_npz
 
-from xmc_midx.cli.predict import Format, write
+from xmc_midx.cli.answers import Format, NpzWriter, lines
 from xmc_midx.data import predictions as module
 from xmc_midx.data.predictions import read_predictions, write_predictions
 from xmc_midx.errors import DataError, XmcMidxError
-from xmc_midx.pipeline import Prediction, evaluate
+from xmc_midx.pipeline import evaluate
 from xmc_midx.types import TopK
 
 NUM_LABELS = 30
@@ -82,13 +82,22 @@ def as_matrix(top: TopK, path: Path, *, seed: int = 0) -> Path:
     return path
 
 
+def as_predict_writes(top: TopK, path: Path, form: Format, names: list[str] | None = None) -> None:
+    if form is Format.NPZ:
+        writer = NpzWriter(path.parent, top.label_ids.shape[1])
+        writer.add(top)
+        with path.open("wb") as stream:
+            writer.finish(stream)
+        return
+    text = "".join(lines(0, top, names, form)).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+
+
 WRITERS: dict[str, Callable[[TopK, Path], Path | None]] = {
-    "ours.tsv": lambda top, path: write(Prediction(top=top, label_names=None), path, Format.TSV),
-    "named.tsv.gz": lambda top, path: write(
-        Prediction(top=top, label_names=[f"x:{n}\t" for n in range(NUM_LABELS)]), path, Format.TSV
-    ),
-    "ours.xmc": lambda top, path: write(Prediction(top=top, label_names=None), path, Format.XMC),
-    "ours.npz": lambda top, path: write(Prediction(top=top, label_names=None), path, Format.NPZ),
+    "ours.tsv": lambda top, path: as_predict_writes(top, path, Format.TSV),
+    "named.tsv.gz": lambda top, path: as_predict_writes(top, path, Format.TSV, [f"x:{n}\t" for n in range(NUM_LABELS)]),
+    "ours.xmc": lambda top, path: as_predict_writes(top, path, Format.XMC),
+    "ours.npz": lambda top, path: as_predict_writes(top, path, Format.NPZ),
     "headed.txt.xz": lambda top, path: write_predictions(path, top, NUM_LABELS),
     "csr.npz": as_matrix,
     "three.tsv": lambda top, path: as_table(top, path, "ils", head=False, seed=1),

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,9 @@ _MAX_SHARE = 0.1
 "Neighbours")."""
 _SMALL = 20_000
 """Up to so many rows no feature is left out."""
-_BUDGET = 4096
+_BUDGET = 8192
 """Entries of the inverted lists that a query reads."""
-_CANDIDATES = 3
+_CANDIDATES = 4
 """Rows that are rescored for each neighbour asked for."""
 _LEVELS = 40
 """Of the sizes of a list's values, each 2^(-1/2) of the one before: how far a list is read is looked up by level."""
@@ -59,13 +60,11 @@ class NeighborIndex:
         )
         columns = features.tocsc()
         counts = np.diff(columns.indptr)
-        kept = np.ones(self.num_features, dtype=bool)
         rows, values = columns.indices, columns.data
-        if features.shape[0] > _SMALL:
-            kept = counts <= _MAX_SHARE * features.shape[0]
+        self._kept = kept = _kept_features(features)
+        if not kept.all():
             mask = np.repeat(kept, counts)
             rows, values, counts = rows[mask], values[mask], np.where(kept, counts, 0)
-        self._kept = kept
         self._local = threading.local()
         self._offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._rows = rows.astype(np.int32)
@@ -85,19 +84,7 @@ class NeighborIndex:
     @classmethod
     def load(cls, path: Path) -> NeighborIndex:
         """The index over what `save_rows` wrote; a ValueError, LookupError or SafetensorError where it is not that."""
-        arrays = load_file(path)
-        num_features, num_labels = (int(n) for n in arrays["num_features_and_labels"])
-        num_rows = arrays["labels.offsets"].shape[0] - 1
-        values = arrays["features.values"].astype(np.float32)
-        features = csr_matrix(
-            (values, arrays["features.ids"], arrays["features.offsets"]), shape=(num_rows, num_features)
-        )
-        ones = np.ones(arrays["labels.ids"].shape[0], dtype=np.float32)
-        labels = csr_matrix((ones, arrays["labels.ids"], arrays["labels.offsets"]), shape=(num_rows, num_labels))
-        for matrix in (features, labels):
-            # Compiled code follows these ids without looking: the file must not lead it out of bounds.
-            matrix.check_format(full_check=True)
-        return cls(features, labels)
+        return cls(*_read_rows(load_file(path)))
 
     def search(
         self, features: csr_matrix, count: int, *, exact: bool = False
@@ -163,16 +150,67 @@ class NeighborIndex:
 
 
 def save_rows(path: Path, features: csr_matrix, labels: csr_matrix) -> None:
-    """Write training rows (N, F) and their labels (N, L) as safetensors: values in half precision, four bytes an id."""
+    """Write training rows (N, F), ids rising, and their labels (N, L) as safetensors, three bytes a value.
+
+    `features.counts` (N x blocks) is the number of a row's values in each block of 65,536 features, `features.ids`
+    (nnz,) uint16 their places in it, `features.values` (nnz,) int8 their sizes in units of `features.scale` (N,), the
+    row's largest / 127. Features that the index leaves out are not written. `labels.counts` (N,), `labels.ids` (Y,).
+    """
+    assert features.has_sorted_indices, "the blocks of a row follow one another"
+    num_rows, num_features = features.shape
+    row = np.repeat(np.arange(num_rows), np.diff(features.indptr))
+    kept = _kept_features(features)[features.indices]
+    row, ids, values = row[kept], features.indices[kept], features.data[kept]
+    blocks = _num_blocks(num_features)
+    largest = np.zeros(num_rows, dtype=np.float32)
+    np.maximum.at(largest, row, np.abs(values))
+    scale = np.maximum(largest, np.float32(1e-30)) / np.float32(127)
     arrays: dict[str, NDArray[Any]] = {
-        "features.values": features.data.astype(np.float16),
-        "features.ids": features.indices.astype(np.int32),
-        "features.offsets": features.indptr.astype(np.int64),
+        "features.counts": np.bincount(row * blocks + (ids >> 16), minlength=num_rows * blocks).astype(np.uint32),
+        "features.ids": (ids & 0xFFFF).astype(np.uint16),
+        "features.values": np.rint(values / scale[row]).astype(np.int8),
+        "features.scale": scale,
+        "labels.counts": np.diff(labels.indptr).astype(np.uint32),
         "labels.ids": labels.indices.astype(np.int32),
-        "labels.offsets": labels.indptr.astype(np.int64),
-        "num_features_and_labels": np.array([features.shape[1], labels.shape[1]], dtype=np.int64),
+        "num_features_and_labels": np.array([num_features, labels.shape[1]], dtype=np.int64),
     }
     save_file(arrays, path)
+
+
+def _read_rows(arrays: Mapping[str, NDArray[Any]]) -> tuple[csr_matrix, csr_matrix]:
+    """What `save_rows` was given, values as exact as they are stored; a ValueError where it is not that."""
+    num_features, num_labels = (int(n) for n in arrays["num_features_and_labels"])
+    blocks, scale = _num_blocks(num_features), arrays["features.scale"]
+    counts, ids = arrays["features.counts"].astype(np.int64), arrays["features.ids"]
+    if counts.shape != (scale.shape[0] * blocks,) or counts.sum() != ids.shape[0]:
+        raise ValueError("counts and ids of the features do not fit together")
+    if arrays["labels.counts"].sum(dtype=np.int64) != arrays["labels.ids"].shape[0]:
+        raise ValueError("counts and ids of the labels do not fit together")
+    per_row = counts.reshape(-1, blocks).sum(axis=1)
+    place = np.repeat(np.tile(np.arange(blocks, dtype=np.int32) << 16, scale.shape[0]), counts)
+    values = arrays["features.values"].astype(np.float32) * np.repeat(scale, per_row)
+    features = csr_matrix((values, place + ids, _offsets(per_row)), shape=(scale.shape[0], num_features))
+    ones = np.ones(arrays["labels.ids"].shape[0], dtype=np.float32)
+    offsets = _offsets(arrays["labels.counts"])
+    labels = csr_matrix((ones, arrays["labels.ids"], offsets), shape=(scale.shape[0], num_labels))
+    for matrix in (features, labels):
+        # Compiled code follows these ids without looking: the file must not lead it out of bounds.
+        matrix.check_format(full_check=True)
+    return features, labels
+
+
+def _num_blocks(num_features: int) -> int:
+    return max(1, -(-num_features // 0x10000))
+
+
+def _offsets(counts: NDArray[Any]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def _kept_features(features: csr_matrix) -> NDArray[np.bool_]:
+    """(F,): False for a feature that is in so many rows that its list is left out."""
+    counts = np.bincount(features.indices, minlength=features.shape[1])
+    return np.asarray((counts <= _MAX_SHARE * features.shape[0]) | (features.shape[0] <= _SMALL))
 
 
 @numba.njit(nogil=True, cache=True)

@@ -376,10 +376,9 @@ def test_on_a_trained_model_the_theory_orders_the_samplers(diagnosis: Diagnosis)
 
 
 def test_a_diagnosis_is_of_the_run_s_model_on_scaled_rows(diagnosis: Diagnosis, run: Path, topic_dir: Path) -> None:
-    """The uniform proposal from the checkpoint's tensors alone: relu(x E + e) W^T + b, x of length 1."""
+    """The uniform proposal from the model's tensors alone: relu(x E + e) W^T + b, x of length 1."""
     split = load_split(topic_dir / "train.txt")
-    model = CheckpointStore(run / "checkpoints").load("best", ["model"]).parts["model"]
-    table = {name: tensor.double().numpy() for name, tensor in model.items()}
+    table = {name: array.astype(float) for name, array in RunDirectory.open(run).read_model().items()}
     rows = split.features[choose_instances(split.labels, 100, seed=0)].toarray().astype(float)
     rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     queries = np.maximum(rows @ table["encoder.embedding"] + table["encoder.bias"], 0.0)
@@ -482,6 +481,7 @@ def test_data_of_other_sizes_is_refused(run: Path, tmp_path: Path) -> None:
 def test_a_run_that_does_not_know_its_label_frequencies_is_refused(run: Path, topic_dir: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
+    (copy / "model.json").unlink()  # an unfinished run: the checkpoint's model
     store = CheckpointStore(copy / "checkpoints")
     saved = store.load("best", ["model"])
     step = store.step_of("best")

@@ -641,6 +641,7 @@ def predict_stream(
     text: bool | None = None,
     shard: tuple[int, int] = (1, 1),
     live: bool = False,
+    exact: bool = False,
     device: str = "auto",
     verify: bool = True,
     reporter: Reporter | None = None,
@@ -660,6 +661,7 @@ def predict_stream(
     text : whether the input is raw text; None looks at it, where the run has a vocabulary.
     shard : (i, n): the i-th of n parts of a file, from 1; the parts' results, one after the other, are the whole's.
     live : answer the lines of a stream as they come, in batches of what is at hand.
+    exact : score all labels in float32, where a scan in bfloat16 would be faster.
     device : where the model runs.
     verify : whether the hashes of the model's files are computed.
 
@@ -675,7 +677,7 @@ def predict_stream(
         raise UsageError(f"shard {index}/{num_shards}: expected 1/{max(num_shards, 1)} to {num_shards}/{num_shards}.")
     reporter = reporter or SilentReporter()
     reporter.start("load", None)
-    predictor = Predictor.load(run, device=device, verify=verify)
+    predictor = Predictor.load(run, device=device, verify=verify, exact=exact)
     _check_k(k, predictor.num_labels)
     if scores == "probabilities":
         predictor.require_calibration()
@@ -742,6 +744,7 @@ class PredictionStream:
         lists = {name: self._options[name] for name in ("allow", "deny")}
         return {
             "model": self._model,
+            "index": type(self._predictor.index).__name__,
             **self._options,
             **{name: None if ids is None else _digest_of(ids) for name, ids in lists.items()},
             "text": self._text,

@@ -20,7 +20,7 @@ from xmc_midx.data.features import normalize_rows, rows_from_pairs
 from xmc_midx.device import find_device
 from xmc_midx.encoder import SparseEncoder
 from xmc_midx.errors import DataError, UsageError
-from xmc_midx.index import ExactIndex
+from xmc_midx.index import build_index
 from xmc_midx.interpolation import SHORTLIST, Interpolation, interpolate, keep_labels
 from xmc_midx.neighbors import NeighborIndex
 from xmc_midx.ranker import LinearRanker
@@ -77,7 +77,15 @@ class Predictor:
         self.calibration = calibration
 
     @classmethod
-    def load(cls, run: str | Path, *, checkpoint: str = "best", device: str = "auto", verify: bool = True) -> Predictor:
+    def load(
+        cls,
+        run: str | Path,
+        *,
+        checkpoint: str = "best",
+        device: str = "auto",
+        verify: bool = True,
+        exact: bool = False,
+    ) -> Predictor:
         """The model of a run directory.
 
         Parameters
@@ -88,6 +96,7 @@ class Predictor:
         verify : whether the hashes of the model's files are computed; the sizes are compared in any case. The
             tables of a checkpoint are mapped, not copied: without hashes, a prediction on the CPU reads the rows that
             it needs alone.
+        exact : whether all labels are scored in float32, where a scan in bfloat16 would be faster (`xmc_midx.index`).
 
         Raises
         ------
@@ -96,10 +105,12 @@ class Predictor:
         directory = RunDirectory.open(run)
         model, source = read_model(directory, checkpoint, verify=verify)
         with refuse_misfits(source):
-            return cls._build(directory, model, device, verify)
+            return cls._build(directory, model, device, verify, exact)
 
     @classmethod
-    def _build(cls, directory: RunDirectory, model: Mapping[str, torch.Tensor], device: str, verify: bool) -> Predictor:
+    def _build(
+        cls, directory: RunDirectory, model: Mapping[str, torch.Tensor], device: str, verify: bool, exact: bool
+    ) -> Predictor:
         config = directory.config.model
         target = find_device(device)
         num_features, dim = model["encoder.embedding"].shape
@@ -113,7 +124,7 @@ class Predictor:
         names = {n.removeprefix("encoder."): t for n, t in model.items() if n.startswith("encoder.")}
         encoder.load_state_dict(names, assign=True)
         added = directory.interpolation(verify=verify)
-        index = ExactIndex(model["labels.weight"].to(target), model["labels.bias"].to(target))
+        index = build_index(model["labels.weight"].to(target), model["labels.bias"].to(target), exact=exact)
         label_names = directory.label_names()
         if label_names is not None and len(label_names) != index.num_labels:
             raise DataError(

@@ -25,7 +25,7 @@ from xmc_midx.data.dataset import Split
 from xmc_midx.data.features import normalize_rows
 from xmc_midx.device import find_device, keep_freed_memory, release_freed_memory
 from xmc_midx.errors import DataError, DivergedError
-from xmc_midx.index import ExactIndex
+from xmc_midx.index import build_index
 from xmc_midx.interpolation import SHORTLIST, Interpolation, fit_interpolation, interpolate
 from xmc_midx.metrics import evaluate_topk
 from xmc_midx.neighbors import NeighborIndex
@@ -292,7 +292,7 @@ class TrainingSession:
     def _predictor(self) -> Predictor:
         """The model as it stands; its rows come normalised already."""
         softmax = self.trainer.softmax
-        index = ExactIndex(softmax.weight.detach(), softmax.bias.detach())
+        index = build_index(softmax.weight.detach(), softmax.bias.detach())
         return Predictor(self.trainer.encoder, index, normalize="none")
 
     def _metrics(self, top: TopK) -> dict[str, float]:

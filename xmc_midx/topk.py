@@ -9,7 +9,7 @@ import torch
 
 from xmc_midx.types import TopK
 
-__all__ = ["concatenate_topk", "empty_topk", "exact_topk", "merge_topk"]
+__all__ = ["concatenate_topk", "empty_topk", "exact_topk", "merge_topk", "rescored_topk"]
 
 _CHUNK_ELEMENTS = 1 << 24
 """Scores held at once (64 MiB in float32)."""
@@ -58,6 +58,42 @@ def exact_topk(
     result = empty_topk(ids_NK.shape[0], k)
     result.label_ids[:, : ids_NK.shape[1]] = np.where(np.isneginf(scores_NK), -1, ids_NK)
     result.scores[:, : ids_NK.shape[1]] = scores_NK
+    return result
+
+
+@torch.no_grad()
+def rescored_topk(
+    query_ND: torch.Tensor,
+    label_table_LD: torch.Tensor,
+    bias_L: torch.Tensor,
+    rough_table_LD: torch.Tensor,
+    k: int,
+    *,
+    slack: int,
+    excluded_L: torch.Tensor | None = None,
+) -> TopK:
+    """As `exact_topk`, but the labels are found by a table of less precision; their logits are those of the table.
+
+    Parameters
+    ----------
+    rough_table_LD : the table in the dtype of the product.
+    slack : labels beyond k whose logits are computed: those that the rough product may have ranked too low.
+    """
+    num_labels = label_table_LD.shape[0]
+    wide = min(k + slack, num_labels)
+    result = empty_topk(query_ND.shape[0], k)
+    chunk = max(1, min(_CHUNK_ELEMENTS // num_labels, _CHUNK_ELEMENTS // (wide * query_ND.shape[1])))
+    for begin in range(0, query_ND.shape[0], chunk):
+        query_BD = query_ND[begin : begin + chunk]
+        rough_BL = (query_BD.to(rough_table_LD.dtype) @ rough_table_LD.T).float().add_(bias_L)
+        if excluded_L is not None:
+            rough_BL[:, excluded_L] = -torch.inf
+        rough_BW, ids_BW = torch.topk(rough_BL, wide, dim=1, sorted=False)
+        logits_BW = torch.bmm(label_table_LD[ids_BW], query_BD[:, :, None])[:, :, 0].add_(bias_L[ids_BW])
+        logits_BW.masked_fill_(torch.isneginf(rough_BW), -torch.inf)
+        ids, scores = (part.cpu().numpy() for part in _sorted(ids_BW, logits_BW, min(k, wide)))
+        result.label_ids[begin : begin + chunk, : ids.shape[1]] = np.where(np.isneginf(scores), -1, ids)
+        result.scores[begin : begin + chunk, : ids.shape[1]] = scores
     return result
 
 

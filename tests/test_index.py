@@ -1,0 +1,59 @@
+"""Claims about `xmc_midx.index`: the rough scan finds what the exact one finds, with the exact logits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from xmc_midx import index as module
+from xmc_midx import topk
+from xmc_midx.index import ExactIndex, HalfPrecisionIndex, build_index
+
+
+def tables(num_labels: int, dim: int = 24, num_queries: int = 37) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(num_labels)
+    return (
+        torch.randn(num_labels, dim, generator=generator),
+        torch.randn(num_labels, generator=generator),
+        torch.randn(num_queries, dim, generator=generator),
+    )
+
+
+@pytest.mark.parametrize("num_labels", [1, 7, 30, 1000, 5003])
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_the_rough_scan_finds_the_exact_best_and_their_logits(num_labels: int, k: int) -> None:
+    table, bias, queries = tables(num_labels)
+    exact = ExactIndex(table, bias).search(queries, k)
+    found = HalfPrecisionIndex(table, bias).search(queries, k)
+    np.testing.assert_array_equal(found.label_ids, exact.label_ids)
+    np.testing.assert_allclose(found.scores, exact.scores, rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_and_lists_do_not_change_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, bias, queries = tables(801)
+    allow, deny = torch.arange(100, 160), torch.arange(150, 900)[:600]
+    expected = ExactIndex(table, bias).search(queries, 60, allow=allow, deny=deny)
+    assert (expected.label_ids == -1).any() and set(expected.label_ids.ravel()) <= {-1, *range(100, 150)}
+    for elements in (1, 3000, 1 << 24):
+        monkeypatch.setattr(topk, "_CHUNK_ELEMENTS", elements)
+        found = HalfPrecisionIndex(table, bias).search(queries, 60, allow=allow, deny=deny)
+        np.testing.assert_array_equal(found.label_ids, expected.label_ids)
+        np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5, atol=1e-5)
+    assert HalfPrecisionIndex(table, bias).search(queries[:0], 3).label_ids.shape == (0, 3)
+
+
+def test_ties_of_exact_logits_go_to_the_smaller_id() -> None:
+    table, bias = torch.ones(50, 4), torch.zeros(50)
+    found = HalfPrecisionIndex(table, bias).search(torch.ones(2, 4), 10)
+    assert (np.diff(found.label_ids, axis=1) > 0).all(), "rising, among those that the scan found"
+
+
+def test_the_rough_scan_is_for_many_labels_and_fast_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, bias, _ = tables(60)
+    monkeypatch.setattr(module, "_MIN_LABELS", 50)
+    for dtype, kind in ((torch.bfloat16, HalfPrecisionIndex), (torch.float32, ExactIndex)):
+        monkeypatch.setattr(module, "find_precision", lambda name, device, dtype=dtype: dtype)
+        assert type(build_index(table, bias)) is kind
+        assert type(build_index(table, bias, exact=True)) is ExactIndex
+        assert type(build_index(table[:40], bias[:40])) is ExactIndex

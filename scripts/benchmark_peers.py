@@ -315,6 +315,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[System]]:
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark-peers"), help="default: %(default)s")
     parser.add_argument("--output", type=Path, metavar="MD", help="the tables; default: standard output")
     parser.add_argument("--json", type=Path, metavar="JSON", help="all raw figures")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="quality against training time (needs matplotlib)")
     parser.add_argument(
         "--xmc-midx-args",
         action="append",
@@ -402,6 +403,41 @@ def write_reports(report: dict, options: argparse.Namespace) -> None:
         options.output.write_text(markdown_report(report), encoding="utf-8")
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    if options.plot is not None:
+        plot_report(report, options.plot)
+
+
+def plot_report(report: dict, path: Path) -> None:
+    """A panel for each dataset: P@1 against the seconds of training, a mark for each system."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    datasets = [dataset for dataset in report["datasets"] if any(row["num_runs"] for row in dataset.get("rows", ()))]
+    if not datasets:
+        return
+    figure = Figure(figsize=(4.2 * len(datasets), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(datasets), squeeze=False)[0]
+    titles = list(dict.fromkeys(row["title"] for dataset in datasets for row in dataset["rows"]))
+    marks = {title: ("o" if title.startswith("xmc-midx") else "s", f"C{n}") for n, title in enumerate(titles)}
+    for axes, dataset in zip(panels, datasets, strict=True):
+        for row in dataset["rows"]:
+            if row["num_runs"]:
+                marker, color = marks[row["title"]]
+                axes.scatter(
+                    row["train_seconds"], 100 * row["P@1"], marker=marker, color=color, s=60, label=row["title"]
+                )
+        axes.set(title=f"{dataset['name']}: {dataset['num_labels']:,} labels", xlabel="training, s", xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter("")
+        axes.margins(0.15)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("P@1, %")
+    handles = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
+    figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":

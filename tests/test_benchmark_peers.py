@@ -101,6 +101,7 @@ def topics_report(topic_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     work = tmp_path_factory.mktemp("bench")
     command = [sys.executable, str(SCRIPT), str(topic_dir), "--systems", "omikuji,napkinxc,xmc-midx", "--threads", "1"]
     command += ["--work", str(work), "--peers-python", sys.executable, "--json", str(work / "report.json")]
+    command += ["--plot", str(work / "report.png")]
     command += ["--output", str(work / "report.md"), "--xmc-midx-args", "--epochs 3 --dim 16"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -110,6 +111,12 @@ def topics_report(topic_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def find_run(report: dict[str, Any], system: str) -> dict[str, Any]:
     (found,) = (run for run in report["datasets"][0]["runs"] if run["system"] == system)
     return found
+
+
+def test_the_plot_is_a_picture(bench: ModuleType, topics_report: dict[str, Any], tmp_path: Path) -> None:
+    assert (topics_report["work"] / "report.png").read_bytes().startswith(b"\x89PNG")
+    bench.plot_report({"datasets": [{"name": "x", "error": "not there"}]}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_systems_get_the_normalised_rows(topics_report: dict[str, Any], topic_dir: Path) -> None:

@@ -163,7 +163,7 @@ class RankerConfig(_Section):
 
     enabled: bool = True
     """Whether they may be used; as with the neighbours, the validation instances decide."""
-    num_instances: PositiveInt = 30_000
+    num_instances: PositiveInt | Auto = "auto"
     """Training instances that say which labels the model confuses."""
     num_rivals: PositiveInt = 50
     """The model's best labels of each of them."""

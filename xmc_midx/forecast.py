@@ -147,7 +147,9 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
         neighbors = 12 * data.num_values + 16 * data.num_positives + _NEIGHBOR_CODE + scores
         neighbors += tables if _number(training.epochs) > 1 else 0
     if config.ranker.enabled and held_out:
-        rivals = min(data.num_instances, config.ranker.num_instances) * min(config.ranker.num_rivals, num_labels)
+        rivals = min(data.num_instances, _number(config.ranker.num_instances)) * min(
+            config.ranker.num_rivals, num_labels
+        )
         neighbors += _PAIR * (data.num_positives + rivals) + _RANKER_BLOCKS
     if cuda:
         device |= {"tables": tables, "epoch": int(max(start, epoch))}

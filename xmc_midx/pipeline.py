@@ -308,6 +308,8 @@ def resume(
                 hint="Start a new run: xmc-midx train DATA --output RUN.",
             )
         training = _training_split(dataset, provenance["data"])
+        # What an older release did not know is open in its configuration.
+        directory.config = resolve(directory.config, _shape(dataset, training))
         with _memory_failures(directory.config, dataset, training):
             session = TrainingSession(directory, training, reporter, deadline=deadline)
             session.load(verify=verify)

@@ -13,7 +13,7 @@ from xmc_midx.config import Config
 
 __all__ = ["DataShape", "auto_num_codewords", "auto_num_draws", "resolve"]
 
-_TARGET_STEPS = 2000
+_TARGET_STEPS = 1000
 """Optimiser steps of a whole default training, whatever the number of instances: small sets repeat, large sets take
 larger batches. Fewer epochs keep the batch: it costs no quality, and half of it twice the time."""
 
@@ -27,9 +27,15 @@ class _Effort:
     dim: int
     num_draws: int
     """Where there are more labels than a pool holds."""
+    num_rivalled: int
+    """Training instances whose rivals the linear ranker learns from."""
 
 
-_PRESETS = {"fast": _Effort(0.4, 256, 512), "default": _Effort(1.0, 512, 2048), "best": _Effort(1.2, 1024, 2048)}
+_PRESETS = {
+    "fast": _Effort(0.4, 256, 512, 10_000),
+    "default": _Effort(1.0, 512, 2048, 30_000),
+    "best": _Effort(1.2, 1024, 2048, 60_000),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +71,7 @@ def resolve(config: Config, shape: DataShape) -> Config:
     derive("sampler", "num_codewords", auto_num_codewords(shape.num_labels))
     num_draws = auto_num_draws(shape.num_labels, effort.num_draws) if config.sampler.estimator == "pool" else 64
     derive("sampler", "num_draws", num_draws)
+    derive("ranker", "num_instances", effort.num_rivalled)
     return Config.model_validate(tree)
 
 

@@ -231,6 +231,7 @@ class TrainingSession:
         """Classifiers that tell the labels which the model confuses apart, on the training instances."""
         features, labels = self.trainer.stream.features, self.trainer.stream.labels
         order = np.random.default_rng((self.config.training.seed, 1)).permutation(features.shape[0])
+        assert isinstance(self.config.ranker.num_instances, int), "the configuration is resolved"
         rows = np.sort(order[: self.config.ranker.num_instances])
         top = self._predict(features[rows], self.config.ranker.num_rivals, stage="rivals")
         self.reporter.start("ranker", None)

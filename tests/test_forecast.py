@@ -85,7 +85,7 @@ def test_plan_prints_what_is_needed_beside_what_there_is(
     assert document["config"]["model"]["dim"] == 64 and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("preset", "dim"), [("fast", 256), ("default", 512), ("best", 1024)])
+@pytest.mark.parametrize(("preset", "dim"), [("fast", 256), ("default", 512), ("best", 512)])
 def test_plan_knows_the_presets(topic_dir: Path, capsys: pytest.CaptureFixture[str], preset: str, dim: int) -> None:
     assert app.run(["plan", str(topic_dir), "--preset", preset, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["config"]["model"]["dim"] == dim

@@ -114,3 +114,9 @@ def test_larger_data_gets_no_smaller_batches_and_no_more_epochs() -> None:
 def test_a_pool_is_never_larger_than_the_label_set_and_grows_no_further(num_labels: int) -> None:
     assert 1 <= auto_num_draws(num_labels) <= min(num_labels, 4096)
     assert auto_num_codewords(num_labels) >= 1
+
+
+@pytest.mark.parametrize(("num_labels", "dim"), [(4096, 512), (4097, 1024)])
+def test_the_best_preset_is_wide_where_there_are_many_labels(num_labels: int, dim: int) -> None:
+    shape = DataShape(num_instances=10_000, num_features=500, num_labels=num_labels)
+    assert resolve(load_config(assignments=["training.preset=best"]), shape).model.dim == dim

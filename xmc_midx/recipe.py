@@ -18,6 +18,10 @@ _TARGET_STEPS = 1000
 larger batches. Fewer epochs keep the batch: it costs no quality, and half of it twice the time."""
 
 
+_FEW_LABELS = 4096
+"""Up to so many the pool holds them all at every step."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Effort:
     """What a preset scales."""
@@ -65,7 +69,8 @@ def resolve(config: Config, shape: DataShape) -> Config:
     derive("training", "label_learning_rate", _label_learning_rate(shape))
     # Steps fall with the root of a row's gradients so far (`RowAdam`, moment "sum"): one rate for rare and common rows.
     derive("training", "encoder_learning_rate", 0.08)
-    derive("model", "dim", effort.dim)
+    # More numbers than 512 gain nothing with few labels.
+    derive("model", "dim", effort.dim if shape.num_labels > _FEW_LABELS else min(effort.dim, 512))
     derive("model", "dropout", 0.6)
     derive("data", "validation_fraction", _validation_fraction(shape.num_instances))
     derive("sampler", "num_codewords", auto_num_codewords(shape.num_labels))
@@ -96,4 +101,4 @@ def _validation_fraction(num_instances: int) -> float:
 
 def _label_learning_rate(shape: DataShape) -> float:
     """Rows that are updated at nearly every step need small steps, rows that are met a few times need large ones."""
-    return 4e-3 if shape.num_labels <= 4096 else 2e-2
+    return 4e-3 if shape.num_labels <= _FEW_LABELS else 2e-2

@@ -511,7 +511,7 @@ def test_a_full_disk_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pyte
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    for place in ("xmc_midx.exporting.midx.save_file", "xmc_midx.exporting.sealed._sync"):
+    for place in ("xmc_midx.exporting.midx.save_file", "xmc_midx.exporting.sealed.sync_file"):
         with monkeypatch.context() as patch:
             patch.setattr(place, full)
             with pytest.raises(ResourceError, match=r"No space left on device.*Free some space"):

@@ -801,6 +801,11 @@ def test_a_finished_run_needs_its_checkpoints_no_more(whole: Path, topic_dir: Pa
     assert evaluate(run, data=topic_dir).report.metrics == expected
 
 
+def test_whoever_may_read_the_configuration_may_read_the_model(whole: Path) -> None:
+    mode = (whole / "config.yaml").stat().st_mode
+    assert {path.stat().st_mode for path in whole.rglob("*") if path.is_file() and path.name != ".lock"} == {mode}
+
+
 def test_a_kill_at_the_end_leaves_a_run_that_ends_alike(
     topic_dir: Path, whole: Path, processes: Any, tmp_path: Path
 ) -> None:

@@ -106,7 +106,9 @@ class CheckpointStore:
             save_file(on_cpu, target / f"{part}.safetensors")
             crash_point("save.part-written")
         (target / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        paths = sorted(target.iterdir())
+        paths, mode = sorted(target.iterdir()), (target / "state.json").stat().st_mode
+        for path in paths:
+            path.chmod(mode)  # safetensors lets the owner alone read what it writes
         # The disk writes while the processor hashes.
         with ThreadPoolExecutor(1) as pool:
             syncs = [pool.submit(sync_file, path) for path in paths]

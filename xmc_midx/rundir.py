@@ -252,7 +252,10 @@ class RunDirectory:
         path = self.path / name
         beside = path.with_name(f".{name}.{os.getpid()}.tmp")
         try:
+            beside.touch()
+            mode = beside.stat().st_mode
             save(beside)
+            beside.chmod(mode)  # safetensors lets the owner alone read what it writes
             sync_file(beside)
             digest = sha256_of(beside)
             beside.replace(path)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from xmc_midx.crash import crash_point
-from xmc_midx.data.files import sha256_of, sync_directory
+from xmc_midx.data.files import sha256_of, sync_directory, sync_file
 from xmc_midx.errors import ResourceError, UsageError
 
 __all__ = ["SUMS", "sealed_directory"]
@@ -66,13 +66,8 @@ def _seal(directory: Path) -> None:
     mode = (directory / SUMS).stat().st_mode
     for file in (*files, directory / SUMS):
         file.chmod(mode)  # safetensors lets the owner alone read what it writes
-        _sync(file)
+        sync_file(file)
     sync_directory(directory)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _remove_strays(path: Path) -> None:

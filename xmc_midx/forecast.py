@@ -43,8 +43,8 @@ _NEIGHBOR_CODE = 70 * _MB
 _PAIR = 24
 """Bytes of a pair of an instance and a label that the linear ranker trains on."""
 _RANKER_BLOCKS = 50 * _MB
-_RANKER_LABEL = 300
-"""Bytes of a label's linear classifier on disk: some 40 weights."""
+_RANKER_LABEL = 700
+"""Bytes of a label's linear classifier on disk, at the most of five sets (170 to 650)."""
 _ASSIGN_CHUNK = 65_536
 _ENCODE_CHUNK = 4096
 _VALIDATION_CHUNK = 256

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numba
 import numpy as np
 import torch
 
@@ -14,6 +17,8 @@ __all__ = ["concatenate_topk", "empty_topk", "exact_topk", "merge_topk", "rescor
 _CHUNK_ELEMENTS = 1 << 24
 """Scores held at once (64 MiB in float32)."""
 _LABEL_CHUNK = 1 << 17
+_PARALLEL = 8
+"""Queries from which threads are worth their start."""
 
 
 @torch.no_grad()
@@ -89,12 +94,40 @@ def rescored_topk(
         if excluded_L is not None:
             rough_BL[:, excluded_L] = -torch.inf
         rough_BW, ids_BW = torch.topk(rough_BL, wide, dim=1, sorted=False)
-        logits_BW = torch.bmm(label_table_LD[ids_BW], query_BD[:, :, None])[:, :, 0].add_(bias_L[ids_BW])
+        logits_BW = _logits(query_BD, label_table_LD, ids_BW).add_(bias_L[ids_BW])
         logits_BW.masked_fill_(torch.isneginf(rough_BW), -torch.inf)
         ids, scores = (part.cpu().numpy() for part in _sorted(ids_BW, logits_BW, min(k, wide)))
         result.label_ids[begin : begin + chunk, : ids.shape[1]] = np.where(np.isneginf(scores), -1, ids)
         result.scores[begin : begin + chunk, : ids.shape[1]] = scores
     return result
+
+
+def _logits(query_BD: torch.Tensor, label_table_LD: torch.Tensor, ids_BW: torch.Tensor) -> torch.Tensor:
+    """(B, W): the products of each query with the rows of its own labels."""
+    if query_BD.device.type != "cpu":
+        return torch.bmm(label_table_LD[ids_BW], query_BD[:, :, None])[:, :, 0]
+    # A gather writes and reads the rows once more, which takes longer than the scan itself.
+    found = torch.empty(ids_BW.shape, dtype=torch.float32)
+    query, table, ids, logits = (t.contiguous().numpy() for t in (query_BD, label_table_LD, ids_BW, found))
+    workers = torch.get_num_threads() if ids_BW.shape[0] >= _PARALLEL else 1
+    if workers == 1:
+        _products(query, table, ids, logits, 0, ids_BW.shape[0])
+        return found
+    borders = np.linspace(0, ids_BW.shape[0], workers + 1).astype(int)
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda begin, end: _products(query, table, ids, logits, begin, end), borders[:-1], borders[1:]))
+    return found
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+def _products(query_BD: Any, table_LD: Any, ids_BW: Any, found_BW: Any, begin: int, end: int) -> None:
+    for row in range(begin, end):
+        for place in range(ids_BW.shape[1]):
+            label = ids_BW[row, place]
+            total = np.float32(0.0)
+            for column in range(query_BD.shape[1]):
+                total += query_BD[row, column] * table_LD[label, column]
+            found_BW[row, place] = total
 
 
 def merge_topk(

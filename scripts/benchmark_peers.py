@@ -43,7 +43,8 @@ NOTES = """\
 - predict: the test split with a loaded model, after one instance to warm up. Omikuji's Python binding takes one
   instance a call; making its input lists is not counted.
 - model MB: files of the saved model, for xmc-midx the finished model, the training rows that neighbours need and the
-  linear ranker. peak GB: largest resident set of the training process, libraries and data included. MB and GB are powers of ten.
+  linear ranker. peak GB: largest resident set of the training process, libraries and data included. MB and GB are
+  powers of ten.
 - Take times from an idle machine alone. On a busy one OpenMP's spinning threads can multiply xmc-midx's training time;
   OMP_WAIT_POLICY and the like reach every system's processes, and are stated above where they are set.
 - Seeds are 0, 1, ... over the repeats; Omikuji takes none."""

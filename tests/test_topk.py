@@ -8,13 +8,13 @@ import torch
 
 from xmc_midx import topk as topk_module
 from xmc_midx.index import ExactIndex
-from xmc_midx.topk import empty_topk, exact_topk, merge_topk
+from xmc_midx.topk import exact_topk, merge_topk
 from xmc_midx.types import TopK
 
 
 def brute_force(scores_NL: np.ndarray, k: int, excluded: set[int] = frozenset()) -> TopK:  # type: ignore[assignment]
     """Python's sort of (-score, id), row by row."""
-    result = empty_topk(scores_NL.shape[0], k)
+    result = TopK.empty(scores_NL.shape[0], k)
     for i, row in enumerate(scores_NL):
         ranking = sorted((-score, label) for label, score in enumerate(row.tolist()) if label not in excluded)[:k]
         for place, (negative, label) in enumerate(ranking):
@@ -94,7 +94,7 @@ def test_merging_keeps_the_best_of_both_and_the_tie_rule() -> None:
 
 
 def test_an_empty_result_is_all_pads() -> None:
-    result = empty_topk(2, 3)
+    result = TopK.empty(2, 3)
     assert (result.label_ids == -1).all() and np.isneginf(result.scores).all()
 
 

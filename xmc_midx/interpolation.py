@@ -149,7 +149,7 @@ def interpolate(
     num_rows, width = shortlist.label_ids.shape
     if votes is None or not settings.needs_neighbors:
         votes = csr_matrix((num_rows, label_frequencies.shape[0]))
-    result = _no_results(num_rows, k)
+    result = TopK.empty(num_rows, k)
     scores_BK = np.full((num_rows, k), -np.inf)
     shortlist_margins, vote_margins = np.zeros((num_rows, width)), np.zeros(votes.nnz)
     if settings.needs_ranker:
@@ -293,17 +293,11 @@ def _best(candidates: _Candidates, scores: _Floats, num_rows: int, k: int) -> To
     instance = candidates.instance[order]
     rank = np.arange(order.shape[0]) - np.searchsorted(instance, np.arange(num_rows))[instance]
     kept = rank < k
-    result = _no_results(num_rows, k)
+    result = TopK.empty(num_rows, k)
     place = (instance[kept], rank[kept])
     result.label_ids[place] = candidates.label_ids[order[kept]]
     result.scores[place] = scores[order[kept]]
     return result
-
-
-def _no_results(num_rows: int, k: int) -> TopK:
-    return TopK(
-        label_ids=np.full((num_rows, k), -1, dtype=np.int64), scores=np.full((num_rows, k), -np.inf, dtype=np.float32)
-    )
 
 
 def fit_interpolation(

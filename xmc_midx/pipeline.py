@@ -839,9 +839,9 @@ def _length(rows: csr_matrix | list[str]) -> int:
 
 
 def _concatenate(parts: list[TopK], k: int) -> TopK:
-    from xmc_midx.topk import concatenate_topk, empty_topk
+    from xmc_midx.topk import concatenate_topk
 
-    return concatenate_topk(parts) if parts else empty_topk(0, k)
+    return concatenate_topk(parts) if parts else TopK.empty(0, k)
 
 
 def _model_digest(run: Path) -> str:

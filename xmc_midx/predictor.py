@@ -25,7 +25,7 @@ from xmc_midx.interpolation import SHORTLIST, Interpolation, interpolate, keep_l
 from xmc_midx.neighbors import NeighborIndex
 from xmc_midx.ranker import LinearRanker
 from xmc_midx.rundir import RunDirectory
-from xmc_midx.topk import concatenate_topk, empty_topk
+from xmc_midx.topk import concatenate_topk
 from xmc_midx.types import LabelIndex, Reporter, SilentReporter, TopK
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ class Predictor:
             parts.append(top if threshold is None else _above(top, threshold))
             reporter.step(rows.stop - rows.start)
         if not parts:
-            return empty_topk(0, k)
+            return TopK.empty(0, k)
         return concatenate_topk(parts)
 
     def warm_up(self) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from xmc_midx.types import TopK
 
-__all__ = ["concatenate_topk", "empty_topk", "exact_topk", "merge_topk", "rescored_topk"]
+__all__ = ["concatenate_topk", "exact_topk", "merge_topk", "rescored_topk"]
 
 _CHUNK_ELEMENTS = 1 << 24
 """Scores held at once (64 MiB in float32)."""
@@ -57,10 +57,10 @@ def exact_topk(
         assert best is not None, "a label table has at least one row"
         parts.append(best)
     if not parts:
-        return empty_topk(0, k)
+        return TopK.empty(0, k)
     ids_NK = torch.cat([ids for ids, _ in parts]).cpu().numpy()
     scores_NK = torch.cat([scores for _, scores in parts]).cpu().numpy()
-    result = empty_topk(ids_NK.shape[0], k)
+    result = TopK.empty(ids_NK.shape[0], k)
     result.label_ids[:, : ids_NK.shape[1]] = np.where(np.isneginf(scores_NK), -1, ids_NK)
     result.scores[:, : ids_NK.shape[1]] = scores_NK
     return result
@@ -86,7 +86,7 @@ def rescored_topk(
     """
     num_labels = label_table_LD.shape[0]
     wide = min(k + slack, num_labels)
-    result = empty_topk(query_ND.shape[0], k)
+    result = TopK.empty(query_ND.shape[0], k)
     chunk = max(1, min(_CHUNK_ELEMENTS // num_labels, _CHUNK_ELEMENTS // (wide * query_ND.shape[1])))
     for begin in range(0, query_ND.shape[0], chunk):
         query_BD = query_ND[begin : begin + chunk]
@@ -144,14 +144,6 @@ def concatenate_topk(parts: Sequence[TopK]) -> TopK:
     return TopK(
         label_ids=np.concatenate([part.label_ids for part in parts]),
         scores=np.concatenate([part.scores for part in parts]),
-    )
-
-
-def empty_topk(num_instances: int, k: int) -> TopK:
-    """All pads."""
-    return TopK(
-        label_ids=np.full((num_instances, k), -1, dtype=np.int64),
-        scores=np.full((num_instances, k), -np.inf, dtype=np.float32),
     )
 
 

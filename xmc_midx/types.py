@@ -108,6 +108,16 @@ class TopK:
     scores: NDArray[np.float32]
     """(N, K) float32 logits; -inf where `label_ids` is -1."""
 
+    @classmethod
+    def empty(cls, num_instances: int, k: int) -> TopK:
+        """All pads."""
+        import numpy as np  # not at the top: `--help` does without
+
+        return cls(
+            label_ids=np.full((num_instances, k), -1, dtype=np.int64),
+            scores=np.full((num_instances, k), -np.inf, dtype=np.float32),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricReport:

@@ -141,12 +141,10 @@ class _Entries:
                 f"{path}: {self.num_rows} rows of up to {width} predictions, expected at most {MAX_ENTRIES} in all.",
                 hint="Keep the best few of each row.",
             )
-        best_ids = np.full((self.num_rows, width), -1, dtype=np.int64)
-        best_scores = np.full((self.num_rows, width), -np.inf, dtype=np.float32)
-        kept = ranks < width
-        best_ids[rows[kept], ranks[kept]] = ids[kept]
-        best_scores[rows[kept], ranks[kept]] = scores[kept]
-        return TopK(label_ids=best_ids, scores=best_scores)
+        result, kept = TopK.empty(self.num_rows, width), ranks < width
+        result.label_ids[rows[kept], ranks[kept]] = ids[kept]
+        result.scores[rows[kept], ranks[kept]] = scores[kept]
+        return result
 
 
 # ------------------------------------------------------------------------- XMC

@@ -4,7 +4,7 @@ What an encoder of D numbers must forget (a rare word that names a rare label), 
 `xmc_midx.predictor` adds the labels of the neighbours to the model's own. Inner products are over the features that
 are not in too many rows.
 
-A list is sorted by falling size of its values, so that a query reads its lists only as far as their entries matter:
+A list is sorted by falling size of its values, to a level (`_LEVELS`), so that a query reads its lists only as far as their entries matter:
 the largest products, `_BUDGET` of them at most, nominate candidates, and the best `_CANDIDATES` a neighbour get their
 exact inner product (score-at-a-time ranking, arXiv 1505.06690, with rescoring). A query whose lists hold no more
 entries than that is answered exactly, as every query is with `exact=True`. What this misses is measured in
@@ -58,19 +58,9 @@ class NeighborIndex:
         self.labels = csr_matrix(
             (np.ones(labels.nnz, dtype=np.float32), labels.indices, labels.indptr), shape=labels.shape
         )
-        columns = features.tocsc()
-        counts = np.diff(columns.indptr)
-        rows, values = columns.indices, columns.data
-        self._kept = kept = _kept_features(features)
-        if not kept.all():
-            mask = np.repeat(kept, counts)
-            rows, values, counts = rows[mask], values[mask], np.where(kept, counts, 0)
+        self._kept = _kept_features(features)
         self._local = threading.local()
-        self._offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self._rows = rows.astype(np.int32)
-        self._values = values.astype(np.float32)
-        self._prefixes = np.zeros((self.num_features, _LEVELS), dtype=np.int32)
-        _sort_lists(self._offsets, self._rows, self._values, self._prefixes)
+        self._offsets, self._rows, self._values, self._prefixes = _inverted_lists(features, self._kept)
         self._forward = (
             features.indptr.astype(np.int64),
             features.indices.astype(np.int32, copy=False),
@@ -207,29 +197,27 @@ def _offsets(counts: NDArray[Any]) -> NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
+def _inverted_lists(features: csr_matrix, kept: NDArray[np.bool_]) -> tuple[NDArray[Any], ...]:
+    """The kept features' lists one after the other: offsets (F+1,), rows and values (nnz,), and how many entries of a
+    list (F, levels) are at least as large as each level. In a list, the levels fall and the rows of a level rise."""
+    num_rows, num_features = features.shape
+    mask = kept[features.indices]
+    rows = np.repeat(np.arange(num_rows, dtype=np.int32), np.diff(features.indptr))[mask]
+    ids, values = features.indices[mask], features.data[mask].astype(np.float32, copy=False)
+    # An entry of level m has 2^(-m/2) <= size; the smallest ones share the last level, which no prefix counts.
+    with np.errstate(divide="ignore"):
+        level = np.clip(np.ceil(-2.0 * np.log2(np.abs(values))), 0, _LEVELS).astype(np.uint8)
+    # Keys of 16 bits at most: a radix sort each.
+    order = np.lexsort((level, (ids & 0xFFFF).astype(np.uint16), (ids >> 16).astype(np.uint16)))
+    counts = np.bincount(ids.astype(np.int64) * (_LEVELS + 1) + level, minlength=num_features * (_LEVELS + 1))
+    prefixes = np.cumsum(counts.reshape(num_features, _LEVELS + 1), axis=1)
+    return _offsets(prefixes[:, -1]), rows[order], values[order], prefixes[:, :_LEVELS].astype(np.int32)
+
+
 def _kept_features(features: csr_matrix) -> NDArray[np.bool_]:
     """(F,): False for a feature that is in so many rows that its list is left out."""
     counts = np.bincount(features.indices, minlength=features.shape[1])
     return np.asarray((counts <= _MAX_SHARE * features.shape[0]) | (features.shape[0] <= _SMALL))
-
-
-@numba.njit(nogil=True, cache=True)
-def _sort_lists(offsets: Any, rows: Any, values: Any, prefixes: Any) -> None:
-    """Sort each list by falling size of its values, ties to the smaller row, and count the entries of each level: those
-    with `size >= 2^(-level/2)`."""
-    for feature in range(offsets.shape[0] - 1):
-        begin, end = offsets[feature], offsets[feature + 1]
-        if begin == end:
-            continue
-        order = np.argsort(-np.abs(values[begin:end]), kind="mergesort")
-        rows[begin:end] = rows[begin:end][order]
-        values[begin:end] = values[begin:end][order]
-        position = begin
-        for level in range(prefixes.shape[1]):
-            least = 2.0 ** (-0.5 * level)
-            while position < end and abs(values[position]) >= least:
-                position += 1
-            prefixes[feature, level] = position - begin
 
 
 @numba.njit(nogil=True, cache=True)

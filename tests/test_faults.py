@@ -287,7 +287,7 @@ PLACES = {
     "step": ("step.done:4", 4),
     "evaluation": ("validation.begun:2", 2 * STEPS),
     "refresh": ("refresh.begun:2", STEPS + 1),
-    "saving": ("save.part-written:2", STEPS),
+    "saving": ("save.manifest-written:1", STEPS),
 }
 
 

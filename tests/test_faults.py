@@ -108,9 +108,22 @@ def whole(topic_dir: Path, tmp_path_factory: pytest.TempPathFactory, processes: 
 
 
 def kill_at_random(
-    processes: Any, data: Path, whole: Path, options: list[str], directory: Path, num_kills: int, seconds: float
+    processes: Any,
+    data: Path,
+    whole: Path,
+    options: list[str],
+    directory: Path,
+    num_kills: int,
+    seconds: float,
+    interval: int = 1,
 ) -> dict[str, int]:
-    """Kill, look, go on, until so many kills; a run that ends must equal `whole`, and another one starts."""
+    """Kill, look, go on, until so many kills; a run that ends must equal `whole`, and another one starts.
+
+    Parameters
+    ----------
+    seconds : within which a process is killed, from its start or, where saves are more than a step apart (`interval`),
+        from its first step.
+    """
     rng = np.random.default_rng(0)
     steps = processes.Value("q", 0, lock=False)
     counts = {"kills": 0, "unreadable": 0, "lost": 0, "strays": 0, "finished runs": 0}
@@ -122,11 +135,13 @@ def kill_at_random(
         steps.value = first
         child = processes.Process(target=victims.work, args=(str(data), str(run), options, None, steps, first))
         child.start()
+        while interval > 1 and steps.value == first and child.is_alive():
+            time.sleep(0.01)
         child.join(float(rng.uniform(0, seconds)))
         child.kill()
         child.join()
         if child.exitcode == 0:
-            assert weights(run) == weights(whole)
+            assert weights(run) == weights(whole) and strays(run) == []
             counts["finished runs"] += 1
             shutil.rmtree(run)
             continue
@@ -142,9 +157,9 @@ def kill_at_random(
             counts["unreadable"] += 1
             continue
         counts["unreadable"] += len(faults)
-        # Step s is counted before it is saved: what is on disk is at most one step older.
+        # Step s is counted before it is saved: what is on disk is at most one interval older.
         newest = 0 if saved is None else saved.state["counters"]["step"]
-        counts["lost"] += newest < steps.value - 1
+        counts["lost"] += newest < steps.value - interval
     if (run / "config.yaml").exists():
         resume(run)
         assert weights(run) == weights(whole) and strays(run) == []
@@ -178,30 +193,12 @@ def test_kills_in_a_training_on_delicious_lose_nothing(
     shared_data: Path, processes: Any, tmp_path: Path, record_property: Fault
 ) -> None:
     options = ["training.epochs=3", "training.save_every_steps=20"]
-    data = shared_data / "delicious"
-    assert run_child(processes, victims.work, str(data), str(tmp_path / "whole"), options, None, None, 0) == 0
-    rng = np.random.default_rng(0)
-    kills, unreadable, left, run = 0, 0, 0, tmp_path / "run"
-    while kills < 30:
-        child = processes.Process(target=victims.work, args=(str(data), str(run), options, None, None, 0))
-        child.start()
-        child.join(float(rng.uniform(0.3, 6)))
-        child.kill()
-        child.join()
-        if child.exitcode == 0:
-            assert weights(run) == weights(tmp_path / "whole")
-            shutil.rmtree(run)
-            continue
-        kills += 1
-        if run.exists():
-            clean(run)
-            left += len(strays(run))
-            unreadable += len(CheckpointStore(run / "checkpoints").load_newest(["model", "training"])[1])
-    record_property("count", kills)
-    if (run / "config.yaml").exists():
-        resume(run)
-        assert weights(run) == weights(tmp_path / "whole")
-    assert (unreadable, left) == (0, 0)
+    data, whole = shared_data / "delicious", tmp_path / "whole"
+    assert run_child(processes, victims.work, str(data), str(whole), options, None, None, 0) == 0
+    counts = kill_at_random(processes, data, whole, options, tmp_path, 30, 5.0, interval=20)
+    record_property("count", counts["kills"])
+    assert (counts["unreadable"], counts["lost"], counts["strays"]) == (0, 0, 0), counts
+    assert counts["finished runs"] >= 1
 
 
 # --------------------------------------------------------------------------- R2: crash points

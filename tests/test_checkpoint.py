@@ -341,6 +341,7 @@ def test_what_was_begun_and_is_given_up_leaves_nothing(store: CheckpointStore) -
     assert sorted(path.name for path in store.directory.iterdir()) == ["4", "9"]
 
 
+@pytest.mark.fault("R4")
 def test_what_goes_wrong_in_the_background_is_said_at_the_end(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -145,7 +145,6 @@ class CheckpointStore:
             shutil.rmtree(aside, ignore_errors=True)
             self._turn(staged)
         except OSError as error:
-            shutil.rmtree(beside, ignore_errors=True)
             self._unstage(pointers)
             if aside.exists() and not final.exists():
                 aside.rename(final)
@@ -155,6 +154,7 @@ class CheckpointStore:
                 hint="Is the disk full or read-only? Earlier checkpoints are untouched.",
             ) from error
         finally:
+            shutil.rmtree(beside, ignore_errors=True)
             self._begun = None
         return final
 

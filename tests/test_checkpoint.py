@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from xmc_midx import checkpoint as checkpoint_module
+from xmc_midx import tensorfile
 from xmc_midx.checkpoint import FORMAT_VERSION, CheckpointStore
+from xmc_midx.data import files
 from xmc_midx.errors import DataError, ResourceError
 
 PARTS = ("model", "training")
@@ -219,34 +225,30 @@ def test_a_pointer_to_nothing_is_refused(store: CheckpointStore) -> None:
 
 
 @pytest.mark.parametrize("fails_at", ["first part", "second part", "state.json", "manifest.json", "rename"])
-@pytest.mark.parametrize("kind", [OSError, SafetensorError])
 @pytest.mark.fault("R4")
 def test_a_failed_save_leaves_everything_as_it_was(
-    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, fails_at: str, kind: type[Exception]
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, fails_at: str
 ) -> None:
-    def fail(path: Path) -> None:
-        path.write_bytes(b"half of it")
-        raise OSError(errno.ENOSPC, "No space left on device") if kind is OSError else SafetensorError("I/O error")
+    files = {"first part": "model.safetensors", "second part": "training.safetensors"}
 
-    save_file, write_text, sync = checkpoint_module.save_file, Path.write_text, checkpoint_module.sync_directory
+    def failing(work: Callable[..., Any]) -> Callable[..., Any]:
+        def work_or_fail(path: Path, *arguments: Any, **options: Any) -> Any:
+            if path.name == files.get(fails_at, fails_at):
+                with path.open("wb") as file:
+                    file.write(b"half of it")
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return work(path, *arguments, **options)
 
-    def failing_save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        if path.name == {"first part": "model.safetensors", "second part": "training.safetensors"}.get(fails_at):
-            fail(path)
-        save_file(tensors, path)
-
-    def failing_write(path: Path, text: str, **options: str) -> int:
-        if path.name == fails_at:
-            fail(path)
-        return write_text(path, text, **options)
+        return work_or_fail
 
     def failing_sync(path: Path) -> None:
         if fails_at == "rename" and path.name.startswith(".unfinished"):
-            fail(path / "half")
+            raise OSError(errno.ENOSPC, "No space left on device")
         sync(path)
 
-    monkeypatch.setattr(checkpoint_module, "save_file", failing_save)
-    monkeypatch.setattr(Path, "write_text", failing_write)
+    sync = checkpoint_module.sync_directory
+    for owner, name in ((checkpoint_module, "write_tensors"), (Path, "write_text"), (Path, "write_bytes")):
+        monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
     monkeypatch.setattr(checkpoint_module, "sync_directory", failing_sync)
     before = snapshot(store.directory.parent)
     for step in (12, 9):
@@ -284,24 +286,90 @@ def test_a_directory_that_cannot_be_made_is_a_resource_error(tmp_path: Path) -> 
         CheckpointStore(tmp_path / "file" / "checkpoints").save(1, make_parts(1), STATE)
 
 
-def test_files_are_on_disk_before_the_rename_and_the_rename_before_the_return(
+def test_files_are_on_disk_before_the_rename_and_the_rename_before_the_pointers(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    synced: list[str] = []
-    for name in ("sync_file", "sync_directory"):
-        sync = getattr(checkpoint_module, name)
+    """`fsync` is watched where it is called; a file is synced after its last write, as its size then shows."""
+    events: list[str] = []
+    fsync, rename, replace = os.fsync, Path.rename, Path.replace
 
-        def recording(path: Path, sync: object = sync) -> None:
-            synced.append(path.name)
-            sync(path)  # type: ignore[operator]
+    def synced(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        events.append(f"{path.name} {path.stat().st_size}" if path.is_file() else f"{path.name}/")
+        fsync(descriptor)
 
-        monkeypatch.setattr(checkpoint_module, name, recording)
-    store.save(12, make_parts(1), STATE)
-    assert synced[:4] == ["model.safetensors", "state.json", "training.safetensors", "manifest.json"]
-    assert synced[4].startswith(".unfinished-12") and synced[5:] == ["checkpoints"]
-    del synced[:]
-    store.point("latest", 12)
-    assert synced[0].startswith(".unfinished-latest") and synced[1:] == [store.directory.parent.name]
+    def renamed(path: Path, target: Path) -> Path:
+        events.append(f"-> {target.name}")
+        return (rename if path.is_dir() else replace)(path, target)
+
+    for module in (tensorfile, files):
+        monkeypatch.setattr(module.os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(Path, "replace", renamed)
+    path = store.save(12, make_parts(1), STATE, ["best", "latest"])
+    process = os.getpid()
+    complete = {f"{file.name} {file.stat().st_size}" for file in path.iterdir()}
+    assert len(complete) == 4
+    before = (
+        complete | {f".unfinished-12-{process}/"} | {f".unfinished-{name}-{process} 3" for name in ("best", "latest")}
+    )
+    assert set(events[: len(before)]) == before
+    assert events[len(before) :] == ["-> 12", "checkpoints/", "-> best", "-> latest", f"{store.directory.parent.name}/"]
+    del events[:]
+    store.point("latest", 9)
+    assert events == [f".unfinished-latest-{process} 2", "-> latest", f"{store.directory.parent.name}/"]
+
+
+# ------------------------------------------------------------------- in the background
+
+
+def test_tensors_are_written_before_the_state_is_known(store: CheckpointStore, tmp_path: Path) -> None:
+    store.begin(12, make_parts(3))
+    assert store.begun == 12
+    store.finish({"score": 1.0}, ["best", "latest"])
+    assert store.begun is None and (store.step_of("best"), store.step_of("latest")) == (12, 12)
+    at_once = CheckpointStore(tmp_path / "other" / "checkpoints")
+    at_once.save(12, make_parts(3), {"score": 1.0})
+    assert snapshot(at_once.directory / "12") == snapshot(store.directory / "12")
+
+
+def test_what_was_begun_and_is_given_up_leaves_nothing(store: CheckpointStore) -> None:
+    before = snapshot(store.directory.parent)
+    store.begin(12, make_parts(3))
+    store.settle()
+    assert store.begun is None and snapshot(store.directory.parent) == before
+    assert sorted(path.name for path in store.directory.iterdir()) == ["4", "9"]
+
+
+@pytest.mark.fault("R4")
+def test_what_goes_wrong_in_the_background_is_said_at_the_end(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, tensors: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = snapshot(store.directory.parent)
+    monkeypatch.setattr(checkpoint_module, "write_tensors", full)
+    store.begin(12, make_parts(3))
+    with pytest.raises(ResourceError, match="No space left"):
+        store.finish(STATE, ["latest"])
+    assert snapshot(store.directory.parent) == before and store.begun is None
+
+
+def test_a_save_waits_for_the_pruning_before_it(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pruning clears unfinished directories: the next one must not be among them."""
+    clean, may_clean = store.clean, threading.Event()
+
+    def late() -> None:
+        may_clean.wait(0.3)
+        clean()
+
+    monkeypatch.setattr(store, "clean", late)
+    store.prune([9], wait=False)
+    store.save(12, make_parts(3), STATE, ["latest"])
+    may_clean.set()
+    store.settle()
+    assert store.steps() == [9, 12] and store.load("latest", PARTS).state == STATE
 
 
 # --------------------------------------------------------------------------- prune

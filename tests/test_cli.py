@@ -340,9 +340,11 @@ def test_help_and_usage_errors_load_nothing_heavy(words: list[str]) -> None:
 
 def test_help_answers_at_once() -> None:
     def measure() -> float:
-        started = time.perf_counter()
+        """Seconds of the processor: what else it does is not counted."""
+        started = os.times()
         subprocess.run([sys.executable, "-m", "xmc_midx", "--help"], capture_output=True, cwd=ROOT, check=True)
-        return time.perf_counter() - started
+        ended = os.times()
+        return ended.children_user + ended.children_system - started.children_user - started.children_system
 
     assert min(measure() for _ in range(3)) < 0.7
 

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from xmc_midx import crash
 from xmc_midx.checkpoint import CheckpointStore
+from xmc_midx.config import load_config
 from xmc_midx.data.files import sha256_of
 from xmc_midx.errors import DataError, DivergedError, ResourceError, UsageError
 from xmc_midx.interpolation import Interpolation
@@ -71,8 +72,10 @@ def processes() -> Any:
 def run_child(processes: Any, target: Callable[..., None], *arguments: Any) -> int:
     child = processes.Process(target=target, args=arguments)
     child.start()
-    child.join(60)
-    assert child.exitcode is not None, "the child hangs"
+    child.join(300)  # as long as a busy machine may take
+    hangs = child.exitcode is None
+    child.kill()
+    assert not hangs, "the child hangs"
     return int(child.exitcode)
 
 
@@ -108,9 +111,22 @@ def whole(topic_dir: Path, tmp_path_factory: pytest.TempPathFactory, processes: 
 
 
 def kill_at_random(
-    processes: Any, data: Path, whole: Path, options: list[str], directory: Path, num_kills: int, seconds: float
+    processes: Any,
+    data: Path,
+    whole: Path,
+    options: list[str],
+    directory: Path,
+    num_kills: int,
+    seconds: float,
+    interval: int = 1,
 ) -> dict[str, int]:
-    """Kill, look, go on, until so many kills; a run that ends must equal `whole`, and another one starts."""
+    """Kill, look, go on, until so many kills; a run that ends must equal `whole`, and another one starts.
+
+    Parameters
+    ----------
+    seconds : within which a process is killed: from its start or, every second time and wherever saves are more than a
+        step apart (`interval`), from its first step.
+    """
     rng = np.random.default_rng(0)
     steps = processes.Value("q", 0, lock=False)
     counts = {"kills": 0, "unreadable": 0, "lost": 0, "strays": 0, "finished runs": 0}
@@ -122,11 +138,13 @@ def kill_at_random(
         steps.value = first
         child = processes.Process(target=victims.work, args=(str(data), str(run), options, None, steps, first))
         child.start()
+        while (interval > 1 or counts["kills"] % 2) and steps.value == first and child.is_alive():
+            time.sleep(0.01)
         child.join(float(rng.uniform(0, seconds)))
         child.kill()
         child.join()
         if child.exitcode == 0:
-            assert weights(run) == weights(whole)
+            assert weights(run) == weights(whole) and strays(run) == []
             counts["finished runs"] += 1
             shutil.rmtree(run)
             continue
@@ -142,13 +160,12 @@ def kill_at_random(
             counts["unreadable"] += 1
             continue
         counts["unreadable"] += len(faults)
-        # Step s is counted before it is saved: what is on disk is at most one step older.
+        # Step s is counted before it is saved: what is on disk is at most one interval older.
         newest = 0 if saved is None else saved.state["counters"]["step"]
-        counts["lost"] += newest < steps.value - 1
-    if (run / "config.yaml").exists():
-        resume(run)
-        assert weights(run) == weights(whole) and strays(run) == []
-        counts["finished runs"] += 1
+        counts["lost"] += newest < steps.value - interval
+    assert run_child(processes, victims.work, str(data), str(run), options, None, None, 0) == 0
+    assert weights(run) == weights(whole) and strays(run) == []
+    counts["finished runs"] += 1
     return counts
 
 
@@ -178,30 +195,12 @@ def test_kills_in_a_training_on_delicious_lose_nothing(
     shared_data: Path, processes: Any, tmp_path: Path, record_property: Fault
 ) -> None:
     options = ["training.epochs=3", "training.save_every_steps=20"]
-    data = shared_data / "delicious"
-    assert run_child(processes, victims.work, str(data), str(tmp_path / "whole"), options, None, None, 0) == 0
-    rng = np.random.default_rng(0)
-    kills, unreadable, left, run = 0, 0, 0, tmp_path / "run"
-    while kills < 30:
-        child = processes.Process(target=victims.work, args=(str(data), str(run), options, None, None, 0))
-        child.start()
-        child.join(float(rng.uniform(0.3, 6)))
-        child.kill()
-        child.join()
-        if child.exitcode == 0:
-            assert weights(run) == weights(tmp_path / "whole")
-            shutil.rmtree(run)
-            continue
-        kills += 1
-        if run.exists():
-            clean(run)
-            left += len(strays(run))
-            unreadable += len(CheckpointStore(run / "checkpoints").load_newest(["model", "training"])[1])
-    record_property("count", kills)
-    if (run / "config.yaml").exists():
-        resume(run)
-        assert weights(run) == weights(tmp_path / "whole")
-    assert (unreadable, left) == (0, 0)
+    data, whole = shared_data / "delicious", tmp_path / "whole"
+    assert run_child(processes, victims.work, str(data), str(whole), options, None, None, 0) == 0
+    counts = kill_at_random(processes, data, whole, options, tmp_path, 30, 5.0, interval=20)
+    record_property("count", counts["kills"])
+    assert (counts["unreadable"], counts["lost"], counts["strays"]) == (0, 0, 0), counts
+    assert counts["finished runs"] >= 1
 
 
 # --------------------------------------------------------------------------- R2: crash points
@@ -287,7 +286,7 @@ PLACES = {
     "step": ("step.done:4", 4),
     "evaluation": ("validation.begun:2", 2 * STEPS),
     "refresh": ("refresh.begun:2", STEPS + 1),
-    "saving": ("save.part-written:2", STEPS),
+    "saving": ("save.manifest-written:1", STEPS),
 }
 
 
@@ -300,9 +299,9 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     run, log = tmp_path / "my run", tmp_path / "log"
     words = ["train", str(topic_dir), "--output", str(run), *sets(SAVE_AT_EPOCHS)]
     point, step = PLACES[place]
-    started = time.monotonic()
+    # That it stopped within the step, or the chunk of a validation, is seen in what it saved; how long it took to start
+    # and to be waited for says nothing of that.
     assert run_child(processes, victims.command, words, point, number, str(log), False) == 128 + number
-    assert time.monotonic() - started < 5
     text = " ".join(log.read_text().split())
     assert f"Saved at step {step} of {TOTAL}. Go on with: xmc-midx train {topic_dir} --output '{run}' --resume" in text
     assert "Traceback" not in text and strays(run) == []
@@ -383,8 +382,6 @@ def test_a_signal_at_any_step_is_resumed(
 def test_the_time_limit_saves_and_the_resumed_run_equals_the_whole(
     topic_dir: Path, whole: Path, tmp_path: Path
 ) -> None:
-    from xmc_midx.config import load_config
-
     run = tmp_path / "run"
     result = train(topic_dir, output=run, config=load_config(assignments=SAVE_AT_EPOCHS), max_seconds=0.0)
     assert not result.finished and result.best_epoch == 0 and Path(result.best).name == "1"
@@ -519,6 +516,19 @@ def test_five_thousand_damages_are_detected(store: CheckpointStore, record_prope
     damage_and_load(store, 5000)
 
 
+def test_latest_is_turned_last(topic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a kill between the two, `best` is ahead, which the start after it puts back; `latest` never is."""
+    turned, replace = [], Path.replace
+
+    def recorded(path: Path, target: Path) -> Path:
+        turned.append(Path(target).name)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", recorded)
+    train(topic_dir, output=tmp_path / "run", config=load_config(assignments=[*SAVE_AT_EPOCHS, "training.epochs=1"]))
+    assert [name for name in turned if name in ("best", "latest")] == ["best", "latest"]
+
+
 def test_a_damaged_pointer_is_passed_over_and_a_run_without_a_whole_checkpoint_is_refused(
     store: CheckpointStore,
 ) -> None:
@@ -562,8 +572,6 @@ def test_a_run_goes_back_past_a_damaged_checkpoint_with_a_warning_to_the_same_re
 
 
 def test_checkpoints_are_kept_with_the_best_that_each_of_them_knows(topic_dir: Path, tmp_path: Path) -> None:
-    from xmc_midx.config import load_config
-
     config = load_config(assignments=[*SAVE_AT_EPOCHS, "training.keep_checkpoints=3", "training.epochs=6"])
     train(topic_dir, output=tmp_path / "run", config=config)
     store = CheckpointStore(tmp_path / "run" / "checkpoints")
@@ -656,10 +664,10 @@ def test_a_malicious_model_file_is_refused_and_runs_nothing(whole: Path, tmp_pat
     write(best / "model.safetensors")
     seal(best)
     for _ in range(2):
-        started = time.monotonic()
+        started = time.process_time()
         with pytest.raises(DataError):
             Predictor.load(run)
-        assert time.monotonic() - started < 2 and not mark.exists()
+        assert time.process_time() - started < 2 and not mark.exists()
         (run / "model.json").unlink(missing_ok=True)  # now the checkpoint's
 
 
@@ -702,10 +710,10 @@ def test_a_malicious_configuration_is_refused_quickly(
     shutil.copytree(whole, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run" / "config.yaml").write_text(text.replace("MARK", str(tmp_path / "mark")))
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(DataError) as caught:
         Predictor.load(tmp_path / "run")
-    assert time.monotonic() - started < 3 and not (tmp_path / "mark").exists()
+    assert time.process_time() - started < 3 and not (tmp_path / "mark").exists()
     assert len(str(caught.value)) < 4000
 
 
@@ -824,7 +832,6 @@ def test_a_kill_at_the_end_leaves_a_run_that_ends_alike(
 def test_a_poisoned_row_is_named_and_the_last_finite_checkpoint_stays(
     topic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from xmc_midx.config import load_config
     from xmc_midx.data.batches import BatchStream
 
     make, victim = BatchStream._batch, []
@@ -841,7 +848,7 @@ def test_a_poisoned_row_is_named_and_the_last_finite_checkpoint_stays(
 
     monkeypatch.setattr(BatchStream, "_batch", poisoned)
     config = load_config(assignments=SAVE_AT_EPOCHS)
-    with pytest.raises(DivergedError, match=f"step {STEPS + 4}") as caught:
+    with pytest.raises(DivergedError, match=f"The loss became (inf|nan) at step {STEPS + 4}") as caught:
         train(topic_dir, output=tmp_path / "run", config=config)
     assert f"on the training instances {max(victim)} (" in caught.value.message
     assert f"The checkpoint of step {STEPS} is finite and stays." in str(caught.value) and caught.value.exit_code == 6
@@ -852,7 +859,6 @@ def test_a_poisoned_row_is_named_and_the_last_finite_checkpoint_stays(
 def test_a_gradient_that_is_not_finite_stops_before_the_step(
     topic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from xmc_midx.config import load_config
     from xmc_midx.softmax import LabelSoftmax
 
     forward, calls = LabelSoftmax.forward, [0]
@@ -875,7 +881,6 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
 def test_a_model_that_is_not_finite_is_never_saved(
     topic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from xmc_midx.config import load_config
     from xmc_midx.trainer import Trainer
 
     step = Trainer._train_step

@@ -6,6 +6,7 @@ import bz2
 import contextlib
 import gzip
 import lzma
+import os
 import random
 import re
 import subprocess
@@ -557,6 +558,28 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
         write_xmc(tmp_path / "no" / "train.txt", csr_matrix([[1.0]]), csr_matrix([[1.0]]))
     assert path.read_bytes() == GOOD
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_on_disk_before_it_takes_its_name_and_an_older_one_is_never_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = put(tmp_path, GOOD)
+    (tmp_path / "same file").hardlink_to(path)
+    events: list[tuple[str, bytes]] = []
+    fsync = os.fsync
+
+    def synced(descriptor: int) -> None:
+        found = Path(f"/proc/self/fd/{descriptor}").readlink()
+        # What lies under the name, when the file and then the name is brought to the disk.
+        events.append((found.suffix or "directory", path.read_bytes()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    with files.atomic_write(path) as file:
+        file.write(b"newer")
+    assert [kind for kind, _ in events] == [".tmp", "directory"]
+    assert [content for _, content in events] == [GOOD, b"newer"]
+    assert (tmp_path / "same file").read_bytes() == GOOD
 
 
 # --- Label names

@@ -268,9 +268,9 @@ def test_a_hundred_thousand_instances_and_a_million_labels_are_quick():
     )
     ids = np.sort(rng.integers(0, num_labels - 5, (n, 5)), axis=1) + np.arange(5)
     top = TopK(label_ids=ids, scores=np.zeros((n, 5), dtype=np.float32))
-    started = time.perf_counter()
+    started = time.process_time()
     evaluate_topk(top, labels, label_frequencies=np.ones(num_labels, dtype=np.int64), num_train=n)
-    assert time.perf_counter() - started < 10  # 0.4 s alone on a core; the bound leaves room for a busy machine
+    assert time.process_time() - started < 10  # of the processor: what else it does is not counted; 0.4 s alone
 
 
 @pytest.mark.parametrize(

@@ -232,10 +232,10 @@ def test_an_array_that_states_a_huge_size_costs_no_memory(tmp_path: Path) -> Non
                 if key == name:
                     content = content.replace(b"(4,), }", f"({size},), }}".encode())
                 archive.writestr(f"{key}.npy", content)
-        began = time.monotonic()
+        began = time.process_time()
         with pytest.raises(DataError, match=message):
             load_dataset(tmp_path)
-        assert time.monotonic() - began < 2
+        assert time.process_time() - began < 2
 
 
 @pytest.mark.fault("R8")

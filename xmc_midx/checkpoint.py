@@ -3,31 +3,35 @@
 A checkpoint is written beside its final name, every file and the directory are synced, and one rename makes it
 visible. It holds one safetensors file for each part (`model`, `training`), `state.json` for what is not a tensor, and
 `manifest.json` with the size and the sha256 of every file. `latest` and `best` are one-line text files that name a
-checkpoint, replaced by a rename too, `latest` last. Format 2 may hold an epoch that was not validated yet
+checkpoint, replaced by a rename too, `latest` last. The tensors are written in the background from `begin` to `finish`,
+while the model is validated, say: they must stand still. Format 2 may hold an epoch that was not validated yet
 (`pending` in the state); format 1, which could not, is read as well.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from xmc_midx.crash import crash_point
 from xmc_midx.data.files import read_json, sha256_of, sync_directory, sync_file
 from xmc_midx.device import is_out_of_memory
 from xmc_midx.errors import DataError, ResourceError
 from xmc_midx.rundir import RunDirectory
+from xmc_midx.tensorfile import StoredTensor, write_tensors
 
 __all__ = ["FORMAT_VERSION", "Checkpoint", "CheckpointStore", "read_model", "refuse_misfits"]
 
@@ -36,7 +40,10 @@ _FORMAT = "xmc-midx checkpoint"
 _UNFINISHED, _REPLACED = ".unfinished-", ".replaced-"
 _MAX_MANIFEST_BYTES = 2**20
 
+_Result = TypeVar("_Result")
 Tensors = Mapping[str, torch.Tensor]
+_Files = dict[str, dict[str, Any]]
+"""File name -> size and hash, as in the manifest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +57,16 @@ class Checkpoint:
     """The plain values that were saved with them."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Begun:
+    """A checkpoint whose tensors are being written."""
+
+    step: int
+    beside: Path
+    num_bytes: int
+    files: Future[_Files]
+
+
 class CheckpointStore:
     """The checkpoints of a run: `<directory>/<step>/` and the pointers beside the directory.
 
@@ -60,25 +77,64 @@ class CheckpointStore:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._begun: _Begun | None = None
+        self._pruning: Future[None] | None = None
 
     # ------------------------------------------------------------------ write
 
-    def save(self, step: int, parts: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
-        """Write the checkpoint of a step and return its directory; an equal step's older checkpoint is replaced.
+    def save(
+        self, step: int, parts: Mapping[str, Tensors], state: Mapping[str, Any], pointers: Sequence[str] = ()
+    ) -> Path:
+        """`begin` and `finish` at once."""
+        self.begin(step, parts)
+        return self.finish(state, pointers)
+
+    @property
+    def begun(self) -> int | None:
+        """The step whose tensors are being written; None where none are."""
+        return None if self._begun is None else self._begun.step
+
+    def begin(self, step: int, parts: Mapping[str, Tensors]) -> None:
+        """Start to write the tensors of a step, in a thread; they must not change until `finish` or `settle`.
+
+        What goes wrong is raised by `finish`.
+        """
+        self.settle()
+        beside = self.directory / f"{_UNFINISHED}{step}-{os.getpid()}"
+        num_bytes = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
+        files = _in_background(functools.partial(_write_parts, beside, parts))
+        self._begun = _Begun(step=step, beside=beside, num_bytes=num_bytes, files=files)
+
+    def settle(self) -> None:
+        """Wait for the background; leave nothing of what was begun and will not be finished."""
+        if self._pruning is not None:
+            self._pruning.result()
+            self._pruning = None
+        if self._begun is not None:
+            self._begun.files.exception()
+            shutil.rmtree(self._begun.beside, ignore_errors=True)
+            self._begun = None
+
+    def finish(self, state: Mapping[str, Any], pointers: Sequence[str] = ()) -> Path:
+        """Make a checkpoint of the tensors that were begun and return its directory; it replaces one of the same step.
+
+        Parameters
+        ----------
+        state : the plain values that belong to them.
+        pointers : which are to name it, one after the other, once it is on the disk.
 
         Raises
         ------
         ResourceError : the disk is full or the directory cannot be written; what was there before is untouched.
         """
-        final = self.directory / str(step)
-        beside = self.directory / f"{_UNFINISHED}{step}-{os.getpid()}"
-        aside = self.directory / f"{_REPLACED}{step}"
+        assert self._begun is not None, "there is a beginning"
+        step, beside, num_bytes = self._begun.step, self._begun.beside, self._begun.num_bytes
+        final, aside = self.directory / str(step), self.directory / f"{_REPLACED}{step}"
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir()
-            crash_point("save.begun")
-            self._write_files(beside, step, parts, state)
+            sealed = _seal(beside, step, self._begun.files.result(), state)
+            staged = self._stage(pointers, step)
+            _sync_all([*sealed, *staged.values()], beside)
+            crash_point("save.manifest-written")
             if final.exists():
                 # A directory cannot be replaced by a rename. Between these two, `clean` finds the older one.
                 final.rename(aside)
@@ -87,64 +143,70 @@ class CheckpointStore:
             crash_point("save.renamed")
             sync_directory(self.directory)
             shutil.rmtree(aside, ignore_errors=True)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(beside, ignore_errors=True)
+            self._turn(staged)
+        except OSError as error:
+            self._unstage(pointers)
             if aside.exists() and not final.exists():
                 aside.rename(final)
-            needed = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
-            free = _free_bytes(self.directory)
             raise ResourceError(
-                f"{final}: the checkpoint could not be written: {getattr(error, 'strerror', None) or error} "
-                f"(it needs {needed:,} bytes, {free:,} are free).",
+                f"{final}: the checkpoint could not be written: {error.strerror or error} "
+                f"(it needs {num_bytes:,} bytes, {_free_bytes(self.directory):,} are free).",
                 hint="Is the disk full or read-only? Earlier checkpoints are untouched.",
             ) from error
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+            self._begun = None
         return final
-
-    def _write_files(self, target: Path, step: int, parts: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
-        for part, tensors in parts.items():
-            on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(on_cpu, target / f"{part}.safetensors")
-            crash_point("save.part-written")
-        (target / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        paths, mode = sorted(target.iterdir()), (target / "state.json").stat().st_mode
-        for path in paths:
-            path.chmod(mode)  # safetensors lets the owner alone read what it writes
-        # The disk writes while the processor hashes.
-        with ThreadPoolExecutor(1) as pool:
-            syncs = [pool.submit(sync_file, path) for path in paths]
-            files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
-            for sync in syncs:
-                sync.result()
-        manifest = {"format": _FORMAT, "version": FORMAT_VERSION, "step": step, "files": files}
-        (target / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        sync_file(target / "manifest.json")
-        sync_directory(target)
-        crash_point("save.manifest-written")
 
     def point(self, name: str, step: int) -> None:
         """Make the pointer `name` (`latest`, `best`) name the checkpoint of `step`."""
-        pointer = self.directory.parent / name
-        beside = pointer.with_name(f"{_UNFINISHED}{name}-{os.getpid()}")
         try:
-            beside.write_text(f"{step}\n", encoding="utf-8")
-            sync_file(beside)
-            crash_point("save.pointer-written")
-            beside.replace(pointer)
-            sync_directory(pointer.parent)
-            crash_point("save.pointed")
+            staged = self._stage([name], step)
+            _sync_all([*staged.values()])
+            self._turn(staged)
         except OSError as error:
-            beside.unlink(missing_ok=True)
+            self._unstage([name])
             raise ResourceError(
-                f"{pointer}: could not be written: {error.strerror}.", hint="Is the disk full or read-only?"
+                f"{self.directory.parent / name}: could not be written: {error.strerror}.",
+                hint="Is the disk full or read-only?",
             ) from error
+
+    def _beside(self, name: str) -> Path:
+        return self.directory.parent / f"{_UNFINISHED}{name}-{os.getpid()}"
+
+    def _stage(self, names: Sequence[str], step: int) -> dict[str, Path]:
+        """Pointer -> the file beside it that is to take its name."""
+        for name in names:
+            self._beside(name).write_text(f"{step}\n", encoding="utf-8")
+        return {name: self._beside(name) for name in names}
+
+    def _turn(self, staged: Mapping[str, Path]) -> None:
+        for name, path in staged.items():
+            crash_point("save.pointer-written")
+            path.replace(self.directory.parent / name)
+            crash_point("save.pointed")
+        if staged:
+            sync_directory(self.directory.parent)
+
+    def _unstage(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._beside(name).unlink(missing_ok=True)
 
     def unpoint(self, name: str) -> None:
         """Remove a pointer; one that is not there is no error."""
         (self.directory.parent / name).unlink(missing_ok=True)
 
-    def prune(self, keep: Iterable[int]) -> None:
-        """Delete all checkpoints but those of the steps in `keep`, and what a killed writer left behind."""
-        kept = set(keep)
+    def prune(self, keep: Iterable[int], *, wait: bool = True) -> None:
+        """Delete all checkpoints but those of the steps in `keep`, and what a killed writer left behind.
+
+        Without `wait` in the background, until the next `begin` or `settle`.
+        """
+        self.settle()
+        self._pruning = _in_background(functools.partial(self._prune, frozenset(keep)))
+        if wait:
+            self.settle()
+
+    def _prune(self, kept: frozenset[int]) -> None:
         for step in self.steps():
             if step not in kept:
                 shutil.rmtree(self.directory / str(step), ignore_errors=True)
@@ -273,6 +335,58 @@ def refuse_misfits(path: Path) -> Iterator[None]:
             f"{path}: is no checkpoint of this run: {type(error).__name__}: {reason}.",
             hint="Was it copied here from another run, or edited?",
         ) from error
+
+
+def _write_parts(beside: Path, parts: Mapping[str, Tensors]) -> _Files:
+    """A file for each part, on the disk when this returns."""
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    crash_point("save.begun")
+    files: _Files = {}
+    with ThreadPoolExecutor(len(parts)) as pool:
+        paths = {part: beside / f"{part}.safetensors" for part in parts}
+        jobs = {part: pool.submit(_write_part, paths[part], tensors) for part, tensors in parts.items()}
+        for part, job in jobs.items():
+            digest = job.result()
+            files[paths[part].name] = {"bytes": paths[part].stat().st_size, "sha256": digest}
+            crash_point("save.part-written")
+    return files
+
+
+def _write_part(path: Path, tensors: Tensors) -> str:
+    stored = {}
+    for name, tensor in tensors.items():
+        flat = tensor.detach().cpu().reshape(-1).view(torch.uint8)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        stored[name] = StoredTensor(dtype=dtype, shape=tuple(tensor.shape), data=flat.numpy().data)
+    return write_tensors(path, stored)
+
+
+def _seal(beside: Path, step: int, files: _Files, state: Mapping[str, Any]) -> list[Path]:
+    """Write the state, and the manifest of all; their paths."""
+    content = (json.dumps(state, indent=1) + "\n").encode()
+    (beside / "state.json").write_bytes(content)
+    files = files | {"state.json": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+    manifest = {"format": _FORMAT, "version": FORMAT_VERSION, "step": step, "files": dict(sorted(files.items()))}
+    (beside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return [beside / "state.json", beside / "manifest.json"]
+
+
+def _sync_all(files: Sequence[Path], *directories: Path) -> None:
+    """Side by side: a file system with a journal brings them to the disk together."""
+    with ThreadPoolExecutor(len(files) + len(directories)) as pool:
+        jobs = [pool.submit(sync_file, file) for file in files]
+        jobs += [pool.submit(sync_directory, directory) for directory in directories]
+        for job in jobs:
+            job.result()
+
+
+def _in_background(work: Callable[[], _Result]) -> Future[_Result]:
+    thread = ThreadPoolExecutor(1)
+    future = thread.submit(work)
+    thread.shutdown(wait=False)
+    return future
 
 
 def _verify(path: Path, wanted: Iterable[str], *, hashes: bool) -> None:

@@ -23,8 +23,10 @@ from typing import Any
 import numba
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from scipy.sparse import csr_matrix
+
+from xmc_midx.tensorfile import write_arrays
 
 __all__ = ["NeighborIndex", "insert_best", "save_rows"]
 
@@ -139,8 +141,8 @@ class NeighborIndex:
         return csr_matrix(chosen @ self.labels)
 
 
-def save_rows(path: Path, features: csr_matrix, labels: csr_matrix) -> None:
-    """Write training rows (N, F), ids rising, and their labels (N, L) as safetensors, three bytes a value.
+def save_rows(path: Path, features: csr_matrix, labels: csr_matrix) -> str:
+    """Write training rows (N, F), ids rising, and their labels (N, L) as safetensors, three bytes a value; the sha256.
 
     `features.counts` (N x blocks) is the number of a row's values in each block of 65,536 features, `features.ids`
     (nnz,) uint16 their places in it, `features.values` (nnz,) int8 their sizes in units of `features.scale` (N,), the
@@ -164,7 +166,7 @@ def save_rows(path: Path, features: csr_matrix, labels: csr_matrix) -> None:
         "labels.ids": labels.indices.astype(np.int32),
         "num_features_and_labels": np.array([num_features, labels.shape[1]], dtype=np.int64),
     }
-    save_file(arrays, path)
+    return write_arrays(path, arrays)
 
 
 def _read_rows(arrays: Mapping[str, NDArray[Any]]) -> tuple[csr_matrix, csr_matrix]:

@@ -21,17 +21,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from xmc_midx.calibration import Calibration
 from xmc_midx.config import Config, dump_config, load_config
 from xmc_midx.crash import crash_point
-from xmc_midx.data.files import atomic_write, read_json, sha256_of, sync_file
+from xmc_midx.data.files import atomic_write, read_json, sha256_of
 from xmc_midx.errors import DataError, ResourceError, UsageError
 from xmc_midx.interpolation import Interpolation
 from xmc_midx.neighbors import NeighborIndex, save_rows
 from xmc_midx.quantization import dequantize, quantize
 from xmc_midx.ranker import LinearRanker
+from xmc_midx.tensorfile import write_arrays
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -157,17 +158,17 @@ class RunDirectory:
 
     # ------------------------------------------------------------------ files
 
-    def write_text(self, name: str, text: str) -> None:
+    def write_text(self, name: str, text: str, *, sync: bool = True) -> None:
         """Write a file beside its name, bring it to the disk and rename it there."""
-        with atomic_write(self.path / name) as file:
+        with atomic_write(self.path / name, sync=sync) as file:
             file.write(text.encode())
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         self.write_text(name, json.dumps(value, indent=1) + "\n")
 
-    def write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """`metrics.jsonl`, whole: a line an epoch."""
-        self.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    def write_metrics(self, lines: Sequence[Mapping[str, Any]], *, sync: bool = True) -> None:
+        """`metrics.jsonl`, whole: a line an epoch; the checkpoints have the same lines (`sync`: see `atomic_write`)."""
+        self.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines), sync=sync)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         path = self.path / "metrics.jsonl"
@@ -196,7 +197,7 @@ class RunDirectory:
     def write_model(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Keep the finished model, the tensors of a checkpoint's part `model`, its tables in `model.storage`."""
         stored = quantize(arrays, self.config.model.storage)
-        self._write_tensors(_MODEL, lambda path: save_file(stored, path))
+        self._write_tensors(_MODEL, lambda path: write_arrays(path, stored))
 
     def seal_model(self) -> None:
         """Note sizes and hashes of what a prediction reads, last of all: from now on the run has a model."""
@@ -247,22 +248,18 @@ class RunDirectory:
         files = [self.path / name for name in (_MODEL, _NEIGHBORS, _RANKER)]
         return sum(file.stat().st_size for file in files if file.exists()) if self.has_model else 0
 
-    def _write_tensors(self, name: str, save: Callable[[Path], None]) -> str:
+    def _write_tensors(self, name: str, write: Callable[[Path], str]) -> str:
         """A file of tensors, written beside its name and renamed there; its sha256."""
         path = self.path / name
         beside = path.with_name(f".{name}.{os.getpid()}.tmp")
         try:
-            beside.touch()
-            mode = beside.stat().st_mode
-            save(beside)
-            beside.chmod(mode)  # safetensors lets the owner alone read what it writes
-            sync_file(beside)
-            digest = sha256_of(beside)
+            digest = write(beside)
             beside.replace(path)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             beside.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or error
-            raise ResourceError(f"{path}: cannot be written: {reason}.", hint="Is the disk full?") from None
+            raise ResourceError(
+                f"{path}: cannot be written: {error.strerror or error}.", hint="Is the disk full?"
+            ) from None
         return digest
 
     # ------------------------------------------------------- what is added to it
@@ -283,7 +280,8 @@ class RunDirectory:
         if training_rows is not None:
             values["neighbors_sha256"] = self._write_tensors(_NEIGHBORS, lambda path: save_rows(path, *training_rows))
         if ranker is not None:
-            values["ranker_sha256"] = self._write_tensors(_RANKER, lambda path: save_file(ranker.as_arrays(), path))
+            arrays = ranker.as_arrays()
+            values["ranker_sha256"] = self._write_tensors(_RANKER, lambda path: write_arrays(path, arrays))
         self.write_json(_INTERPOLATION, values)
 
     def interpolation_validation(self) -> dict[str, float] | None:

@@ -144,7 +144,10 @@ class TrainingSession:
                 if kept is not None:
                     error.hint = f"{error.hint} The checkpoint of step {kept} is finite and stays."
                 raise
+            finally:
+                self.store.settle()
         self._conclude(started)
+        self.run_directory.write_metrics(self.history)
         self.finished = True
         self.run_directory.finish()
 
@@ -263,6 +266,7 @@ class TrainingSession:
             self.reporter.step(done)
 
     def _end_epoch(self, stats: EpochStats, started: float) -> None:
+        self._begin_save()
         crash_point("validation.begun")
         release_freed_memory()
         validation = self._validate()
@@ -282,7 +286,7 @@ class TrainingSession:
         self.seconds = time.perf_counter() - started
         self._save()
         self.seconds = time.perf_counter() - started
-        self.run_directory.write_metrics(self.history)
+        self.run_directory.write_metrics(self.history, sync=False)
         self.reporter.epoch(stats)
 
     def _validate(self) -> dict[str, float]:
@@ -328,13 +332,21 @@ class TrainingSession:
         if self.deadline is not None and time.monotonic() >= self.deadline:
             raise _DeadlinePassed
 
+    def _begin_save(self) -> None:
+        """Let the tensors be written while nothing changes them."""
+        if self.store.begun is not None:
+            return
+        model = self.trainer.model_tensors()
+        _require_finite(model, self.trainer.step)
+        parts = {"model": model | self._known, "training": self.trainer.training_tensors()}
+        self.store.begin(self.trainer.step, parts)
+
     def _save(self) -> None:
         """Save what there is, unless it was saved just now."""
         step, moment = self.trainer.step, (self.trainer.step, self._pending is not None)
         if moment == self._saved:
             return
-        model = self.trainer.model_tensors()
-        _require_finite(model, step)
+        self._begin_save()
         saves = [save for save in self._saves if save[0] != step] + [[step, self.best_step]]
         saves = saves[-self.config.training.keep_checkpoints :]
         state = {
@@ -346,13 +358,9 @@ class TrainingSession:
             "pending": None if self._pending is None else dataclasses.asdict(self._pending),
             "saves": saves,
         }
-        parts = {"model": model | self._known, "training": self.trainer.training_tensors()}
-        self.store.save(step, parts, state)
-        if self.best_step == step:
-            self.store.point("best", step)
-        self.store.point("latest", step)
+        self.store.finish(state, ["best", "latest"] if self.best_step == step else ["latest"])
         self._saves = saves
-        self.store.prune(kept for save in saves for kept in save)
+        self.store.prune([kept for save in saves for kept in save], wait=False)
         self._saved, self._saved_at = moment, time.monotonic()
 
     def load(self, *, verify: bool = True) -> None:

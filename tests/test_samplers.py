@@ -329,7 +329,7 @@ class TestContract:
         if isinstance(other, FrequencySampler):
             other = FrequencySampler(case.frequency, power=float(name.split("-")[1]))
         elif isinstance(other, MidxSampler):
-            other._log_frequency = case.sampler._log_frequency  # type: ignore[attr-defined]
+            other._frequency_L = case.sampler._frequency_L  # type: ignore[attr-defined]
         other.load_state_dict(case.sampler.state_dict(), case.bias)
         assert torch.equal(other.log_proposal(case.query, labels), case.sampler.log_proposal(case.query, labels))
 

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from xmc_midx.config import Config
 
-__all__ = ["Forecast", "Speed", "TrainingData", "cheaper_options", "forecast"]
+__all__ = ["Forecast", "Speed", "TrainingData", "cheaper_options", "forecast", "step_floor"]
 
 _MB = 10**6
 _LIBRARIES = 450 * _MB
@@ -215,6 +215,16 @@ def _rows_of_a_batch(config: Config, data: TrainingData) -> tuple[int, int]:
         return int(distinct(data.feature_counts)), num_labels
     draws = _number(config.sampler.num_draws) * (1 if config.sampler.estimator == "pool" else batch)
     return int(distinct(data.feature_counts)), int(min(num_labels, draws + distinct(data.label_counts)))
+
+
+def step_floor(batch: int, values: int, rows: int, pool: int, dim: int, speed: Speed) -> tuple[float, float]:
+    """The least seconds of a step: of its three products (B, P, D), and of the rows that it cannot but move.
+
+    Each of the batch's `values` is a row read forward and one backward; the `rows` features and the `pool` labels that
+    it touches are read and written once, and the pool's once more for the products. All that is above it is copies,
+    sampling, and operations that are not products.
+    """
+    return 6.0 * batch * pool * dim / speed.flops, 4.0 * dim * (2 * values + 2 * rows + 3 * pool) / speed.bytes
 
 
 def _seconds(config: Config, data: TrainingData, rows: int, pool: int, speed: Speed) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from xmc_midx.build import build_encoder, build_softmax
@@ -71,11 +72,11 @@ class TrainingSession:
         self._whole = (features, labels)
         if held_out.size:
             features, labels = features[kept], labels[kept]
-        num_labels = labels.shape[1]
-        self.frequencies = np.bincount(labels.indices, minlength=num_labels)
-        """(L,) int64, of the instances that train the model."""
+        self.frequencies = _label_counts(labels)
+        """(L,) int32, of the instances that train the model."""
+        whole = self.frequencies if not held_out.size else _label_counts(training.labels)
         self._known = {
-            "train.label_frequencies": torch.from_numpy(np.bincount(training.labels.indices, minlength=num_labels)),
+            "train.label_frequencies": torch.from_numpy(whole),
             "train.num_instances": torch.tensor(training.labels.shape[0]),
         }
         assert isinstance(config.training.batch_size, int)
@@ -411,6 +412,12 @@ def _require_finite(model: Mapping[str, torch.Tensor], step: int) -> None:
                 f"The model is not finite after step {step}: {name}.",
                 hint="Lower training.encoder_learning_rate and training.label_learning_rate.",
             )
+
+
+def _label_counts(labels: csr_matrix) -> NDArray[np.int32]:
+    """Instances of each label: N is at most 2^31, and four bytes a label count at 10^7 labels."""
+    counts: NDArray[np.int32] = np.bincount(labels.indices, minlength=labels.shape[1]).astype(np.int32)
+    return counts
 
 
 def _hold_out(num_instances: int, fraction: float | str, seed: int) -> tuple[np.ndarray, np.ndarray]:

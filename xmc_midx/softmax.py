@@ -44,7 +44,7 @@ class LabelSoftmax(nn.Module):
     """The label table, its bias, and a loss estimated with any sampler.
 
     `state_dict()` holds, besides `weight` and `bias`, what the next draws depend on, as plain tensors: the sampler's
-    own state (`sampler.*`), the bias that it was fitted with (`bias_at_refresh`) and the state of the draws'
+    own state (`sampler.*`), the bias that it was fitted with (`bias_at_refresh`, where the fit depends on it) and the state of the draws'
     `generator`. Loaded into another module it goes on as this one would, draw for draw. A state without sampler is
     loaded too: the sampler is then fitted to the loaded table at its first use. The generator's state is taken over
     from the same kind of device only.
@@ -110,7 +110,9 @@ class LabelSoftmax(nn.Module):
         self.generator = torch.Generator().manual_seed(seed)
         self.pool_size = 0
         """Labels in the last pool: a diagnostic."""
-        self._bias_at_refresh = self.bias.detach().clone()
+        # A fit that does not depend on the bias needs no copy of it: four bytes a label.
+        self._keeps_bias = not (isinstance(sampler, MidxSampler) and sampler.prior != "bias")
+        self._bias_at_refresh = self.bias.detach().clone() if self._keeps_bias else None
         self._outdated = False
         """Whether the table was loaded without a state of the sampler."""
         with torch.no_grad():
@@ -244,9 +246,11 @@ class LabelSoftmax(nn.Module):
         moved. The first use refreshes by itself.
         """
         if self.sampler is not None:
+            # The codebooks read a table of any dtype in chunks; what the others compute with is a copy.
+            dtype = self.weight.dtype if isinstance(self.sampler, MidxSampler) else self._dtype
             with without_autocast(self.weight):
-                self.sampler.refresh(self.weight.to(self._dtype), self.bias.to(self._dtype))
-            self._bias_at_refresh = self.bias.detach().clone()
+                self.sampler.refresh(self.weight.to(dtype), self.bias.to(self._dtype))
+            self._bias_at_refresh = self.bias.detach().clone() if self._keeps_bias else None
             self._outdated = False
 
     def log_prob(self, queries: torch.Tensor) -> torch.Tensor:
@@ -273,7 +277,8 @@ class LabelSoftmax(nn.Module):
         destination[f"{prefix}generator"] = self.generator.get_state()
         state = {} if self.sampler is None or self._outdated else self.sampler.state_dict()
         if state:
-            destination[f"{prefix}bias_at_refresh"] = self._bias_at_refresh
+            if self._bias_at_refresh is not None:
+                destination[f"{prefix}bias_at_refresh"] = self._bias_at_refresh
             destination.update({f"{prefix}sampler.{name}": tensor for name, tensor in state.items()})
 
     def _load_from_state_dict(
@@ -312,13 +317,13 @@ class LabelSoftmax(nn.Module):
         """Give the sampler copies on the table's device and in its dtype."""
         assert self.sampler is not None
         device, dtype = self.weight.device, self._dtype
-        bias_L = bias_L.to(device, dtype, copy=True)
+        bias_L = bias_L.to(device, dtype, copy=self._keeps_bias)
         own = {
             name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
             for name, tensor in state.items()
         }
         self.sampler.load_state_dict(own, bias_L)
-        self._bias_at_refresh = bias_L
+        self._bias_at_refresh = bias_L if self._keeps_bias else None
 
     def _place_generator(self) -> None:
         """On the table's device, from the seed: the state of one kind of generator says nothing to another."""
@@ -328,12 +333,14 @@ class LabelSoftmax(nn.Module):
             self.generator = torch.Generator(self.weight.device).manual_seed(self.seed)
 
     def _apply(self, fn: Any, recurse: bool = True) -> LabelSoftmax:
+        before = self.weight.device, self.weight.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._place_generator()
-        before, self._bias_at_refresh = self._bias_at_refresh, fn(self._bias_at_refresh)
-        after = self._bias_at_refresh
-        if self.sampler is not None and (after.device, after.dtype) != (before.device, before.dtype):
-            self._restore_sampler(self.sampler.state_dict(), after)
+        if self._bias_at_refresh is not None:
+            self._bias_at_refresh = fn(self._bias_at_refresh)
+        if self.sampler is not None and before != (self.weight.device, self.weight.dtype):
+            bias_L = self.bias.detach() if self._bias_at_refresh is None else self._bias_at_refresh
+            self._restore_sampler(self.sampler.state_dict(), bias_L)
         return self
 
 

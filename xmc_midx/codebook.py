@@ -139,7 +139,8 @@ def kmeans(
 
     Returns
     -------
-    (C, D) codewords and (N,) codes of `code_dtype(C)`. A codeword that loses all its rows restarts beside a populous one.
+    (C, D) codewords and (N,) codes of `code_dtype(C)`. A codeword that loses all its rows restarts beside a populous
+    one.
     """
     sample_ND = _sample_rows(rows_ND, _POINTS_PER_CODEWORD * num_codewords, generator)
     words_CD = _random_rows(sample_ND, num_codewords, generator) if start is None else start.clone()

@@ -42,6 +42,8 @@ __all__ = ["TrainingSession"]
 
 _VALIDATION_CHUNK = 256
 """Instances between two looks at the signals: at a million labels, two seconds."""
+_COPIED = 512 << 20
+"""Bytes of a label table up to which validation may copy it."""
 
 
 class TrainingSession:
@@ -179,7 +181,7 @@ class TrainingSession:
             self.trainer.load_model(self.store.load("best", ["model"]).parts["model"])
         crash_point("model.begun")
         tensors = self.trainer.model_tensors() | self._known
-        run.write_model({name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()})
+        run.write_model({name: _float32(tensor).cpu().numpy() for name, tensor in tensors.items()})
         if added and chosen is None:
             crash_point("neighbours.begun")
             self._choose_interpolation()
@@ -294,7 +296,10 @@ class TrainingSession:
     def _predictor(self) -> Predictor:
         """The model as it stands; its rows come normalised already."""
         softmax = self.trainer.softmax
-        index = build_index(softmax.weight.detach(), softmax.bias.detach())
+        # A faster search needs the table in float32, and takes half of it once more.
+        weight_LD = softmax.weight.detach()
+        exact = weight_LD.dtype != torch.float32 or weight_LD.nbytes > _COPIED
+        index = build_index(weight_LD, softmax.bias.detach(), exact=exact)
         return Predictor(self.trainer.encoder, index, normalize="none")
 
     def _metrics(self, top: TopK) -> dict[str, float]:
@@ -412,6 +417,11 @@ def _require_finite(model: Mapping[str, torch.Tensor], step: int) -> None:
                 f"The model is not finite after step {step}: {name}.",
                 hint="Lower training.encoder_learning_rate and training.label_learning_rate.",
             )
+
+
+def _float32(tensor: torch.Tensor) -> torch.Tensor:
+    """A bfloat16 table as NumPy can hold it; all else as it is."""
+    return tensor.detach().float() if tensor.dtype == torch.bfloat16 else tensor.detach()
 
 
 def _label_counts(labels: csr_matrix) -> NDArray[np.int32]:

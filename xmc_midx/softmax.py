@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from xmc_midx.device import empty_table
 from xmc_midx.estimators import PoolLoss, Positives, Targets, logsumexp_or_empty, without_autocast
 from xmc_midx.recipe import auto_num_codewords, auto_num_draws
 from xmc_midx.rows import gather_rows
@@ -44,8 +45,8 @@ class LabelSoftmax(nn.Module):
     """The label table, its bias, and a loss estimated with any sampler.
 
     `state_dict()` holds, besides `weight` and `bias`, what the next draws depend on, as plain tensors: the sampler's
-    own state (`sampler.*`), the bias that it was fitted with (`bias_at_refresh`, where the fit depends on it) and the state of the draws'
-    `generator`. Loaded into another module it goes on as this one would, draw for draw. A state without sampler is
+    own state (`sampler.*`), the bias that it was fitted with where the fit depends on it (`bias_at_refresh`) and the
+    state of the draws' `generator`. Loaded into another module it goes on as this one would, draw for draw. A state without sampler is
     loaded too: the sampler is then fitted to the loaded table at its first use. The generator's state is taken over
     from the same kind of device only.
 
@@ -70,6 +71,7 @@ class LabelSoftmax(nn.Module):
         `torch.autocast` has it, else the table's, float32 at the least. Never float16: a slope is a share of 1/Y, for
         most labels of a pool below the smallest float16 (6e-8).
     seed : of the draws and of the table's start.
+    device, dtype : of the table, as of any module of torch; the bias is float32 at the least.
 
     Raises
     ------
@@ -92,6 +94,8 @@ class LabelSoftmax(nn.Module):
         sparse: bool = False,
         precision: torch.dtype | None = None,
         seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if estimator not in ("pool", "instance"):
@@ -104,10 +108,12 @@ class LabelSoftmax(nn.Module):
         self.sampler, self.in_batch, self.estimator, self.num_draws = sampler, in_batch, estimator, num_draws
         self.correction_power = correction_power
         self.weighting, self.decoupled, self.sparse, self.precision = weighting, decoupled, sparse, precision
-        self.weight = nn.Parameter(torch.empty(num_labels, dim))
-        self.bias = nn.Parameter(torch.zeros(num_labels), requires_grad=bias)
+        self.weight = nn.Parameter(empty_table(num_labels, dim, device=device, dtype=dtype))
+        self.bias = nn.Parameter(
+            torch.zeros(num_labels, device=device, dtype=_at_least_float32(dtype)), requires_grad=bias
+        )
         self.seed = seed
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(self.weight.device).manual_seed(seed)
         self.pool_size = 0
         """Labels in the last pool: a diagnostic."""
         # A fit that does not depend on the bias needs no copy of it: four bytes a label.
@@ -116,7 +122,8 @@ class LabelSoftmax(nn.Module):
         self._outdated = False
         """Whether the table was loaded without a state of the sampler."""
         with torch.no_grad():
-            self.weight.normal_(0.0, 1.0 / math.sqrt(dim), generator=torch.Generator().manual_seed(seed))
+            start = torch.Generator(self.weight.device).manual_seed(seed)
+            self.weight.normal_(0.0, 1.0 / math.sqrt(dim), generator=start)
 
     def extra_repr(self) -> str:
         sampler = None if self.sampler is None else type(self.sampler).__name__
@@ -160,7 +167,7 @@ class LabelSoftmax(nn.Module):
     @property
     def _dtype(self) -> torch.dtype:
         """Of the loss and of the sampler's law: the table's, float32 at the least."""
-        return torch.promote_types(self.weight.dtype, torch.float32)
+        return _at_least_float32(self.weight.dtype)
 
     def _product_dtype(self, device_type: str) -> torch.dtype:
         if self.precision is not None:
@@ -268,7 +275,7 @@ class LabelSoftmax(nn.Module):
         shape."""
         with without_autocast(queries):
             query_ND = self._typed(queries.detach()).reshape(-1, self.dim)
-            return exact_topk(query_ND, self.weight.to(self._dtype), self.bias.to(self._dtype), k)
+            return exact_topk(query_ND, self.weight.detach(), self.bias.to(self._dtype), k)
 
     # ------------------------------------------------------------------- state
 
@@ -344,6 +351,10 @@ class LabelSoftmax(nn.Module):
         return self
 
 
+def _at_least_float32(dtype: torch.dtype | None) -> torch.dtype:
+    return torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+
+
 class MIDXSoftmax(LabelSoftmax):
     """A softmax over many labels whose training step does not grow with their number.
 
@@ -370,8 +381,8 @@ class MIDXSoftmax(LabelSoftmax):
     num_labels, dim : L and D (D >= 2).
     num_codewords : C in each of the two codebooks; `"auto"`: 1.25 sqrt(L), at most 320.
     quantizer : `"pq"` or `"rq"`.
-    estimator, correction_power, bias, weighting, decoupled, sparse, precision, seed : as in `LabelSoftmax`, which also
-        says what `state_dict()` holds.
+    estimator, correction_power, bias, weighting, decoupled, sparse, precision, seed, device, dtype : as in
+        `LabelSoftmax`, which also says what `state_dict()` holds.
     num_draws : `"auto"`: 2,048 a batch, or all labels where they are few; 64 for each instance.
     prior, label_frequencies, frequency_power, refresh_iterations : as in `MidxSampler`; frequencies are (L,) counts.
         The default prior, the bias, needs none: a trained bias is about the log frequency.
@@ -412,6 +423,8 @@ class MIDXSoftmax(LabelSoftmax):
         sparse: bool = False,
         precision: torch.dtype | None = None,
         seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         codewords = auto_num_codewords(num_labels) if isinstance(num_codewords, str) else num_codewords
         if isinstance(num_draws, str):
@@ -443,4 +456,6 @@ class MIDXSoftmax(LabelSoftmax):
             sparse=sparse,
             precision=precision,
             seed=seed,
+            device=device,
+            dtype=dtype,
         )

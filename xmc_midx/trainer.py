@@ -18,7 +18,7 @@ from xmc_midx.crash import crash_point
 from xmc_midx.data.batches import BatchStream
 from xmc_midx.encoder import SparseEncoder
 from xmc_midx.errors import DivergedError
-from xmc_midx.optim import RowAdam
+from xmc_midx.optim import RowAdam, add_to_rows
 from xmc_midx.softmax import LabelSoftmax
 from xmc_midx.types import Batch, EpochStats, Reporter
 
@@ -227,10 +227,13 @@ def _start_from_mean_instances(encoder: SparseEncoder, softmax: LabelSoftmax, st
     counts_L = torch.zeros(weight_LD.shape[0], device=device)
     for rows, query_BD in encoder.encode(stream.features):
         labels = stream.labels[rows].tocoo()
-        label_ids = torch.from_numpy(labels.col).long().to(device)
         instances = torch.from_numpy(labels.row).long().to(device)
-        weight_LD.index_add_(0, label_ids, query_BD[instances])
-        counts_L += torch.bincount(label_ids, minlength=counts_L.shape[0])
+        label_ids, which, counts = torch.unique(
+            torch.from_numpy(labels.col).long().to(device), return_inverse=True, return_counts=True
+        )
+        sums = query_BD.new_zeros(label_ids.shape[0], query_BD.shape[1]).index_add_(0, which, query_BD[instances])
+        add_to_rows(weight_LD, label_ids, sums, seed=rows.start)
+        counts_L.index_add_(0, label_ids, counts.to(counts_L.dtype))
     weight_LD.div_(counts_L.clamp(min=1)[:, None])
     if softmax.bias.requires_grad:
         softmax.bias.copy_(torch.log(counts_L + 1.0))

@@ -342,16 +342,17 @@ def _code_bytes(sampler: Any) -> int:
 
 @torch.no_grad()
 def _fill_in_clusters(weight_LD: torch.Tensor) -> None:
-    """Rows around a centre for every 32 labels or so, as trained tables have them; the chance of a chunk at a time."""
+    """Rows around centres, as trained tables have them; one block of random rows, around other centres each time."""
     num_labels, dim = weight_LD.shape
     generator = torch.Generator(weight_LD.device).manual_seed(0)
     options: dict[str, Any] = {"generator": generator, "device": weight_LD.device}
     scale = math.sqrt(8 / dim)
     centres = torch.randn(max(1, min(num_labels // 32, 1 << 16)), dim, **options).mul_(scale)
+    block = torch.randn(1 << 18, dim, **options).mul_(scale)
     for begin in range(0, num_labels, 1 << 18):
         part = weight_LD[begin : begin + (1 << 18)]
-        part.normal_(0.0, scale, generator=generator)
-        part += centres[torch.randint(centres.shape[0], (part.shape[0],), **options)]
+        chosen = torch.randint(centres.shape[0], (part.shape[0],), **options)
+        part.copy_(centres[chosen].add_(block[: part.shape[0]]))
 
 
 def _config(sampler: str, shape: Shape, options: argparse.Namespace) -> Config:

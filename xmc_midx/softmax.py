@@ -46,9 +46,9 @@ class LabelSoftmax(nn.Module):
 
     `state_dict()` holds, besides `weight` and `bias`, what the next draws depend on, as plain tensors: the sampler's
     own state (`sampler.*`), the bias that it was fitted with where the fit depends on it (`bias_at_refresh`) and the
-    state of the draws' `generator`. Loaded into another module it goes on as this one would, draw for draw. A state without sampler is
-    loaded too: the sampler is then fitted to the loaded table at its first use. The generator's state is taken over
-    from the same kind of device only.
+    state of the draws' `generator`. Loaded into another module it goes on as this one would, draw for draw. A state
+    without sampler is loaded too: the sampler is then fitted to the loaded table at its first use. The generator's
+    state is taken over from the same kind of device only.
 
     Parameters
     ----------
@@ -156,7 +156,7 @@ class LabelSoftmax(nn.Module):
             targets = Targets.build(positives, query_BD, self.weighting)
             if targets.label_ids.shape[0] == 0:
                 return query_BD.sum() * 0.0
-            low, high = (int(label) for label in torch.aminmax(targets.label_ids))
+            low, high = torch.stack(torch.aminmax(targets.label_ids)).tolist()
             if low < 0 or high >= self.num_labels:
                 # Unchecked, a search in the pool would take -1 (a padding label, elsewhere) for label 0.
                 raise ValueError(f"positives hold {low} to {high}: expected label ids 0 to {self.num_labels - 1}")

@@ -15,7 +15,7 @@ import torch
 
 from xmc_midx.config import TrainingConfig
 from xmc_midx.crash import crash_point
-from xmc_midx.data.batches import BatchStream
+from xmc_midx.data.batches import BatchStream, made_ahead
 from xmc_midx.encoder import SparseEncoder
 from xmc_midx.errors import DivergedError
 from xmc_midx.optim import RowAdam, add_to_rows
@@ -87,7 +87,10 @@ class Trainer:
         started = time.perf_counter()
         num_instances = 0
         self.encoder.train()
-        for batch in self.stream.epoch(epoch + 1, first_step=first_step):
+        batches = self.stream.epoch(epoch + 1, first_step=first_step)
+        if self.device.type == "cuda":
+            batches = made_ahead(batch.pin_memory() for batch in batches)
+        for batch in batches:
             if self._refresh_is_due():
                 crash_point("refresh.begun")
                 self.softmax.refresh()
@@ -118,28 +121,29 @@ class Trainer:
         self._set_rates()
         query_BD = self.encoder(batch.features)
         loss = self.softmax(query_BD, (batch.positives, batch.positive_offsets))
-        value = float(loss.detach())
+        loss.backward()
+        # Read together: each look at a number on a device waits for all that was asked of it before.
+        value, gradient = map(float, torch.stack([loss.detach(), self._sum_of_gradients().to(loss.dtype)]).tolist())
         if not math.isfinite(value):
             raise _diverged(f"The loss became {value} at step {self.step + 1}", batch, query_BD)
-        loss.backward()
-        if not self._gradients_are_finite():
+        if not math.isfinite(gradient):
             raise _diverged(f"A gradient is not finite at step {self.step + 1}", batch, query_BD)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return value
 
-    def _gradients_are_finite(self) -> bool:
-        """By the biases alone, whose gradients are sums of what the tables' are made of: a sum is finite only where all
-        its terms are, and the tables' own gradients take 2.5% of a step to look at. A product of finite numbers that
-        overflows shows in the next loss, and before a checkpoint is saved."""
+    def _sum_of_gradients(self) -> torch.Tensor:
+        """Finite where all gradients are. Of the biases alone, whose gradients are sums of what the tables' are made
+        of: a sum is finite only where all its terms are, and the tables' own gradients take 2.5% of a step to look at.
+        A product of finite numbers that overflows shows in the next loss, and before a checkpoint is saved."""
         total = torch.zeros((), device=self.device)
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None and parameter.dim() == 1:
                     gradient = parameter.grad._values() if parameter.grad.is_sparse else parameter.grad
                     total += gradient.sum()
-        return math.isfinite(float(total))
+        return total
 
     def _set_rates(self) -> None:
         """Linear warm-up, then linear decay to zero at the last step."""

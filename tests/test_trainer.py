@@ -365,4 +365,4 @@ def test_a_bfloat16_label_table_learns_as_well(topic_data: TopicMaker) -> None:
         trainer = make_trainer(topic_data(130), f"model.label_precision={precision}")
         assert trainer.softmax.weight.dtype == getattr(torch, precision)
         losses.append([trainer.run_epoch(SilentReporter()).loss for _ in range(3)])
-    assert losses[1][2] < 0.7 * losses[1][0] and losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert losses[1][2] < 0.9 * losses[1][0] and losses[1] == pytest.approx(losses[0], rel=0.05)

@@ -199,14 +199,15 @@ class LabelSoftmax(nn.Module):
         if self.sampler is None or (self.num_draws >= self.num_labels and not in_batch_alone):
             label_ids = torch.arange(self.num_labels, device=query_BD.device)
             return label_ids, query_BD.new_zeros(self.num_labels)
-        positives, sampler = torch.unique(positives_Y), self._fitted_sampler()
+        sampler = self._fitted_sampler()
         law, num_draws = (sampler, 0) if isinstance(sampler, InBatchSampler) else (self.in_batch, self.num_draws)
         if law is None:
+            positives = torch.unique(positives_Y)
             sample = sampler.sample_pool(query_BD.detach(), num_draws, self.generator, positives)
             label_ids, log_weight_P = beside(positives, sample)
         else:
             sample = sampler.sample_pool(query_BD.detach(), num_draws, self.generator)
-            label_ids, log_weight_P = two_samples(positives, sample, law, query_BD.shape[0] - 1, num_draws)
+            label_ids, log_weight_P = two_samples(positives_Y, sample, law, query_BD.shape[0] - 1, num_draws)
         return label_ids, self.correction_power * log_weight_P.to(query_BD.dtype)
 
     def _instance_loss(self, query_BD: torch.Tensor, targets: Targets) -> torch.Tensor:

@@ -157,7 +157,7 @@ class MidxSampler:
         cumulative = torch.cumsum((ratio_CC * self._cell_mass_CC).flatten(), 0, dtype=torch.float64)
 
         def draw_labels(count: int) -> torch.Tensor:
-            return self._draw_in_cells(draw(cumulative, count, generator), generator)
+            return self._draw_in_cells(draw(cumulative, count, generator, rising=True), generator)
 
         def probability(label_ids: torch.Tensor) -> torch.Tensor:
             return self._log_mass(label_ids).exp() * ratio_CC[self._codes(label_ids)]

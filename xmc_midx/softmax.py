@@ -124,6 +124,7 @@ class LabelSoftmax(nn.Module):
         with torch.no_grad():
             start = torch.Generator(self.weight.device).manual_seed(seed)
             self.weight.normal_(0.0, 1.0 / math.sqrt(dim), generator=start)
+        self._place_generator()
 
     def extra_repr(self) -> str:
         sampler = None if self.sampler is None else type(self.sampler).__name__

@@ -57,7 +57,7 @@ def test_every_row_has_the_code_of_its_nearest_codeword() -> None:
     rows = mixture(501, 20, 7)
     words, codes = kmeans(rows, 13, generator=seeded())
     assert words.shape == (13, 7) and words.dtype == torch.float32
-    assert codes.shape == (501,) and codes.dtype == torch.int32
+    assert codes.shape == (501,) and codes.dtype == torch.int16
     assert_nearest(rows, words, codes)
 
 
@@ -72,7 +72,7 @@ def test_codewords_are_the_means_of_their_rows_once_converged() -> None:
 
 def test_rows_above_the_training_bound_are_all_assigned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codebook_module, "_POINTS_PER_CODEWORD", 20)
-    monkeypatch.setattr(codebook_module, "_ASSIGN_CHUNK", 64)
+    monkeypatch.setattr(codebook_module, "_ASSIGN_CHUNK", {"cpu": 64})
     rows = mixture(1003, 6, 5, spread=0.1)
     words, codes = kmeans(rows, 6, generator=seeded())
     assert codes.shape == (1003,)

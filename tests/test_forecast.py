@@ -85,6 +85,38 @@ def test_plan_prints_what_is_needed_beside_what_there_is(
     assert document["config"]["model"]["dim"] == 64 and not (tmp_path / "run").exists()
 
 
+def test_plan_takes_a_shape_for_data_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("model.dim=64", "sampler.num_draws=2048", "neighbors.enabled=false", "ranker.enabled=false")
+    words = [*(word for option in options for word in ("--set", option)), "--json"]
+    assert app.run(["plan", "--shape", "100000,20000,1e7,50,5", *words]) == 0
+    wide = json.loads(capsys.readouterr().out)
+    assert app.run(["plan", "--shape", "100000,20000,1e5,50,5", *words]) == 0
+    narrow = json.loads(capsys.readouterr().out)
+    # A step knows the pool, not the labels; the memory knows them.
+    assert wide["step_seconds"].keys() == {"products", "rows", "overhead"} and wide["bound"] is not None
+    more = (wide["memory"]["tables"] + wide["memory"]["sampler"]) - (
+        narrow["memory"]["tables"] + narrow["memory"]["sampler"]
+    )
+    assert more == pytest.approx((4 * 65 + 24) * 9.9e6, rel=0.01)
+    assert wide["memory"]["epoch"] < 1.1e9
+    half = [*words[:-1], "--set", "model.label_precision=bfloat16", "--json"]
+    assert app.run(["plan", "--shape", "100000,20000,1e7,50,5", *half]) == 0
+    assert json.loads(capsys.readouterr().out)["memory"]["tables"] == pytest.approx(1.32e9 + 5.2e6, rel=0.01)
+
+
+@pytest.mark.parametrize("shape", ["1,2,3", "a,b,c,d,e", "0,1,1,1,1", "1,1,1,1,nan", "1e300,1,1,1,1", "1,1,1,1,1,1"])
+def test_a_shape_that_is_none_is_refused(capsys: pytest.CaptureFixture[str], shape: str) -> None:
+    assert app.run(["plan", "--shape", shape]) == 2
+    assert "expected five numbers" in capsys.readouterr().err
+
+
+def test_plan_names_memory_where_it_does_not_fit() -> None:
+    data = TrainingData.of_shape(1000, 1000, 10**6, values=10, positives=2)
+    assert data.num_positives >= 2000 and data.label_counts.shape == (10**6,)
+    assert plan(data, config=load_config(assignments=["model.dim=64"])).bound != "memory"
+    assert plan(data, config=load_config(assignments=["model.dim=10000000"])).bound == "memory"
+
+
 @pytest.mark.parametrize(("preset", "dim"), [("fast", 256), ("default", 512), ("best", 512)])
 def test_plan_knows_the_presets(topic_dir: Path, capsys: pytest.CaptureFixture[str], preset: str, dim: int) -> None:
     assert app.run(["plan", str(topic_dir), "--preset", preset, "--json"]) == 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from xmc_midx.optim import RowAdam
+from xmc_midx.optim import RowAdam, add_to_rows, round_at_random
 from xmc_midx.rows import gather_rows
 
 NUM_ROWS, DIM = 12, 5
@@ -194,3 +194,82 @@ def test_two_tables_may_share_the_memory_of_their_gradients() -> None:
     RowAdam([first, second], lr=0.1).step()
     assert torch.equal(first, second)
     torch.testing.assert_close(first.detach()[1], torch.full((3,), 0.9))
+
+
+# ------------------------------------------------------------------------------------------------- bfloat16 tables
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("value", [1.0, -3.001, 1.00390625, 7.3e-12, -2.5e30, 1.99999, 0.0])
+def test_random_rounding_goes_to_a_neighbour_and_is_right_in_the_mean(value: float, device: str) -> None:
+    count = 200_000
+    values = torch.full((count,), value, device=device)
+    rounded = round_at_random(values, torch.Generator(device).manual_seed(0)).double().cpu()
+    exact = float(values[0])
+    near = float(torch.tensor(exact).bfloat16())
+    gap = max(abs(exact) * 2.0**-7, 1e-45)
+    assert (rounded - exact).abs().max() <= gap and near in rounded.tolist()
+    assert abs(float(rounded.mean()) - exact) <= 4.5 * float(rounded.std()) / math.sqrt(count) + 1e-12 * abs(exact)
+    if near == exact:
+        assert bool((rounded == exact).all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_random_rounding_keeps_what_is_not_finite(device: str) -> None:
+    values = torch.tensor([math.inf, -math.inf, math.nan, torch.finfo(torch.float32).max], device=device)
+    rounded = round_at_random(values, torch.Generator(device).manual_seed(0)).cpu()
+    assert rounded[0] == math.inf and rounded[1] == -math.inf and rounded[2].isnan() and rounded[3] > 3e38
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_steps_below_the_last_place_of_a_bfloat16_table_are_not_lost(device: str) -> None:
+    table = torch.ones(2000, 8, dtype=torch.bfloat16, device=device)
+    ids = torch.arange(2000, device=device)
+    for step in range(50):
+        add_to_rows(table, ids, torch.full((2000, 8), 2e-4, device=device), seed=step)
+    # To the nearest, 1 + 2e-4 is 1 again. The standard error of the mean is about 4e-5.
+    assert float(table.double().mean()) == pytest.approx(1.01, abs=3e-4)
+
+
+def bfloat16_pair(moment: str) -> list[tuple[nn.Parameter, RowAdam]]:
+    """A float32 table and its optimiser, and the same in bfloat16."""
+    start = torch.randn(NUM_ROWS, DIM, generator=torch.Generator().manual_seed(3)).bfloat16()
+    tables = [nn.Parameter(start.float()), nn.Parameter(start.clone())]
+    return [(table, RowAdam([table], lr=0.02, moment=moment)) for table in tables]
+
+
+def fit(table: nn.Parameter, optimizer: RowAdam, steps: list[torch.Tensor]) -> None:
+    for ids in steps:
+        optimizer.zero_grad()
+        (gather_rows(table, ids).float() - 0.3).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("moment", ["mean", "sum"])
+def test_a_bfloat16_table_learns_what_a_float32_table_learns(moment: str) -> None:
+    results = []
+    for table, optimizer in bfloat16_pair(moment):
+        fit(table, optimizer, touched_rows(400))
+        results.append(table.detach().float())
+        assert optimizer.state[table]["second_moment"].dtype == torch.float32
+    untouched = [7]
+    assert torch.equal(results[0][untouched], results[1][untouched])
+    # A bfloat16 between 0.5 and 1 has steps of 2^-8, and the rate never falls.
+    assert float((results[0] - results[1]).abs().mean()) < 0.02
+
+
+def test_a_restored_bfloat16_state_goes_on_bit_for_bit() -> None:
+    steps = touched_rows(14)
+    (_, _), (table, optimizer) = bfloat16_pair("mean")
+    fit(table, optimizer, steps)
+    (_, _), (first_table, first) = bfloat16_pair("mean")
+    fit(first_table, first, steps[:6])
+    (_, _), (second_table, second) = bfloat16_pair("mean")
+    with torch.no_grad():
+        second_table.copy_(first_table)
+    second.load_state_dict(first.state_dict())
+    assert second.state[second_table]["second_moment"].dtype == torch.float32
+    fit(second_table, second, steps[6:])
+    assert torch.equal(second_table, table)

@@ -309,6 +309,7 @@ def interrupted(run: Path, data: Path, config: Config, stops: list[int]) -> None
         ("sampler.name=full", "training.precision=bfloat16", "model.num_hidden_layers=1"),
         ("sampler.name=uniform", "training.patience=1", "data.validation_fraction=0.3"),
         ("sampler.name=in-batch", "data.validation_fraction=0"),
+        ("model.label_precision=bfloat16", "sampler.name=midx-rq"),
     ],
 )
 @pytest.mark.fault("R5")
@@ -325,6 +326,17 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
         result = resume(tmp_path / name)
         assert (result.epochs, result.best_epoch, result.loss) == (whole.epochs, whole.best_epoch, whole.loss)
         assert result.validation == whole.validation
+
+
+def test_a_bfloat16_label_table_is_kept_as_it_is_and_predicts_from_any_checkpoint(
+    topic_dir: Path, tmp_path: Path
+) -> None:
+    run = Path(train(topic_dir, output=tmp_path / "run", config=make_config("model.label_precision=bfloat16")).run)
+    table = load_file(CheckpointStore(run / "checkpoints").path_of("latest") / "model.safetensors")["labels.weight"]
+    assert table.dtype == torch.bfloat16
+    for checkpoint in ("best", "latest"):
+        top = Predictor.load(run, checkpoint=checkpoint).predict(load_split(topic_dir / "test.txt").features, k=5)
+        assert evaluate_topk(top, load_split(topic_dir / "test.txt").labels).metrics["P@1"] > 0.5
 
 
 def test_resuming_a_finished_run_changes_nothing_and_returns_its_result(

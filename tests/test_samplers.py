@@ -12,13 +12,14 @@ from scipy import stats
 from scipy.special import log_softmax, logsumexp
 
 from xmc_midx.codebook import Codebook
+from xmc_midx.samplers import midx as midx_module
 from xmc_midx.samplers.dense import SoftmaxSampler
 from xmc_midx.samplers.draws import draw, log_inclusion
 from xmc_midx.samplers.dynamic import HardNegativeSampler
 from xmc_midx.samplers.exact import ExactDecomposition, exact_decomposition
 from xmc_midx.samplers.kernel import QuadraticKernelSampler, RandomFeatureSampler
 from xmc_midx.samplers.lsh import LshSampler
-from xmc_midx.samplers.midx import _SCORE_RANGE, MidxSampler
+from xmc_midx.samplers.midx import _SCORE_RANGE, MidxSampler, _sort_by_cell
 from xmc_midx.samplers.static import FrequencySampler, InBatchSampler, UniformSampler
 from xmc_midx.types import Sampler
 
@@ -329,7 +330,7 @@ class TestContract:
         if isinstance(other, FrequencySampler):
             other = FrequencySampler(case.frequency, power=float(name.split("-")[1]))
         elif isinstance(other, MidxSampler):
-            other._log_frequency = case.sampler._log_frequency  # type: ignore[attr-defined]
+            other._frequency_L = case.sampler._frequency_L  # type: ignore[attr-defined]
         other.load_state_dict(case.sampler.state_dict(), case.bias)
         assert torch.equal(other.log_proposal(case.query, labels), case.sampler.log_proposal(case.query, labels))
 
@@ -368,6 +369,37 @@ def test_midx_is_the_softmax_where_the_table_is_its_own_reconstruction(quantizer
     sampler.set_codebook(codebook, torch.zeros(37))
     softmax = log_softmax(query_BD.double().numpy() @ table_LD.double().numpy().T, axis=1)
     np.testing.assert_allclose(sampler.log_proposal(query_BD, torch.arange(37)).numpy(), softmax, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 300, 1000])
+def test_cells_are_sorted_and_summed_in_chunks_as_at_once(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(midx_module, "_LABEL_CHUNK", chunk)
+    generator = torch.Generator().manual_seed(0)
+    codes = [torch.randint(0, 4, (300,), generator=generator).to(torch.int16) for _ in range(2)]
+    words = torch.randn(5, 3, generator=generator)
+    codebook = Codebook(quantizer="pq", codewords1=words, codewords2=words, codes1=codes[0], codes2=codes[1])
+    order_L, counts = _sort_by_cell(codebook)
+    cells = codebook.cells().numpy()
+    assert order_L.dtype == torch.int32 and np.array_equal(order_L.numpy(), np.argsort(cells, kind="stable"))
+    assert np.array_equal(counts.numpy(), np.bincount(cells, minlength=25))
+    sampler = MidxSampler(quantizer="pq", num_codewords=5, prior="bias")
+    bias_L = 200 * torch.randn(300, generator=generator)
+    sampler.set_codebook(codebook, bias_L)
+    law = np.exp(bias_L.double().numpy() - logsumexp(bias_L.double().numpy()))
+    expected = np.bincount(cells, weights=law, minlength=25)
+    np.testing.assert_allclose(sampler._cell_mass_CC.numpy().ravel(), expected, atol=1e-6)
+    np.testing.assert_allclose(sampler._cumulative_mass.numpy(), np.cumsum(law[order_L.numpy()]), atol=1e-12)
+
+
+@pytest.mark.parametrize("quantizer", ["pq", "rq"])
+def test_a_bfloat16_table_is_quantised_as_its_float32_copy(quantizer: str) -> None:
+    table_LD = torch.randn(90, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    states = []
+    for table in (table_LD, table_LD.float()):
+        sampler = MidxSampler(quantizer=quantizer, num_codewords=7, prior="uniform")
+        sampler.refresh(table, torch.zeros(90))
+        states.append(sampler.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 @pytest.mark.parametrize("prior", ["uniform", "bias"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from scipy.sparse import csr_matrix
 
 from xmc_midx.build import build_encoder, build_softmax
 from xmc_midx.config import Config, load_config
-from xmc_midx.data.batches import BatchStream
+from xmc_midx.data.batches import BatchStream, made_ahead
 from xmc_midx.data.features import normalize_rows
 from xmc_midx.errors import DivergedError
 from xmc_midx.recipe import DataShape, resolve
@@ -327,3 +328,41 @@ def test_the_seed_decides_the_model(data: tuple[csr_matrix, csr_matrix], options
         models.append(finish(make_trainer(data, *options, f"training.seed={seed}")))
     weights = [model["labels.weight"] for model in models]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_what_is_made_ahead_comes_in_order_and_raises_in_its_turn() -> None:
+    def count() -> Iterator[int]:
+        yield from range(3)
+        raise ValueError("the fourth")
+
+    got = []
+    with pytest.raises(ValueError, match="the fourth"):
+        for number in made_ahead(count()):
+            got.append(number)
+    assert got == [0, 1, 2] and list(made_ahead(iter("ab"))) == ["a", "b"] and list(made_ahead(iter(""))) == []
+
+
+def test_one_thing_is_made_while_the_last_is_used() -> None:
+    made: list[int] = []
+    second = threading.Event()
+
+    def count() -> Iterator[int]:
+        for number in range(5):
+            made.append(number)
+            if number == 1:
+                second.set()
+            yield number
+
+    things = made_ahead(count())
+    assert next(things) == 0 and second.wait(10)
+    things.close()  # type: ignore[attr-defined]
+    assert len(made) == 2, "no more than one is made ahead, and none after the end"
+
+
+def test_a_bfloat16_label_table_learns_as_well(topic_data: TopicMaker) -> None:
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        trainer = make_trainer(topic_data(130), f"model.label_precision={precision}")
+        assert trainer.softmax.weight.dtype == getattr(torch, precision)
+        losses.append([trainer.run_epoch(SilentReporter()).loss for _ in range(3)])
+    assert losses[1][2] < 0.9 * losses[1][0] and losses[1] == pytest.approx(losses[0], rel=0.05)

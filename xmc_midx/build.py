@@ -44,7 +44,7 @@ def build_softmax(config: Config, frequencies: np.ndarray, num_instances: int, d
     Parameters
     ----------
     config : resolved.
-    frequencies : (L,) int64, instances of each label among those that train the model.
+    frequencies : (L,) integers, instances of each label among those that train the model.
     num_instances : N, of those that train the model.
     device : of training.
     """
@@ -61,15 +61,17 @@ def build_softmax(config: Config, frequencies: np.ndarray, num_instances: int, d
         "sparse": True,
         "precision": find_precision(config.training.precision, device),
         "seed": config.training.seed,
+        "device": device,
+        "dtype": torch.bfloat16 if model.label_precision == "bfloat16" else torch.float32,
     }
     size = {"num_labels": frequencies.shape[0], "dim": model.dim}
     sampled = options.positives == "sampled"
     if options.name.startswith("midx-"):
         common |= _midx_options(options, frequency_L) | {"num_instances": num_instances if sampled else None}
-        return MIDXSoftmax(**size, **common).to(device)
+        return MIDXSoftmax(**size, **common)
     sampler = build_sampler(config, frequency_L, num_instances)
     in_batch = InBatchSampler(frequency_L, num_instances=num_instances) if sampled else None
-    return LabelSoftmax(**size, sampler=sampler, in_batch=in_batch, **common).to(device)
+    return LabelSoftmax(**size, sampler=sampler, in_batch=in_batch, **common)
 
 
 def build_sampler(config: Config, frequency_L: torch.Tensor, num_instances: int) -> Sampler | None:

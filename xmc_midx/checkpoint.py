@@ -319,7 +319,8 @@ def read_model(run: RunDirectory, name: str = "best", *, verify: bool = True) ->
         arrays = run.read_model(verify=verify)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}, run.path
     saved = CheckpointStore(run.checkpoints).load(name, ["model"], verify=verify)
-    return dict(saved.parts["model"]), saved.path
+    model = saved.parts["model"]
+    return {name: t.float() if t.dtype == torch.bfloat16 else t for name, t in model.items()}, saved.path
 
 
 @contextmanager

@@ -10,15 +10,17 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Codebook", "fit_codebook", "kmeans"]
+__all__ = ["Codebook", "code_dtype", "fit_codebook", "kmeans"]
 
-_ASSIGN_CHUNK = 65_536
-"""Rows assigned at once: bounds the (rows, C) distance matrix, whatever L is."""
+_ASSIGN_CHUNK = {"cpu": 4096, "cuda": 65_536}
+"""Rows assigned at once: bounds the (rows, C) distance matrix, whatever L is. On a CPU it stays in the cache: half the
+time of 65,536 (EXPERIMENTS.md, "Scale")."""
 _POINTS_PER_CODEWORD = 1024
 """Rows that train a codeword at most, so that k-means costs the same for 10^6 labels and 10^8. A quarter of it (faiss's
 own bound) left KL(P||Q) on gnd-tib at 4.3 nats instead of 3.9 (EXPERIMENTS.md, "The proposal")."""
-_PERMUTE = 1 << 24
-"""Rows up to which a sample is taken without replacement; a permutation of 10^8 would cost more than the clustering."""
+_PERMUTE = 1 << 22
+"""Rows up to which a sample is taken without replacement: a permutation takes eight bytes a row, and of 10^8 more time
+than the clustering."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,9 +34,9 @@ class Codebook:
     codewords2: torch.Tensor
     """(C, D - D/2) for pq, (C, D) for rq; float32."""
     codes1: torch.Tensor
-    """(L,) int32 in 0..C-1."""
+    """(L,) in 0..C-1, of `code_dtype(C)`."""
     codes2: torch.Tensor
-    """(L,) int32 in 0..C-1."""
+    """(L,), likewise."""
 
     @property
     def num_codewords(self) -> int:
@@ -63,6 +65,11 @@ class Codebook:
         return first + second if self.quantizer == "rq" else torch.cat([first, second], dim=1)
 
 
+def code_dtype(num_codewords: int) -> torch.dtype:
+    """The smallest integers that number so many codewords and are signed."""
+    return torch.int16 if num_codewords <= torch.iinfo(torch.int16).max else torch.int32
+
+
 def fit_codebook(
     label_table_LD: torch.Tensor,
     *,
@@ -86,25 +93,42 @@ def fit_codebook(
     if start is not None and (start.num_codewords != num_codewords or start.quantizer != quantizer):
         start = None
 
-    def fit(rows: torch.Tensor, words: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def fit(rows: _Rows, words: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         return kmeans(rows, num_codewords, generator=generator, start=words, num_iterations=num_iterations)
 
     if quantizer == "pq":
         half = label_table_LD.shape[1] // 2
-        words1, codes1 = fit(label_table_LD[:, :half], None if start is None else start.codewords1)
-        words2, codes2 = fit(label_table_LD[:, half:], None if start is None else start.codewords2)
+        first, second = _Rows(label_table_LD[:, :half]), _Rows(label_table_LD[:, half:])
+        words1, codes1 = fit(first, None if start is None else start.codewords1)
+        words2, codes2 = fit(second, None if start is None else start.codewords2)
     elif quantizer == "rq":
-        words1, codes1 = fit(label_table_LD, None if start is None else start.codewords1)
-        residual_LD = label_table_LD - words1[codes1.long()]
-        words2, codes2 = fit(residual_LD, None if start is None else start.codewords2)
+        words1, codes1 = fit(_Rows(label_table_LD), None if start is None else start.codewords1)
+        residual = _Rows(label_table_LD, less=(words1, codes1))
+        words2, codes2 = fit(residual, None if start is None else start.codewords2)
     else:
         raise ValueError(f"quantizer {quantizer!r}: expected 'pq' or 'rq'")
     return Codebook(quantizer=quantizer, codewords1=words1, codewords2=words2, codes1=codes1, codes2=codes2)
 
 
+class _Rows:
+    """Rows of a table, float32 at the least, less a codeword each: made when they are read, so that neither a residual
+    nor another dtype is a second table."""
+
+    def __init__(self, table_ND: torch.Tensor, *, less: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
+        self.table_ND, self.less = table_ND, less
+        self.shape, self.device = table_ND.shape, table_ND.device
+
+    def __getitem__(self, index: torch.Tensor | slice) -> torch.Tensor:
+        rows_nD = self.table_ND[index].to(torch.promote_types(self.table_ND.dtype, torch.float32))
+        if self.less is None:
+            return rows_nD
+        words_CD, codes_N = self.less
+        return rows_nD - words_CD[codes_N[index].long()]
+
+
 @torch.no_grad()
 def kmeans(
-    rows_ND: torch.Tensor,
+    rows_ND: torch.Tensor | _Rows,
     num_codewords: int,
     *,
     generator: torch.Generator,
@@ -115,7 +139,8 @@ def kmeans(
 
     Returns
     -------
-    (C, D) codewords and (N,) int32 codes. A codeword that loses all its rows restarts beside a populous one.
+    (C, D) codewords and (N,) codes of `code_dtype(C)`. A codeword that loses all its rows restarts beside a populous
+    one.
     """
     sample_ND = _sample_rows(rows_ND, _POINTS_PER_CODEWORD * num_codewords, generator)
     words_CD = _random_rows(sample_ND, num_codewords, generator) if start is None else start.clone()
@@ -128,10 +153,10 @@ def kmeans(
     return words_CD, _assign(rows_ND, words_CD)
 
 
-def _sample_rows(rows_ND: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+def _sample_rows(rows_ND: torch.Tensor | _Rows, count: int, generator: torch.Generator) -> torch.Tensor:
     num_rows, device = rows_ND.shape[0], rows_ND.device
     if num_rows <= count:
-        return rows_ND
+        return rows_ND[:]
     if num_rows <= _PERMUTE:
         return rows_ND[torch.randperm(num_rows, generator=generator, device=device)[:count]]
     return rows_ND[torch.randint(num_rows, (count,), generator=generator, device=device)]
@@ -147,12 +172,13 @@ def _random_rows(rows_ND: torch.Tensor, count: int, generator: torch.Generator) 
     return picked_CD
 
 
-def _assign(rows_ND: torch.Tensor, words_CD: torch.Tensor) -> torch.Tensor:
+def _assign(rows_ND: torch.Tensor | _Rows, words_CD: torch.Tensor) -> torch.Tensor:
     half_norms_C = words_CD.square().sum(1) / 2
-    codes = torch.empty(rows_ND.shape[0], dtype=torch.int32, device=rows_ND.device)
-    for begin in range(0, rows_ND.shape[0], _ASSIGN_CHUNK):
-        chunk_ND = rows_ND[begin : begin + _ASSIGN_CHUNK]
-        codes[begin : begin + _ASSIGN_CHUNK] = torch.addmm(-half_norms_C, chunk_ND, words_CD.T).argmax(1).int()
+    codes = torch.empty(rows_ND.shape[0], dtype=code_dtype(words_CD.shape[0]), device=rows_ND.device)
+    size = _ASSIGN_CHUNK["cpu" if rows_ND.device.type == "cpu" else "cuda"]
+    for begin in range(0, rows_ND.shape[0], size):
+        chunk = slice(begin, begin + size)
+        codes[chunk] = torch.addmm(-half_norms_C, rows_ND[chunk], words_CD.T).argmax(1)
     return codes
 
 

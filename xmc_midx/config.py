@@ -80,6 +80,9 @@ class ModelConfig(_Section):
     label_bias: bool = True
     label_init: Literal["mean-instance", "random"] = "mean-instance"
     """Start of the label table: the mean encoded instance of each label, or small random rows."""
+    label_precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the label table while it is trained: bfloat16 takes half the memory, and each update is rounded at random, up
+    or down with chances that leave its mean what it is."""
     storage: Literal["int8", "float16", "float32"] = "int8"
     """Of the finished model's tables on the disk; int8 has a scale for each row."""
 
@@ -144,7 +147,7 @@ class TrainingConfig(_Section):
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the matrix products; the tables stay float32."""
+    """Of the matrix products; that of the label table is `model.label_precision`."""
     num_threads: PositiveInt | None = None
     """CPU threads; None leaves torch's choice."""
 

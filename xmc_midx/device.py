@@ -16,6 +16,7 @@ from xmc_midx.errors import ResourceError, UsageError
 
 __all__ = [
     "available_memory_bytes",
+    "empty_table",
     "find_device",
     "find_precision",
     "is_out_of_memory",
@@ -25,6 +26,10 @@ __all__ = [
     "release_freed_memory",
     "used_memory_bytes",
 ]
+
+
+_HUGE_PAGE, _HUGE_FROM = 2 << 20, 32 << 20
+"""Bytes of a large page, and of the smallest table that asks for them."""
 
 
 def find_device(name: str) -> torch.device:
@@ -64,6 +69,24 @@ def find_precision(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return torch.bfloat16 if probe is not None and probe() else torch.float32
+
+
+def empty_table(
+    *shape: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """`torch.empty(shape)`, for a table whose rows are read in no order: on Linux in pages of 2 MiB.
+
+    With pages of 4 KiB each row of a table of gigabytes is a miss of the address cache too. The advice is taken where
+    /sys/kernel/mm/transparent_hugepage/enabled says `madvise`, which is most systems' default.
+    """
+    table = torch.empty(*shape, device=device, dtype=dtype)
+    if table.device.type == "cpu" and table.nbytes >= _HUGE_FROM and sys.platform.startswith("linux"):
+        begin = -(-table.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+        size = (table.data_ptr() + table.nbytes - begin) // _HUGE_PAGE * _HUGE_PAGE
+        with suppress(OSError, AttributeError):
+            madv_hugepage = 14
+            ctypes.CDLL("libc.so.6").madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), madv_hugepage)
+    return table
 
 
 def keep_freed_memory() -> None:

@@ -9,6 +9,7 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import nn
 
+from xmc_midx.device import empty_table
 from xmc_midx.rows import bag_rows, sparse_rows
 from xmc_midx.types import SparseRows
 
@@ -51,7 +52,7 @@ class SparseEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.residual = residual
-        self.embedding = nn.Parameter(torch.empty(num_features, dim))
+        self.embedding = nn.Parameter(empty_table(num_features, dim))
         self.bias = nn.Parameter(torch.zeros(dim))
         # skip_init: torch's own start values would draw from the global generator.
         self.hidden = nn.ModuleList(

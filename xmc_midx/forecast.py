@@ -6,13 +6,13 @@ the positives, `u` and `p` the rows of the two tables that an average batch touc
 - libraries, 450 MB: interpreter, torch, compiled code and products
 - data, 1.7 x (8 (nnz + Y) + 8 N) of all splits: CSR matrices, and what reading them leaves
 - training rows, 4 nnz + 8 (nnz + Y): normalised values, and the rows that are not held out
-- tables, 4 (D + 1) (F + L): both, with the labels' bias
-- optimiser, 4 F + 8 L: a second moment of each row, and a count of each label's
-- sampler, 60 L + 28 C^2 + 8 C D: codes, cells, laws; codebooks
+- tables, 4 (D + 1) (F + L): both, with the labels' bias; a bfloat16 label table half of its part
+- optimiser, 4 F + 16 L: a second moment of each row, and of each label's row and bias a count
+- sampler, 24 L + 28 C^2 + 8 C D: codes, places, cumulative mass, frequencies; codebooks
 - the largest of three stages, as each gives back what it took:
   - start, 4096 x 4 D (Y / N + 4): the queries of a chunk, one for each positive
-  - epoch, 12 u D + 32 p D + 32 B p + 100 MB + 4 min(L, 65536) C + 4 x 256 L: gathered rows, their gradients, logits,
-    fragments; refresh; validation
+  - epoch, 12 u D + 32 p D + 32 B p + 100 MB + 4 min(L, 4096) C + 4 D min(L, 1024 C) where that is below L + 4 x 256 L,
+    64 MB at most, + 8 L: gathered rows, their gradients, logits, fragments; refresh; validation
   - neighbours, 12 nnz + 16 Y + 160 MB + 70 MB, and the tables again where there are several epochs: the index, the
     shortlist, compiled code; the best model, read back; and 24 (Y + 50 x 30,000) + 50 MB for the linear ranker
 
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from xmc_midx.config import Config
 
-__all__ = ["Forecast", "Speed", "TrainingData", "cheaper_options", "forecast"]
+__all__ = ["Forecast", "Speed", "TrainingData", "cheaper_options", "forecast", "step_floor"]
 
 _MB = 10**6
 _LIBRARIES = 450 * _MB
@@ -45,7 +45,8 @@ _PAIR = 24
 _RANKER_BLOCKS = 50 * _MB
 _RANKER_LABEL = 700
 """Bytes of a label's linear classifier on disk, at the most of five sets (170 to 650)."""
-_ASSIGN_CHUNK = 65_536
+_ASSIGN_CHUNK = 4096
+_POINTS_PER_CODEWORD = 1024
 _ENCODE_CHUNK = 4096
 _VALIDATION_CHUNK = 256
 _SCORES_AT_ONCE = 1 << 24
@@ -65,6 +66,21 @@ class TrainingData:
     """(L,) training instances of a label."""
     loaded_bytes: int
     """CSR bytes of all splits that are read."""
+
+    @classmethod
+    def of_shape(
+        cls, num_instances: int, num_features: int, num_labels: int, *, values: float, positives: float
+    ) -> TrainingData:
+        """A collection that is not there, of so many values and positives an instance, both of Zipf frequencies."""
+
+        def counts(number: int, per_instance: float) -> NDArray[np.int64]:
+            share = 1.0 / np.arange(1.0, number + 1.0)
+            share *= num_instances * per_instance / share.sum()
+            return np.minimum(np.ceil(share), num_instances).astype(np.int64)
+
+        features, labels = counts(num_features, values), counts(num_labels, positives)
+        loaded = 8 * round(num_instances * (values + positives)) + 16 * num_instances
+        return cls(num_instances=num_instances, feature_counts=features, label_counts=labels, loaded_bytes=loaded)
 
     @property
     def num_values(self) -> int:
@@ -97,6 +113,14 @@ class Forecast:
     """Of the run directory at its fullest: what is kept, and a checkpoint in writing."""
     seconds: float | None
     """Of the training without reading; None where no speed is known."""
+    step: Mapping[str, float]
+    """Seconds of a step: `products` (matrix products), `rows` (bytes of the rows that it moves), `overhead` (operations
+    that are neither); empty where no speed is known."""
+
+    @property
+    def bound(self) -> str | None:
+        """The part of a step that takes longest."""
+        return max(self.step, key=lambda part: self.step[part]) if self.step else None
 
     @property
     def host_bytes(self) -> int:
@@ -118,16 +142,19 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     model, sampler, training = config.model, config.sampler, config.training
     dim, batch, codewords = _number(model.dim), _number(training.batch_size), _number(sampler.num_codewords)
     num_features, num_labels = data.feature_counts.shape[0], data.label_counts.shape[0]
-    tables = 4 * (dim + 1) * (num_features + num_labels) + 4 * model.num_hidden_layers * dim**2
-    optimizer = 4 * num_features + 8 * num_labels + 8 * model.num_hidden_layers * dim**2
-    sampler_state = 60 * num_labels + 28 * codewords**2 + 8 * codewords * dim
+    label_bytes = 2 if model.label_precision == "bfloat16" else 4
+    tables = (4 * dim + 4) * num_features + (label_bytes * dim + 4) * num_labels + 4 * model.num_hidden_layers * dim**2
+    optimizer = 4 * num_features + 16 * num_labels + 8 * model.num_hidden_layers * dim**2
+    sampler_state = 24 * num_labels + 28 * codewords**2 + 8 * codewords * dim
     rows, pool = _rows_of_a_batch(config, data)
     logits = batch * min(pool, _SCORES_AT_ONCE // batch)
     epoch = 12 * rows * dim + 32 * pool * dim + 32 * logits + _FRAGMENTS
     if sampler.name.startswith("midx"):
         epoch += 4 * min(num_labels, _ASSIGN_CHUNK) * codewords
+        sample = _POINTS_PER_CODEWORD * codewords
+        epoch += 4 * dim * sample // (2 if sampler.name == "midx-pq" else 1) if sample < num_labels else 0
     held_out = round(_fraction(config) * data.num_instances)
-    epoch += 4 * min(held_out, _VALIDATION_CHUNK) * num_labels
+    epoch += min(4 * min(held_out, _VALIDATION_CHUNK) * num_labels, 4 * _SCORES_AT_ONCE) + 8 * num_labels
     kept = 1.0 - _fraction(config)
     host = {
         "libraries": _LIBRARIES,
@@ -162,12 +189,15 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     finished = tables // 4 + (_RANKER_LABEL * num_labels if config.ranker.enabled else 0)
     rows_kept = 6 * data.num_values + 4 * data.num_positives if config.neighbors.enabled else 0
     keep = training.keep_checkpoints
+    step = {} if speed is None else _step(config, data, rows, pool, speed)
+    steps = -(-data.num_instances * kept // batch)
     return Forecast(
         host=host,
         device=device,
         checkpoint_bytes=checkpoint,
         disk_bytes=(2 * keep + 1) * checkpoint + finished + rows_kept + 10 * _MB,
-        seconds=None if speed is None else _seconds(config, data, rows, pool, speed),
+        seconds=None if speed is None else float(_number(training.epochs) * steps * sum(step.values())),
+        step=step,
     )
 
 
@@ -217,13 +247,25 @@ def _rows_of_a_batch(config: Config, data: TrainingData) -> tuple[int, int]:
     return int(distinct(data.feature_counts)), int(min(num_labels, draws + distinct(data.label_counts)))
 
 
-def _seconds(config: Config, data: TrainingData, rows: int, pool: int, speed: Speed) -> float:
-    """Steps times: the products of a step, the rows that it moves, and what does no arithmetic."""
+def step_floor(batch: int, values: int, rows: int, pool: int, dim: int, speed: Speed) -> tuple[float, float]:
+    """The least seconds of a step: of its three products (B, P, D), and of the rows that it cannot but move.
+
+    Each of the batch's `values` is a row read forward and one backward; the `rows` features and the `pool` labels that
+    it touches are read and written once, and the pool's once more for the products. All that is above it is copies,
+    sampling, and operations that are not products.
+    """
+    return 6.0 * batch * pool * dim / speed.flops, 4.0 * dim * (2 * values + 2 * rows + 3 * pool) / speed.bytes
+
+
+def _step(config: Config, data: TrainingData, rows: int, pool: int, speed: Speed) -> dict[str, float]:
+    """Seconds of a step: its products, the rows that it moves with their copies and gradients, what is neither."""
     dim, batch = _number(config.model.dim), _number(config.training.batch_size)
-    kept = data.num_instances * (1.0 - _fraction(config))
     values = batch * data.num_values / max(data.num_instances, 1)
-    step = 6.0 * batch * pool * dim / speed.flops + 4.0 * dim * (2 * values + 6 * (rows + pool)) / speed.bytes
-    return float(_number(config.training.epochs) * -(-kept // batch) * (step + _STEP_OVERHEAD))
+    return {
+        "products": 6.0 * batch * pool * dim / speed.flops,
+        "rows": 4.0 * dim * (2 * values + 6 * (rows + pool)) / speed.bytes,
+        "overhead": _STEP_OVERHEAD,
+    }
 
 
 def _number(value: int | str) -> int:

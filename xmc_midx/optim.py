@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["RowAdam"]
+from xmc_midx.device import empty_table
+
+__all__ = ["RowAdam", "add_to_rows", "round_at_random"]
 
 
 class RowAdam(torch.optim.Optimizer):
@@ -63,11 +65,31 @@ class RowAdam(torch.optim.Optimizer):
     def _step_rows(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
         row_ids, rows = _rising_rows(parameter.grad)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         # The mean square through the norm: one pass and no (U, D) temporary.
         square = torch.linalg.vector_norm(rows, dim=1).square() / rows.shape[1] if rows.dim() > 1 else rows.square()
         root = self._root_of_sum if group["moment"] == "sum" else self._root_of_mean
         scale = root(parameter, group, row_ids, square).add_(group["eps"]).reciprocal_().mul_(-group["lr"])
-        parameter.index_add_(0, row_ids, rows * (scale[:, None] if rows.dim() > 1 else scale))
+        add_to_rows(parameter, row_ids, rows * (scale[:, None] if rows.dim() > 1 else scale), self._seed(parameter))
+
+    def _seed(self, parameter: torch.Tensor) -> int:
+        """The table's steps so far: a resumed training rounds as the uninterrupted one does."""
+        if parameter.dtype != torch.bfloat16:
+            return 0
+        state = self.state[parameter]
+        state["rounded"] = state.get("rounded", torch.zeros(())) + 1
+        return int(state["rounded"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict()` returned."""
+        super().load_state_dict(state_dict)
+        # torch gives every state the parameter's dtype and device: bfloat16 would lose the moments, and a count on
+        # the device is one more wait for it at each step.
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for parameter, index in zip(group["params"], saved["params"], strict=True):
+                for name, value in state_dict["state"].get(index, {}).items():
+                    own = self.state[parameter][name]
+                    self.state[parameter][name] = value.to("cpu" if value.dim() == 0 else own.device, copy=True)
 
     def _root_of_mean(
         self, parameter: torch.Tensor, group: dict[str, Any], row_ids: torch.Tensor, square: torch.Tensor
@@ -101,13 +123,12 @@ class RowAdam(torch.optim.Optimizer):
     def _row_state(self, parameter: torch.Tensor, *more: str) -> dict[str, torch.Tensor]:
         """The state of a table: a second moment a row, and other floats a row.
 
-        Optimizer.load_state_dict gives every state the parameter's dtype: with float from the start, a resumed state is
-        the uninterrupted one. A count is exact to 2^24 steps, where the bias correction has long been 1.
+        A count is exact to 2^24 steps, where the bias correction has long been 1.
         """
         state: dict[str, torch.Tensor] = self.state[parameter]
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         for name in ("second_moment", *more) if not state else ():
-            state[name] = parameter.new_zeros(parameter.shape[0], dtype=dtype)
+            state[name] = empty_table(parameter.shape[0], device=parameter.device, dtype=dtype).zero_()
         return state
 
     def _step_dense(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
@@ -124,6 +145,28 @@ class RowAdam(torch.optim.Optimizer):
         second = state["second_moment"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
         denominator = (second / (1 - beta2**count)).sqrt_().add_(group["eps"])
         parameter.addcdiv_(first, denominator, value=-group["lr"] / (1 - beta1**count))
+
+
+def add_to_rows(table: torch.Tensor, row_ids: torch.Tensor, updates: torch.Tensor, seed: int = 0) -> None:
+    """`table[row_ids] += updates` for distinct ids; a bfloat16 table is rounded at random, by a seed of this call."""
+    if table.dtype != torch.bfloat16:
+        table.index_add_(0, row_ids, updates)
+        return
+    generator = torch.Generator(table.device).manual_seed(seed)
+    table[row_ids] = round_at_random(table[row_ids].float().add_(updates), generator)
+
+
+def round_at_random(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """float32 -> bfloat16: to one of the two neighbours, the nearer the likelier, so that the mean is the value.
+
+    A step of Adam is often below half of the last place of a bfloat16 row (a 256th), and rounding to the nearest would
+    lose it each time. Adds 16 random bits below the last place and cuts; infinities and NaN stay what they are.
+    Source: Gupta et al. 2015 (arXiv 1502.02551).
+    """
+    bits = values.contiguous().view(torch.int32)
+    noise = torch.randint(1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
+    rounded = (bits + noise).bitwise_and_(-(1 << 16)).view(torch.float32)
+    return torch.where(torch.isfinite(values), rounded, values).bfloat16()
 
 
 def _rising_rows(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

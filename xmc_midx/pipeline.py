@@ -141,8 +141,16 @@ class Plan:
             "checkpoint_bytes": self.forecast.checkpoint_bytes,
             "available_disk_bytes": self.available_disk,
             "seconds": self.forecast.seconds,
+            "step_seconds": dict(self.forecast.step),
+            "bound": self.bound,
             "config": self.config.model_dump(),
         }
+
+    @property
+    def bound(self) -> str | None:
+        """What limits the training: `memory` where it does not fit, else the longest part of a step."""
+        too_large = self.available_memory is not None and self.forecast.host_bytes > self.available_memory
+        return "memory" if too_large else self.forecast.bound
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,7 +329,7 @@ def resume(
 
 
 def plan(
-    data: str | Path,
+    data: str | Path | TrainingData,
     *,
     output: str | Path = ".",
     config: Config | None = None,
@@ -332,17 +340,23 @@ def plan(
 
     Parameters
     ----------
-    data, config, test : as in `train`.
+    data, config, test : as in `train`; or the counts of a collection (`TrainingData.of_shape`).
     output : where the run directory would be.
     """
     from xmc_midx.device import available_memory_bytes, find_device, find_precision, measure_speed, used_memory_bytes
-    from xmc_midx.forecast import Speed, forecast
+    from xmc_midx.forecast import Speed, TrainingData, forecast
 
     reporter = reporter or SilentReporter()
-    reporter.start("read", None)
-    dataset = load_dataset(data, test=test)
-    training = _training_split(dataset, data)
-    resolved = resolve(config or Config(), _shape(dataset, training))
+    if not isinstance(data, TrainingData):
+        reporter.start("read", None)
+        dataset = load_dataset(data, test=test)
+        data = _training_data(dataset, _training_split(dataset, data))
+        del dataset
+    num_labels = data.label_counts.shape[0]
+    shape = DataShape(
+        num_instances=data.num_instances, num_features=data.feature_counts.shape[0], num_labels=num_labels
+    )
+    resolved = resolve(config or Config(), shape)
     available = available_memory_bytes()
     if available is not None:
         available += used_memory_bytes()
@@ -350,15 +364,10 @@ def plan(
     assert isinstance(batch, int) and isinstance(dim, int) and isinstance(draws, int), "the configuration is resolved"
     device = find_device(resolved.training.device)
     flops, rate = measure_speed(
-        batch, min(draws, dataset.num_labels), dim, find_precision(resolved.training.precision, device), device
+        batch, min(draws, num_labels), min(dim, 4096), find_precision(resolved.training.precision, device), device
     )
     return Plan(
-        forecast=forecast(
-            resolved,
-            _training_data(dataset, training),
-            cuda=device.type == "cuda",
-            speed=Speed(flops=flops, bytes=rate),
-        ),
+        forecast=forecast(resolved, data, cuda=device.type == "cuda", speed=Speed(flops=flops, bytes=rate)),
         available_memory=available,
         available_disk=_free_disk(Path(output)),
         config=resolved,

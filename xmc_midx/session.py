@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from xmc_midx.build import build_encoder, build_softmax
@@ -41,6 +42,8 @@ __all__ = ["TrainingSession"]
 
 _VALIDATION_CHUNK = 256
 """Instances between two looks at the signals: at a million labels, two seconds."""
+_COPIED = 512 << 20
+"""Bytes of a label table up to which validation may copy it."""
 
 
 class TrainingSession:
@@ -71,11 +74,11 @@ class TrainingSession:
         self._whole = (features, labels)
         if held_out.size:
             features, labels = features[kept], labels[kept]
-        num_labels = labels.shape[1]
-        self.frequencies = np.bincount(labels.indices, minlength=num_labels)
-        """(L,) int64, of the instances that train the model."""
+        self.frequencies = _label_counts(labels)
+        """(L,) int32, of the instances that train the model."""
+        whole = self.frequencies if not held_out.size else _label_counts(training.labels)
         self._known = {
-            "train.label_frequencies": torch.from_numpy(np.bincount(training.labels.indices, minlength=num_labels)),
+            "train.label_frequencies": torch.from_numpy(whole),
             "train.num_instances": torch.tensor(training.labels.shape[0]),
         }
         assert isinstance(config.training.batch_size, int)
@@ -181,7 +184,7 @@ class TrainingSession:
             self.trainer.load_model(self.store.load("best", ["model"]).parts["model"])
         crash_point("model.begun")
         tensors = self.trainer.model_tensors() | self._known
-        run.write_model({name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()})
+        run.write_model({name: _float32(tensor).cpu().numpy() for name, tensor in tensors.items()})
         if added and chosen is None:
             crash_point("neighbours.begun")
             self._choose_interpolation()
@@ -297,7 +300,10 @@ class TrainingSession:
     def _predictor(self) -> Predictor:
         """The model as it stands; its rows come normalised already."""
         softmax = self.trainer.softmax
-        index = build_index(softmax.weight.detach(), softmax.bias.detach())
+        # A faster search needs the table in float32, and takes half of it once more.
+        weight_LD = softmax.weight.detach()
+        exact = weight_LD.dtype != torch.float32 or weight_LD.nbytes > _COPIED
+        index = build_index(weight_LD, softmax.bias.detach(), exact=exact)
         return Predictor(self.trainer.encoder, index, normalize="none")
 
     def _metrics(self, top: TopK) -> dict[str, float]:
@@ -419,6 +425,17 @@ def _require_finite(model: Mapping[str, torch.Tensor], step: int) -> None:
                 f"The model is not finite after step {step}: {name}.",
                 hint="Lower training.encoder_learning_rate and training.label_learning_rate.",
             )
+
+
+def _float32(tensor: torch.Tensor) -> torch.Tensor:
+    """A bfloat16 table as NumPy can hold it; all else as it is."""
+    return tensor.detach().float() if tensor.dtype == torch.bfloat16 else tensor.detach()
+
+
+def _label_counts(labels: csr_matrix) -> NDArray[np.int32]:
+    """Instances of each label: N is at most 2^31, and four bytes a label count at 10^7 labels."""
+    counts: NDArray[np.int32] = np.bincount(labels.indices, minlength=labels.shape[1]).astype(np.int32)
+    return counts
 
 
 def _hold_out(num_instances: int, fraction: float | str, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from xmc_midx.device import empty_table
 from xmc_midx.estimators import PoolLoss, Positives, Targets, logsumexp_or_empty, without_autocast
 from xmc_midx.recipe import auto_num_codewords, auto_num_draws
 from xmc_midx.rows import gather_rows
@@ -44,10 +45,10 @@ class LabelSoftmax(nn.Module):
     """The label table, its bias, and a loss estimated with any sampler.
 
     `state_dict()` holds, besides `weight` and `bias`, what the next draws depend on, as plain tensors: the sampler's
-    own state (`sampler.*`), the bias that it was fitted with (`bias_at_refresh`) and the state of the draws'
-    `generator`. Loaded into another module it goes on as this one would, draw for draw. A state without sampler is
-    loaded too: the sampler is then fitted to the loaded table at its first use. The generator's state is taken over
-    from the same kind of device only.
+    own state (`sampler.*`), the bias that it was fitted with where the fit depends on it (`bias_at_refresh`) and the
+    state of the draws' `generator`. Loaded into another module it goes on as this one would, draw for draw. A state
+    without sampler is loaded too: the sampler is then fitted to the loaded table at its first use. The generator's
+    state is taken over from the same kind of device only.
 
     Parameters
     ----------
@@ -70,6 +71,7 @@ class LabelSoftmax(nn.Module):
         `torch.autocast` has it, else the table's, float32 at the least. Never float16: a slope is a share of 1/Y, for
         most labels of a pool below the smallest float16 (6e-8).
     seed : of the draws and of the table's start.
+    device, dtype : of the table, as of any module of torch; the bias is float32 at the least.
 
     Raises
     ------
@@ -92,6 +94,8 @@ class LabelSoftmax(nn.Module):
         sparse: bool = False,
         precision: torch.dtype | None = None,
         seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if estimator not in ("pool", "instance"):
@@ -104,17 +108,23 @@ class LabelSoftmax(nn.Module):
         self.sampler, self.in_batch, self.estimator, self.num_draws = sampler, in_batch, estimator, num_draws
         self.correction_power = correction_power
         self.weighting, self.decoupled, self.sparse, self.precision = weighting, decoupled, sparse, precision
-        self.weight = nn.Parameter(torch.empty(num_labels, dim))
-        self.bias = nn.Parameter(torch.zeros(num_labels), requires_grad=bias)
+        self.weight = nn.Parameter(empty_table(num_labels, dim, device=device, dtype=dtype))
+        self.bias = nn.Parameter(
+            torch.zeros(num_labels, device=device, dtype=_at_least_float32(dtype)), requires_grad=bias
+        )
         self.seed = seed
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(self.weight.device).manual_seed(seed)
         self.pool_size = 0
         """Labels in the last pool: a diagnostic."""
-        self._bias_at_refresh = self.bias.detach().clone()
+        # A fit that does not depend on the bias needs no copy of it: four bytes a label.
+        self._keeps_bias = not (isinstance(sampler, MidxSampler) and sampler.prior != "bias")
+        self._bias_at_refresh = self.bias.detach().clone() if self._keeps_bias else None
         self._outdated = False
         """Whether the table was loaded without a state of the sampler."""
         with torch.no_grad():
-            self.weight.normal_(0.0, 1.0 / math.sqrt(dim), generator=torch.Generator().manual_seed(seed))
+            start = torch.Generator(self.weight.device).manual_seed(seed)
+            self.weight.normal_(0.0, 1.0 / math.sqrt(dim), generator=start)
+        self._place_generator()
 
     def extra_repr(self) -> str:
         sampler = None if self.sampler is None else type(self.sampler).__name__
@@ -147,7 +157,7 @@ class LabelSoftmax(nn.Module):
             targets = Targets.build(positives, query_BD, self.weighting)
             if targets.label_ids.shape[0] == 0:
                 return query_BD.sum() * 0.0
-            low, high = (int(label) for label in torch.aminmax(targets.label_ids))
+            low, high = torch.stack(torch.aminmax(targets.label_ids)).tolist()
             if low < 0 or high >= self.num_labels:
                 # Unchecked, a search in the pool would take -1 (a padding label, elsewhere) for label 0.
                 raise ValueError(f"positives hold {low} to {high}: expected label ids 0 to {self.num_labels - 1}")
@@ -158,7 +168,7 @@ class LabelSoftmax(nn.Module):
     @property
     def _dtype(self) -> torch.dtype:
         """Of the loss and of the sampler's law: the table's, float32 at the least."""
-        return torch.promote_types(self.weight.dtype, torch.float32)
+        return _at_least_float32(self.weight.dtype)
 
     def _product_dtype(self, device_type: str) -> torch.dtype:
         if self.precision is not None:
@@ -190,14 +200,15 @@ class LabelSoftmax(nn.Module):
         if self.sampler is None or (self.num_draws >= self.num_labels and not in_batch_alone):
             label_ids = torch.arange(self.num_labels, device=query_BD.device)
             return label_ids, query_BD.new_zeros(self.num_labels)
-        positives, sampler = torch.unique(positives_Y), self._fitted_sampler()
+        sampler = self._fitted_sampler()
         law, num_draws = (sampler, 0) if isinstance(sampler, InBatchSampler) else (self.in_batch, self.num_draws)
         if law is None:
+            positives = torch.unique(positives_Y)
             sample = sampler.sample_pool(query_BD.detach(), num_draws, self.generator, positives)
             label_ids, log_weight_P = beside(positives, sample)
         else:
             sample = sampler.sample_pool(query_BD.detach(), num_draws, self.generator)
-            label_ids, log_weight_P = two_samples(positives, sample, law, query_BD.shape[0] - 1, num_draws)
+            label_ids, log_weight_P = two_samples(positives_Y, sample, law, query_BD.shape[0] - 1, num_draws)
         return label_ids, self.correction_power * log_weight_P.to(query_BD.dtype)
 
     def _instance_loss(self, query_BD: torch.Tensor, targets: Targets) -> torch.Tensor:
@@ -244,9 +255,11 @@ class LabelSoftmax(nn.Module):
         moved. The first use refreshes by itself.
         """
         if self.sampler is not None:
+            # The codebooks read a table of any dtype in chunks; what the others compute with is a copy.
+            dtype = self.weight.dtype if isinstance(self.sampler, MidxSampler) else self._dtype
             with without_autocast(self.weight):
-                self.sampler.refresh(self.weight.to(self._dtype), self.bias.to(self._dtype))
-            self._bias_at_refresh = self.bias.detach().clone()
+                self.sampler.refresh(self.weight.to(dtype), self.bias.to(self._dtype))
+            self._bias_at_refresh = self.bias.detach().clone() if self._keeps_bias else None
             self._outdated = False
 
     def log_prob(self, queries: torch.Tensor) -> torch.Tensor:
@@ -264,7 +277,7 @@ class LabelSoftmax(nn.Module):
         shape."""
         with without_autocast(queries):
             query_ND = self._typed(queries.detach()).reshape(-1, self.dim)
-            return exact_topk(query_ND, self.weight.to(self._dtype), self.bias.to(self._dtype), k)
+            return exact_topk(query_ND, self.weight.detach(), self.bias.to(self._dtype), k)
 
     # ------------------------------------------------------------------- state
 
@@ -273,7 +286,8 @@ class LabelSoftmax(nn.Module):
         destination[f"{prefix}generator"] = self.generator.get_state()
         state = {} if self.sampler is None or self._outdated else self.sampler.state_dict()
         if state:
-            destination[f"{prefix}bias_at_refresh"] = self._bias_at_refresh
+            if self._bias_at_refresh is not None:
+                destination[f"{prefix}bias_at_refresh"] = self._bias_at_refresh
             destination.update({f"{prefix}sampler.{name}": tensor for name, tensor in state.items()})
 
     def _load_from_state_dict(
@@ -312,13 +326,13 @@ class LabelSoftmax(nn.Module):
         """Give the sampler copies on the table's device and in its dtype."""
         assert self.sampler is not None
         device, dtype = self.weight.device, self._dtype
-        bias_L = bias_L.to(device, dtype, copy=True)
+        bias_L = bias_L.to(device, dtype, copy=self._keeps_bias)
         own = {
             name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
             for name, tensor in state.items()
         }
         self.sampler.load_state_dict(own, bias_L)
-        self._bias_at_refresh = bias_L
+        self._bias_at_refresh = bias_L if self._keeps_bias else None
 
     def _place_generator(self) -> None:
         """On the table's device, from the seed: the state of one kind of generator says nothing to another."""
@@ -328,13 +342,19 @@ class LabelSoftmax(nn.Module):
             self.generator = torch.Generator(self.weight.device).manual_seed(self.seed)
 
     def _apply(self, fn: Any, recurse: bool = True) -> LabelSoftmax:
+        before = self.weight.device, self.weight.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._place_generator()
-        before, self._bias_at_refresh = self._bias_at_refresh, fn(self._bias_at_refresh)
-        after = self._bias_at_refresh
-        if self.sampler is not None and (after.device, after.dtype) != (before.device, before.dtype):
-            self._restore_sampler(self.sampler.state_dict(), after)
+        if self._bias_at_refresh is not None:
+            self._bias_at_refresh = fn(self._bias_at_refresh)
+        if self.sampler is not None and before != (self.weight.device, self.weight.dtype):
+            bias_L = self.bias.detach() if self._bias_at_refresh is None else self._bias_at_refresh
+            self._restore_sampler(self.sampler.state_dict(), bias_L)
         return self
+
+
+def _at_least_float32(dtype: torch.dtype | None) -> torch.dtype:
+    return torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
 
 
 class MIDXSoftmax(LabelSoftmax):
@@ -363,8 +383,8 @@ class MIDXSoftmax(LabelSoftmax):
     num_labels, dim : L and D (D >= 2).
     num_codewords : C in each of the two codebooks; `"auto"`: 1.25 sqrt(L), at most 320.
     quantizer : `"pq"` or `"rq"`.
-    estimator, correction_power, bias, weighting, decoupled, sparse, precision, seed : as in `LabelSoftmax`, which also
-        says what `state_dict()` holds.
+    estimator, correction_power, bias, weighting, decoupled, sparse, precision, seed, device, dtype : as in
+        `LabelSoftmax`, which also says what `state_dict()` holds.
     num_draws : `"auto"`: 2,048 a batch, or all labels where they are few; 64 for each instance.
     prior, label_frequencies, frequency_power, refresh_iterations : as in `MidxSampler`; frequencies are (L,) counts.
         The default prior, the bias, needs none: a trained bias is about the log frequency.
@@ -405,6 +425,8 @@ class MIDXSoftmax(LabelSoftmax):
         sparse: bool = False,
         precision: torch.dtype | None = None,
         seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         codewords = auto_num_codewords(num_labels) if isinstance(num_codewords, str) else num_codewords
         if isinstance(num_draws, str):
@@ -436,4 +458,6 @@ class MIDXSoftmax(LabelSoftmax):
             sparse=sparse,
             precision=precision,
             seed=seed,
+            device=device,
+            dtype=dtype,
         )

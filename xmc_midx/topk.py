@@ -34,7 +34,7 @@ def exact_topk(
 
     Parameters
     ----------
-    query_ND, label_table_LD : (N, D) and (L, D) float32 on one device.
+    query_ND, label_table_LD : (N, D) and (L, D) float32 on one device; a table of another dtype is converted by chunks.
     bias_L : (L,) float32, or None for none.
     k : results; a row that has fewer labels to choose from is padded with -1 and -inf.
     excluded_L : (L,) bool, True for a label that must not be returned.
@@ -47,7 +47,7 @@ def exact_topk(
         chunk_BD = query_ND[begin : begin + row_chunk]
         best = None
         for first in range(0, num_labels, label_chunk):
-            scores_BL = chunk_BD @ label_table_LD[first : first + label_chunk].T
+            scores_BL = chunk_BD @ label_table_LD[first : first + label_chunk].to(chunk_BD.dtype).T
             if bias_L is not None:
                 scores_BL += bias_L[first : first + label_chunk]
             if excluded_L is not None:

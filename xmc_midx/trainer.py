@@ -15,10 +15,10 @@ import torch
 
 from xmc_midx.config import TrainingConfig
 from xmc_midx.crash import crash_point
-from xmc_midx.data.batches import BatchStream
+from xmc_midx.data.batches import BatchStream, made_ahead
 from xmc_midx.encoder import SparseEncoder
 from xmc_midx.errors import DivergedError
-from xmc_midx.optim import RowAdam
+from xmc_midx.optim import RowAdam, add_to_rows
 from xmc_midx.softmax import LabelSoftmax
 from xmc_midx.types import Batch, EpochStats, Reporter
 
@@ -87,7 +87,10 @@ class Trainer:
         started = time.perf_counter()
         num_instances = 0
         self.encoder.train()
-        for batch in self.stream.epoch(epoch + 1, first_step=first_step):
+        batches = self.stream.epoch(epoch + 1, first_step=first_step)
+        if self.device.type == "cuda":
+            batches = made_ahead(batch.pin_memory() for batch in batches)
+        for batch in batches:
             if self._refresh_is_due():
                 crash_point("refresh.begun")
                 self.softmax.refresh()
@@ -118,28 +121,29 @@ class Trainer:
         self._set_rates()
         query_BD = self.encoder(batch.features)
         loss = self.softmax(query_BD, (batch.positives, batch.positive_offsets))
-        value = float(loss.detach())
+        loss.backward()
+        # Read together: each look at a number on a device waits for all that was asked of it before.
+        value, gradient = map(float, torch.stack([loss.detach(), self._sum_of_gradients().to(loss.dtype)]).tolist())
         if not math.isfinite(value):
             raise _diverged(f"The loss became {value} at step {self.step + 1}", batch, query_BD)
-        loss.backward()
-        if not self._gradients_are_finite():
+        if not math.isfinite(gradient):
             raise _diverged(f"A gradient is not finite at step {self.step + 1}", batch, query_BD)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return value
 
-    def _gradients_are_finite(self) -> bool:
-        """By the biases alone, whose gradients are sums of what the tables' are made of: a sum is finite only where all
-        its terms are, and the tables' own gradients take 2.5% of a step to look at. A product of finite numbers that
-        overflows shows in the next loss, and before a checkpoint is saved."""
+    def _sum_of_gradients(self) -> torch.Tensor:
+        """Finite where all gradients are. Of the biases alone, whose gradients are sums of what the tables' are made
+        of: a sum is finite only where all its terms are, and the tables' own gradients take 2.5% of a step to look at.
+        A product of finite numbers that overflows shows in the next loss, and before a checkpoint is saved."""
         total = torch.zeros((), device=self.device)
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None and parameter.dim() == 1:
                     gradient = parameter.grad._values() if parameter.grad.is_sparse else parameter.grad
                     total += gradient.sum()
-        return math.isfinite(float(total))
+        return total
 
     def _set_rates(self) -> None:
         """Linear warm-up, then linear decay to zero at the last step."""
@@ -227,10 +231,13 @@ def _start_from_mean_instances(encoder: SparseEncoder, softmax: LabelSoftmax, st
     counts_L = torch.zeros(weight_LD.shape[0], device=device)
     for rows, query_BD in encoder.encode(stream.features):
         labels = stream.labels[rows].tocoo()
-        label_ids = torch.from_numpy(labels.col).long().to(device)
         instances = torch.from_numpy(labels.row).long().to(device)
-        weight_LD.index_add_(0, label_ids, query_BD[instances])
-        counts_L += torch.bincount(label_ids, minlength=counts_L.shape[0])
+        label_ids, which, counts = torch.unique(
+            torch.from_numpy(labels.col).long().to(device), return_inverse=True, return_counts=True
+        )
+        sums = query_BD.new_zeros(label_ids.shape[0], query_BD.shape[1]).index_add_(0, which, query_BD[instances])
+        add_to_rows(weight_LD, label_ids, sums, seed=rows.start)
+        counts_L.index_add_(0, label_ids, counts.to(counts_L.dtype))
     weight_LD.div_(counts_L.clamp(min=1)[:, None])
     if softmax.bias.requires_grad:
         softmax.bias.copy_(torch.log(counts_L + 1.0))

@@ -63,6 +63,14 @@ class SparseRows:
             offsets=self.offsets.to(device, non_blocking=True),
         )
 
+    def pin_memory(self) -> SparseRows:
+        """A copy that `to` moves without waiting; needs CUDA."""
+        return SparseRows(
+            feature_ids=self.feature_ids.pin_memory(),
+            values=self.values.pin_memory(),
+            offsets=self.offsets.pin_memory(),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
@@ -85,6 +93,15 @@ class Batch:
             features=self.features.to(device),
             positives=self.positives.to(device, non_blocking=True),
             positive_offsets=self.positive_offsets.to(device, non_blocking=True),
+            instance_ids=self.instance_ids,
+        )
+
+    def pin_memory(self) -> Batch:
+        """A copy that `to` moves without waiting; needs CUDA."""
+        return Batch(
+            features=self.features.pin_memory(),
+            positives=self.positives.pin_memory(),
+            positive_offsets=self.positive_offsets.pin_memory(),
             instance_ids=self.instance_ids,
         )
 

@@ -7,6 +7,8 @@ position is two numbers, and a resumed run sees the batches that the interrupted
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +17,9 @@ from scipy.sparse import csr_matrix
 from xmc_midx.rows import sparse_rows
 from xmc_midx.types import Batch
 
-__all__ = ["BatchStream"]
+__all__ = ["BatchStream", "made_ahead"]
+
+_T = TypeVar("_T")
 
 
 class BatchStream:
@@ -65,3 +69,16 @@ class BatchStream:
             positive_offsets=torch.from_numpy(labels.indptr.astype(np.int64)),
             instance_ids=torch.from_numpy(instances if self.row_numbers is None else self.row_numbers[instances]),
         )
+
+
+def made_ahead(things: Iterator[_T]) -> Iterator[_T]:
+    """The same things in the same order; a thread makes the next one while the last one is in use.
+
+    What making one raises is raised here, in its turn.
+    """
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, things, end)
+        while (thing := following.result()) is not end:
+            following = pool.submit(next, things, end)
+            yield thing  # type: ignore[misc]  # not the end

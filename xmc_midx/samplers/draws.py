@@ -58,8 +58,13 @@ def log_inclusion(probability: torch.Tensor, num_draws: int) -> torch.Tensor:
     return torch.log(-torch.expm1(missed))
 
 
-def draw(cumulative: torch.Tensor, num_draws: int, generator: torch.Generator) -> torch.Tensor:
+def draw(
+    cumulative: torch.Tensor, num_draws: int, generator: torch.Generator, *, rising: bool = False
+) -> torch.Tensor:
     """`num_draws` indices from each unnormalised cumulative law (..., C) float64 -> (..., num_draws) int64.
+
+    `rising` gives them in this order, for draws whose order means nothing: what is then looked up for one lies near
+    what was looked up for the last.
 
     Never an index of zero mass: the search is for the first cumulative value above the uniform draw.
     """
@@ -69,6 +74,8 @@ def draw(cumulative: torch.Tensor, num_draws: int, generator: torch.Generator) -
         generator=generator,
         device=cumulative.device,
     )
+    if rising:
+        uniform = torch.sort(uniform, dim=-1).values
     position = torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True)
     last = torch.searchsorted(cumulative, cumulative[..., -1:].contiguous())
     # The clamp matters for a law of NaN alone: the loss will be NaN and say so, where an index error would not.

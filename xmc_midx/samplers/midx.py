@@ -15,7 +15,7 @@ import math
 
 import torch
 
-from xmc_midx.codebook import Codebook, fit_codebook
+from xmc_midx.codebook import Codebook, code_dtype, fit_codebook
 from xmc_midx.samplers.draws import draw, draw_pool
 from xmc_midx.types import LabelSample
 
@@ -27,6 +27,8 @@ _COLD_ITERATIONS = 10
 _MEAN_QUERIES = 128
 """Queries of a batch that its mean proposal is taken over: more give a pool of the same variance (EXPERIMENTS.md,
 "Pools") and cost a longer set-up."""
+_LABEL_CHUNK = 1 << 18
+"""Labels of which a refresh makes temporaries at once."""
 _DRAW_CHUNK = 1 << 24
 """Elements of the largest temporary of a per-instance draw."""
 
@@ -70,9 +72,7 @@ class MidxSampler:
         self.refresh_iterations = refresh_iterations
         self.seed = seed
         self.codebook: Codebook | None = None
-        self._log_frequency = None
-        if label_frequencies is not None:
-            self._log_frequency = frequency_power * torch.log(label_frequencies.double() + 1.0)
+        self._frequency_L, self._power = label_frequencies, frequency_power
 
     @property
     def fitted(self) -> bool:
@@ -95,33 +95,51 @@ class MidxSampler:
         self.set_codebook(codebook, bias_L)
 
     def set_codebook(self, codebook: Codebook, bias_L: torch.Tensor) -> None:
-        """Use `codebook` as it is; `bias_L` (L,) is read by the bias prior alone."""
-        num_cells = codebook.num_codewords**2
-        log_prior_L = self._log_prior(codebook.num_labels, bias_L)
-        # The total mass is 1, in float64: 10^8 labels leave a cumulative sum exact to 1e-16.
-        log_prior_L = log_prior_L - torch.logsumexp(log_prior_L, 0)
-        cells_L = codebook.cells()
-        order_L = torch.argsort(cells_L, stable=True)
-        ends = torch.cumsum(torch.bincount(cells_L, minlength=num_cells), 0)
-        cumulative_L = torch.cumsum(log_prior_L[order_L].exp(), 0)
-        mass_before = torch.cat([cumulative_L.new_zeros(1), cumulative_L])[torch.cat([ends.new_zeros(1), ends])]
-        self.codebook = codebook
-        self._cell_of_label = cells_L
-        self._labels_by_cell = order_L
-        self._cell_ends = ends
-        self._mass_before_cell = mass_before
-        self._cumulative_mass = cumulative_L
-        dtype = codebook.codewords1.dtype
-        self._log_prior_of_label = log_prior_L.to(dtype)
-        self._cell_mass_CC = mass_before.diff().to(dtype).view(codebook.num_codewords, codebook.num_codewords)
+        """Use `codebook` as it is; `bias_L` (L,) is read by the bias prior alone, which copies it.
 
-    def _log_prior(self, num_labels: int, bias_L: torch.Tensor) -> torch.Tensor:
-        if self.prior == "uniform":
-            return torch.zeros(num_labels, dtype=torch.float64, device=bias_L.device)
-        if self.prior == "bias":
-            return bias_L.detach().double()
-        assert self._log_frequency is not None
-        return self._log_frequency.to(bias_L.device)
+        A label takes 12 bytes here besides its codes, four for its place and eight for its mass; all that is made on
+        the way is made for a chunk of labels after the other.
+        """
+        if self._frequency_L is not None:
+            self._frequency_L = self._frequency_L.to(bias_L.device)
+        self._bias_L = bias_L.detach().clone() if self.prior == "bias" else None
+        num_codewords, dtype = codebook.num_codewords, codebook.codewords1.dtype
+        self.codebook = codebook
+        self._labels_by_cell, counts = _sort_by_cell(codebook)
+        self._cell_ends = torch.cumsum(counts, 0)
+        self._cumulative_mass, self._log_total = self._accumulate(self._labels_by_cell)
+        ends = torch.cat([self._cell_ends.new_zeros(1), self._cell_ends])
+        before = self._cumulative_mass[(ends - 1).clamp(min=0)]
+        self._mass_before_cell = torch.where(ends > 0, before, 0.0)
+        self._cell_mass_CC = self._mass_before_cell.diff().to(dtype).view(num_codewords, num_codewords)
+
+    def _accumulate(self, label_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cumulative mass (L,) of the labels in this order, and the log of what it was before its total was 1.
+
+        In float64: 10^8 labels leave a sum exact to 1e-16.
+        """
+        cumulative_L = torch.empty(label_ids.shape[0], dtype=torch.float64, device=label_ids.device)
+        chunks = [slice(begin, begin + _LABEL_CHUNK) for begin in range(0, label_ids.shape[0], _LABEL_CHUNK)]
+        largest = torch.stack([self._log_prior(label_ids[chunk]).max() for chunk in chunks]).max()
+        total = torch.zeros_like(largest)
+        for chunk in chunks:
+            torch.cumsum((self._log_prior(label_ids[chunk]) - largest).exp_(), 0, out=cumulative_L[chunk])
+            total = cumulative_L[chunk].add_(total)[-1].clone()
+        return cumulative_L.div_(total), largest + torch.log(total)
+
+    def _log_prior(self, label_ids: torch.Tensor) -> torch.Tensor:
+        """Unnormalised, float64, of the shape of `label_ids`."""
+        if self._bias_L is not None:
+            return self._bias_L[label_ids].double()
+        if self.prior == "frequency":
+            assert self._frequency_L is not None
+            return self._power * torch.log(self._frequency_L[label_ids].double() + 1.0)
+        return torch.zeros(label_ids.shape, dtype=torch.float64, device=label_ids.device)
+
+    def _log_mass(self, label_ids: torch.Tensor) -> torch.Tensor:
+        """log pi_i of a prior that sums to one, in the codewords' dtype."""
+        assert self.codebook is not None, "refresh before use"
+        return (self._log_prior(label_ids) - self._log_total).to(self.codebook.codewords1.dtype)
 
     # ------------------------------------------------------------------ draws
 
@@ -139,10 +157,10 @@ class MidxSampler:
         cumulative = torch.cumsum((ratio_CC * self._cell_mass_CC).flatten(), 0, dtype=torch.float64)
 
         def draw_labels(count: int) -> torch.Tensor:
-            return self._draw_in_cells(draw(cumulative, count, generator), generator)
+            return self._draw_in_cells(draw(cumulative, count, generator, rising=True), generator)
 
         def probability(label_ids: torch.Tensor) -> torch.Tensor:
-            return self._log_prior_of_label[label_ids].exp() * ratio_CC.flatten()[self._cell_of_label[label_ids]]
+            return self._log_mass(label_ids).exp() * ratio_CC[self._codes(label_ids)]
 
         return draw_pool(draw_labels, probability, num_draws, certain)
 
@@ -170,14 +188,18 @@ class MidxSampler:
         log_factor1_BC, log_factor2_BC = self._log_factors(query_BD)
         psi_BC = log_factor2_BC.exp() @ self._cell_mass_CC.T
         log_partition_B1 = torch.log((log_factor1_BC.exp() * psi_BC).sum(1, keepdim=True))
-        codes1, codes2 = self.codebook.codes1[label_ids].long(), self.codebook.codes2[label_ids].long()
+        codes1, codes2 = self._codes(label_ids)
         if label_ids.dim() == 1:
             scores = log_factor1_BC[:, codes1] + log_factor2_BC[:, codes2]
         else:
             scores = log_factor1_BC.gather(1, codes1) + log_factor2_BC.gather(1, codes2)
-        return scores + self._log_prior_of_label[label_ids] - log_partition_B1
+        return scores + self._log_mass(label_ids) - log_partition_B1
 
     # --------------------------------------------------------------- internals
+
+    def _codes(self, label_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.codebook is not None, "refresh before use"
+        return self.codebook.codes1[label_ids].long(), self.codebook.codes2[label_ids].long()
 
     def _log_factors(self, query_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.codebook is not None, "refresh before use"
@@ -203,7 +225,7 @@ class MidxSampler:
         uniform = torch.rand(cells.shape, dtype=torch.float64, generator=generator, device=cells.device)
         position = torch.searchsorted(self._cumulative_mass, low + uniform * (high - low), right=True)
         first = torch.where(cells > 0, self._cell_ends[(cells - 1).clamp(min=0)], 0)
-        return self._labels_by_cell[torch.minimum(torch.maximum(position, first), self._cell_ends[cells] - 1)]
+        return self._labels_by_cell[torch.minimum(torch.maximum(position, first), self._cell_ends[cells] - 1)].long()
 
     # ------------------------------------------------------------------- state
 
@@ -223,7 +245,37 @@ class MidxSampler:
         """
         self.codebook = None
         if state:
-            codebook = Codebook(quantizer=self.quantizer, **state)
+            # Checkpoints of 0.1 have codes of four bytes.
+            dtype = code_dtype(self.num_codewords)
+            codes = {name: state[name].to(dtype) for name in ("codes1", "codes2")}
+            codebook = Codebook(quantizer=self.quantizer, **(state | codes))
             if codebook.num_codewords != self.num_codewords:
                 raise RuntimeError(f"codebooks of {codebook.num_codewords} codewords, expected {self.num_codewords}")
             self.set_codebook(codebook, bias_L)
+
+
+def _sort_by_cell(codebook: Codebook) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels in the order of their cells, by id inside a cell, int32 where L allows; labels in each of the C^2 cells.
+
+    Equals `argsort(cells, stable=True)` and `bincount(cells)`: a counting sort, whose temporaries are a chunk's.
+    """
+    num_labels, device = codebook.num_labels, codebook.codes1.device
+
+    def cells(begin: int) -> torch.Tensor:
+        chunk = slice(begin, begin + _LABEL_CHUNK)
+        return codebook.codes1[chunk].long() * codebook.num_codewords + codebook.codes2[chunk]
+
+    counts = torch.zeros(codebook.num_codewords**2, dtype=torch.int64, device=device)
+    for begin in range(0, num_labels, _LABEL_CHUNK):
+        counts += torch.bincount(cells(begin), minlength=counts.shape[0])
+    dtype = torch.int32 if num_labels <= torch.iinfo(torch.int32).max else torch.int64
+    order_L = torch.empty(num_labels, dtype=dtype, device=device)
+    free = torch.cumsum(counts, 0) - counts
+    for begin in range(0, num_labels, _LABEL_CHUNK):
+        sorted_cells, order = torch.sort(cells(begin), stable=True)
+        found, sizes = torch.unique_consecutive(sorted_cells, return_counts=True)
+        starts = torch.cumsum(sizes, 0) - sizes
+        shift = torch.repeat_interleave(free[found] - starts, sizes, output_size=order.shape[0])
+        order_L[torch.arange(order.shape[0], device=device) + shift] = (order + begin).to(dtype)
+        free[found] += sizes
+    return order_L, counts

@@ -20,7 +20,8 @@ def beside(certain: torch.Tensor, sample: LabelSample) -> tuple[torch.Tensor, to
 def two_samples(
     positives: torch.Tensor, sample: LabelSample, law: InBatchSampler, num_others: int, num_draws: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rising ids of the labels that the batch or the sampler brought, and their log weights.
+    """Rising ids of the labels that the batch (repeats and all) or the sampler (each once) brought, and their log
+    weights.
 
     Multiple importance sampling: with w the batch's part of a label, a label counts w / (its chance to be in the batch)
     where the batch has it, plus (1 - w) / (its chance to be drawn) where it was drawn. Unbiased for every fixed w in
@@ -38,5 +39,5 @@ def two_samples(
     weight_P[in_batch] = torch.where(chance_P > 0, part_P / chance_P, 1.0)[in_batch]
     weight_P[drawn] += (1.0 - part_P[drawn]) * torch.exp(-sample.log_weight.double())
     # A label that is in every batch leaves nothing to a draw of it.
-    kept = weight_P > 0
+    kept = torch.nonzero(weight_P > 0).flatten()
     return label_ids[kept], -torch.log(weight_P[kept])

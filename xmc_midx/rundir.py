@@ -4,6 +4,7 @@ config.yaml          the resolved configuration          run.json       versions
 checkpoints/<step>/  see `xmc_midx.checkpoint`           metrics.jsonl  one line an epoch
 best, latest         each names a checkpoint             labels.txt, vocabulary.txt   where they are known
 model.safetensors    the finished model, quantised       model.json     hashes of what a prediction reads, last
+cells.safetensors    where a search for labels begins (`xmc_midx.cells`), and how far it goes
 interpolation.json   what is added to the model: neighbors.safetensors (training rows), ranker.safetensors, or neither;
                      and what makes probabilities of the scores
 """
@@ -19,15 +20,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as map_file
 
 from xmc_midx.calibration import Calibration
+from xmc_midx.cells import LabelCells
 from xmc_midx.config import Config, dump_config, load_config
 from xmc_midx.crash import crash_point
 from xmc_midx.data.files import atomic_write, read_json, sha256_of, sync_file
 from xmc_midx.errors import DataError, ResourceError, UsageError
+from xmc_midx.index import Effort
 from xmc_midx.interpolation import Interpolation
 from xmc_midx.neighbors import NeighborIndex, save_rows
 from xmc_midx.quantization import dequantize, quantize
@@ -44,6 +49,7 @@ __all__ = ["RunDirectory"]
 _Added = TypeVar("_Added", NeighborIndex, LinearRanker)
 _MODEL, _MODEL_RECORD = "model.safetensors", "model.json"
 _MODEL_FORMAT = 1
+_CELLS, _EFFORT = "cells.safetensors", "effort"
 _INTERPOLATION = "interpolation.json"
 _NEIGHBORS, _RANKER = "neighbors.safetensors", "ranker.safetensors"
 _LABELS, _VOCABULARY = "labels.txt", "vocabulary.txt"
@@ -193,20 +199,54 @@ class RunDirectory:
         """Whether `seal_model` was here: the training has come to its end."""
         return (self.path / _MODEL_RECORD).exists()
 
-    def write_model(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Keep the finished model, the tensors of a checkpoint's part `model`, its tables in `model.storage`."""
+    def write_model(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Keep the finished model, the tensors of a checkpoint's part `model`, its tables in `model.storage`; returns
+        what is stored."""
         stored = quantize(arrays, self.config.model.storage)
         self._write_tensors(_MODEL, lambda path: save_file(stored, path))
+        return stored
+
+    def write_cells(self, cells: LabelCells, effort: Effort) -> None:
+        """Keep what a search for labels begins with."""
+        arrays = cells.as_arrays() | {_EFFORT: np.array([effort.depth, effort.width, effort.recall])}
+        self._write_tensors(_CELLS, lambda path: save_file(arrays, path))
+
+    def cells(self, num_labels: int, dim: int) -> tuple[LabelCells, Effort] | None:
+        """What `write_cells` kept, for a table (num_labels, dim); None where there is none. `read_model` has verified
+        the file.
+
+        Raises
+        ------
+        DataError : it does not fit the table.
+        """
+        path = self.path / _CELLS
+        if not self.has_model or not path.exists():
+            return None
+        try:
+            arrays = _map(path)
+            depth, width, recall = arrays.pop(_EFFORT).tolist()
+            return LabelCells.from_arrays(arrays, num_labels, dim), Effort(
+                depth=int(depth), width=int(width), recall=float(recall)
+            )
+        except (SafetensorError, OSError, LookupError, ValueError, TypeError) as error:
+            raise DataError(f"{path}: is not what `train` wrote: {error}.", hint="It was edited.") from None
 
     def seal_model(self) -> None:
         """Note sizes and hashes of what a prediction reads, last of all: from now on the run has a model."""
-        names = (_MODEL, _INTERPOLATION, _LABELS, _VOCABULARY)
+        names = (_MODEL, _CELLS, _INTERPOLATION, _LABELS, _VOCABULARY)
         paths = [self.path / name for name in names if (self.path / name).exists()]
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
         self.write_json(_MODEL_RECORD, {"format": _MODEL_FORMAT, "files": files})
 
     def read_model(self, *, verify: bool = True) -> dict[str, NDArray[Any]]:
-        """What `write_model` was given, tables in float32 as exact as they are stored.
+        """What `write_model` was given, tables in float32 as exact as they are stored; errors as of `map_model`."""
+        try:
+            return dequantize(self.map_model(verify=verify))
+        except (LookupError, ValueError, TypeError) as error:
+            raise DataError(f"{self.path / _MODEL}: holds no model: {error}.", hint="It was edited.") from None
+
+    def map_model(self, *, verify: bool = True) -> dict[str, NDArray[Any]]:
+        """What `write_model` returned, mapped from the file: only what is used is read.
 
         Parameters
         ----------
@@ -237,14 +277,14 @@ class RunDirectory:
             if damaged:
                 raise DataError(f"{path}: is not what {_MODEL_RECORD} says it is.", hint="It was damaged or edited.")
         try:
-            return dequantize(load_file(self.path / _MODEL))
+            return _map(self.path / _MODEL)
         except (SafetensorError, OSError, LookupError, ValueError, TypeError) as error:
             raise DataError(f"{self.path / _MODEL}: holds no model: {error}.", hint="It was edited.") from None
 
     @property
     def model_bytes(self) -> int:
         """Bytes of the finished model and of what is added to it; 0 before the end."""
-        files = [self.path / name for name in (_MODEL, _NEIGHBORS, _RANKER)]
+        files = [self.path / name for name in (_MODEL, _CELLS, _NEIGHBORS, _RANKER)]
         return sum(file.stat().st_size for file in files if file.exists()) if self.has_model else 0
 
     def _write_tensors(self, name: str, save: Callable[[Path], None]) -> str:
@@ -360,6 +400,11 @@ class RunDirectory:
         from xmc_midx.data.vocabulary import Vocabulary
 
         return Vocabulary.load(path)
+
+
+def _map(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a safetensors file, mapped."""
+    return {name: tensor.numpy() for name, tensor in map_file(path).items()}
 
 
 def _holds_a_run(path: Path) -> UsageError:

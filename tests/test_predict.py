@@ -627,7 +627,7 @@ import xmc_midx.neighbors
 before = used_memory_bytes()
 predictor = Predictor.load(sys.argv[1], checkpoint="latest", device="cpu", verify=False)
 after = used_memory_bytes()
-predictor.encoder(__import__("xmc_midx.rows").rows.sparse_rows(predictor._features([{0: 1.0}, {5: 2.0}])))
+list(predictor.encoder.encode(predictor._features([{0: 1.0}, {5: 2.0}])))
 print("GREW", after - before, used_memory_bytes() - before)
 """
 

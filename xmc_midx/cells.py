@@ -2,13 +2,14 @@
 
 A sketch holds K int8 numbers in place of a row's D. Its directions are those that explain most of the logits' variance
 over the queries that the model meets: with the queries' mean m and covariance M, the singular vectors of
-M^(1/2) (W - mean row)^T, the frequency-blind part w . m + b of a logit being kept exactly. Labels with similar sketches share a
-cell. For a query the cells are visited in falling order of
+M^(1/2) (W - mean row)^T; a label's mean logit w . m + b is kept beside it as it is. Labels with similar sketches share
+a cell. For a query the cells are visited in falling order of
 
     mean score of the cell's labels + 3 standard deviations of them over the mean query,
 
 until they hold `depth` labels; the `width` best of these by their sketches get their exact logits. Source: the order of
-cells is the multi-index's (Babenko and Lempitsky 2012), the rest is ours; the figures are in EXPERIMENTS.md, "Label index".
+cells is the multi-index's (Babenko and Lempitsky 2012), the rest is ours; the figures are in EXPERIMENTS.md, "Label
+index".
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ import torch
 from numpy.typing import NDArray
 
 from xmc_midx.codebook import kmeans
-from xmc_midx.device import in_threads
 from xmc_midx.neighbors import insert_best
 from xmc_midx.quantization import StoredTable, row_product
+from xmc_midx.threads import in_threads
 from xmc_midx.types import TopK
 
 __all__ = ["LabelCells", "fit_cells"]
@@ -206,9 +207,9 @@ def _cluster(points_LK: torch.Tensor, generator: torch.Generator) -> torch.Tenso
     """(L,) cells 0..C-1 without an empty one: k-means in groups, and in each group again."""
     num_labels = len(points_LK)
     wanted = max(1.0, min(_CELLS * math.sqrt(num_labels), num_labels / 4))
-    group_L = kmeans(
-        points_LK, max(1, round(math.sqrt(wanted))), generator=generator, num_iterations=_ITERATIONS
-    )[1].long()
+    group_L = kmeans(points_LK, max(1, round(math.sqrt(wanted))), generator=generator, num_iterations=_ITERATIONS)[
+        1
+    ].long()
     cell_L = torch.empty(num_labels, dtype=torch.int64)
     used = 0
     for group in range(int(group_L.max()) + 1):
@@ -216,11 +217,12 @@ def _cluster(points_LK: torch.Tensor, generator: torch.Generator) -> torch.Tenso
         if not len(members):
             continue
         share = max(1, round(wanted * len(members) / num_labels))
-        cell_L[members] = used + kmeans(
-            points_LK[members], share, generator=generator, num_iterations=_ITERATIONS
-        )[1].long()
+        cell_L[members] = (
+            used + kmeans(points_LK[members], share, generator=generator, num_iterations=_ITERATIONS)[1].long()
+        )
         used += share
-    return torch.unique(cell_L, return_inverse=True)[1]
+    found: torch.Tensor = torch.unique(cell_L, return_inverse=True)[1]
+    return found
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
@@ -282,7 +284,8 @@ def _search(
 
 @numba.njit(nogil=True, cache=True)
 def _least_of_best(values: Any, weights: Any, wanted: Any, total: Any) -> Any:
-    """A value that entries of about `wanted` weight, never less, of the `total` reach: a histogram. No weights: of 1."""
+    """A value that entries of about `wanted` of the `total` weight reach, never less, by a histogram; without weights
+    each counts 1."""
     count = values.shape[0]
     low = high = values[0] if count else np.float32(0.0)
     for index in range(count):

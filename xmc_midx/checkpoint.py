@@ -250,8 +250,8 @@ class CheckpointStore:
 def map_model(
     run: RunDirectory, name: str = "best", *, verify: bool = True
 ) -> tuple[dict[str, NDArray[Any]], Path, bool]:
-    """The arrays that predict, mapped and as they are stored (`quantization.StoredTable` takes a table); where they lie;
-    and whether they are the finished model: where `name` is `best` and there is one, else the part `model` of a
+    """The arrays that predict, mapped and as they are stored (`quantization.StoredTable` takes a table); where they
+    lie; and whether they are the finished model: where `name` is `best` and there is one, else the part `model` of a
     checkpoint.
 
     Raises

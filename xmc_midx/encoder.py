@@ -105,7 +105,6 @@ class SparseEncoder(nn.Module):
             if was_training:
                 self.train()
 
-
     def _encode(self, features: csr_matrix) -> torch.Tensor:
         found: torch.Tensor = self(sparse_rows(features).to(self.embedding.device))
         return found

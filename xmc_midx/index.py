@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +135,24 @@ class CellIndex:
     ) -> None:
         self.table, self.bias_L, self.cells, self.effort, self.exact = table, bias_L, cells, effort, exact
 
+    def as_arrays(self) -> dict[str, NDArray[Any]]:
+        """Cells and effort: what `from_arrays` reads beside the table."""
+        return self.cells.as_arrays() | {
+            "effort": np.array([self.effort.depth, self.effort.width]),
+            "recall": np.array([self.effort.recall]),
+        }
+
+    @classmethod
+    def from_arrays(
+        cls, table: StoredTable, bias_L: NDArray[np.float32], arrays: Mapping[str, NDArray[Any]], *, exact: bool = False
+    ) -> CellIndex:
+        """The index of `as_arrays`; a ValueError or LookupError where it is not that of this table."""
+        depth, width = arrays["effort"].tolist()
+        if not (depth >= 1 and width >= 1):
+            raise ValueError("an effort is at least one label")
+        effort = Effort(depth=int(depth), width=int(width), recall=float(arrays["recall"][0]))
+        return cls(table, bias_L, LabelCells.from_arrays(arrays, *table.shape), effort, exact=exact)
+
     @property
     def num_labels(self) -> int:
         return int(self.bias_L.shape[0])
@@ -146,7 +165,7 @@ class CellIndex:
         allow: torch.Tensor | None = None,
         deny: torch.Tensor | None = None,
     ) -> TopK:
-        """As `ExactIndex.search`. With label lists, and where a search would read half of the labels, all are scanned."""
+        """As `ExactIndex.search`. With label lists, or where it would read half of the labels, all are scanned."""
         more = max(1.0, 2 * k / self.effort.width)
         depth, width = round(more * self.effort.depth), round(more * self.effort.width)
         if self.exact or allow is not None or deny is not None or 2 * depth > self.num_labels:

@@ -29,10 +29,10 @@ from scipy.optimize import minimize
 from scipy.sparse import csr_matrix
 from scipy.special import expit
 
-from xmc_midx.device import zeros
 from xmc_midx.errors import DataError
 from xmc_midx.metrics import instance_scores, inverse_propensity
 from xmc_midx.neighbors import NeighborIndex, insert_best
+from xmc_midx.threads import zeros
 from xmc_midx.types import DEFAULT_KS, TopK
 
 __all__ = ["SHORTLIST", "Interpolation", "fit_interpolation", "interpolate", "keep_labels"]

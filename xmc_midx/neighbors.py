@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_matrix
 
-from xmc_midx.device import in_threads, zeros
+from xmc_midx.threads import in_threads, zeros
 
 __all__ = ["NeighborIndex", "insert_best", "save_rows"]
 

@@ -17,7 +17,7 @@ from scipy.sparse import csr_matrix, issparse
 from xmc_midx.calibration import BACKGROUND, Calibration, calibrate
 from xmc_midx.checkpoint import map_model, refuse_misfits
 from xmc_midx.data.features import normalize_rows, rows_from_pairs
-from xmc_midx.device import find_device, in_threads
+from xmc_midx.device import find_device
 from xmc_midx.encoder import SparseEncoder, StoredEncoder
 from xmc_midx.errors import DataError, UsageError
 from xmc_midx.index import CellIndex, build_index
@@ -26,6 +26,7 @@ from xmc_midx.neighbors import NeighborIndex
 from xmc_midx.quantization import StoredTable, dequantize
 from xmc_midx.ranker import LinearRanker
 from xmc_midx.rundir import RunDirectory
+from xmc_midx.threads import in_threads
 from xmc_midx.topk import concatenate_topk
 from xmc_midx.types import LabelIndex, Reporter, SilentReporter, TopK
 
@@ -123,12 +124,12 @@ class Predictor:
         table, bias = StoredTable.take(model, "labels.weight"), model["labels.bias"]
         added = directory.interpolation(verify=verify)
         index: LabelIndex
-        found = directory.cells(*table.shape) if cells and device.type == "cpu" else None
+        found = directory.map_cells() if cells and device.type == "cpu" else None
         if found is None:
             tensors = torch.from_numpy(table.rows()).to(device), torch.from_numpy(bias).to(device)
             index = build_index(*tensors, exact=exact)
         else:
-            index = CellIndex(table, bias, *found, exact=exact)
+            index = CellIndex.from_arrays(table, bias, found, exact=exact)
         label_names = directory.label_names()
         if label_names is not None and len(label_names) != index.num_labels:
             raise DataError(
@@ -350,9 +351,7 @@ class Predictor:
         return self.require_vocabulary().transform(texts)
 
 
-def _build_encoder(
-    directory: RunDirectory, model: Mapping[str, np.ndarray], device: torch.device
-) -> SparseEncoder:
+def _build_encoder(directory: RunDirectory, model: Mapping[str, np.ndarray], device: torch.device) -> SparseEncoder:
     options = directory.config.model.model_dump(include={"num_hidden_layers", "activation", "residual"})
     table = StoredTable.take(model, _FEATURE_TABLE)
     # All but the table is small.

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from xmc_midx.device import in_threads
+from xmc_midx.threads import in_threads
 
 __all__ = ["StoredTable", "dequantize", "quantize", "row_product"]
 
@@ -63,9 +63,7 @@ class StoredTable:
     def products(self, query_BD: NDArray[np.float32], ids_BW: NDArray[np.int64]) -> NDArray[np.float32]:
         """(B, W): the inner products of each query with the rows of its own ids."""
         found_BW = np.empty(ids_BW.shape, dtype=np.float32)
-        in_threads(
-            lambda first, last: _products(query_BD, *self.arrays, ids_BW, found_BW, first, last), len(query_BD)
-        )
+        in_threads(lambda first, last: _products(query_BD, *self.arrays, ids_BW, found_BW, first, last), len(query_BD))
         return found_BW
 
     def bag(self, features: csr_matrix) -> NDArray[np.float32]:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from xmc_midx.device import zeros
+from xmc_midx.threads import zeros
 
 __all__ = ["LinearRanker"]
 

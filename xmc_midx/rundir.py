@@ -20,19 +20,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from safetensors.torch import load_file as map_file
 
 from xmc_midx.calibration import Calibration
-from xmc_midx.cells import LabelCells
 from xmc_midx.config import Config, dump_config, load_config
 from xmc_midx.crash import crash_point
 from xmc_midx.data.files import atomic_write, read_json, sha256_of, sync_file
 from xmc_midx.errors import DataError, ResourceError, UsageError
-from xmc_midx.index import Effort
 from xmc_midx.interpolation import Interpolation
 from xmc_midx.neighbors import NeighborIndex, save_rows
 from xmc_midx.quantization import dequantize, quantize
@@ -49,7 +45,7 @@ __all__ = ["RunDirectory"]
 _Added = TypeVar("_Added", NeighborIndex, LinearRanker)
 _MODEL, _MODEL_RECORD = "model.safetensors", "model.json"
 _MODEL_FORMAT = 1
-_CELLS, _EFFORT = "cells.safetensors", "effort"
+_CELLS = "cells.safetensors"
 _INTERPOLATION = "interpolation.json"
 _NEIGHBORS, _RANKER = "neighbors.safetensors", "ranker.safetensors"
 _LABELS, _VOCABULARY = "labels.txt", "vocabulary.txt"
@@ -206,30 +202,19 @@ class RunDirectory:
         self._write_tensors(_MODEL, lambda path: save_file(stored, path))
         return stored
 
-    def write_cells(self, cells: LabelCells, effort: Effort) -> None:
-        """Keep what a search for labels begins with."""
-        arrays = cells.as_arrays() | {_EFFORT: np.array([effort.depth, effort.width, effort.recall])}
-        self._write_tensors(_CELLS, lambda path: save_file(arrays, path))
+    def write_cells(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Keep what a search for labels begins with (`index.CellIndex.as_arrays`)."""
+        self._write_tensors(_CELLS, lambda path: save_file(dict(arrays), path))
 
-    def cells(self, num_labels: int, dim: int) -> tuple[LabelCells, Effort] | None:
-        """What `write_cells` kept, for a table (num_labels, dim); None where there is none. `read_model` has verified
-        the file.
+    def map_cells(self) -> dict[str, NDArray[Any]] | None:
+        """What `write_cells` was given, mapped; None where it was not called. `map_model` has verified the file.
 
         Raises
         ------
-        DataError : it does not fit the table.
+        DataError : it is not what was written.
         """
         path = self.path / _CELLS
-        if not self.has_model or not path.exists():
-            return None
-        try:
-            arrays = _map(path)
-            depth, width, recall = arrays.pop(_EFFORT).tolist()
-            return LabelCells.from_arrays(arrays, num_labels, dim), Effort(
-                depth=int(depth), width=int(width), recall=float(recall)
-            )
-        except (SafetensorError, OSError, LookupError, ValueError, TypeError) as error:
-            raise DataError(f"{path}: is not what `train` wrote: {error}.", hint="It was edited.") from None
+        return _map(path) if self.has_model and path.exists() else None
 
     def seal_model(self) -> None:
         """Note sizes and hashes of what a prediction reads, last of all: from now on the run has a model."""
@@ -276,10 +261,7 @@ class RunDirectory:
             damaged = path.stat().st_size != expected["bytes"] or (verify and sha256_of(path) != expected["sha256"])
             if damaged:
                 raise DataError(f"{path}: is not what {_MODEL_RECORD} says it is.", hint="It was damaged or edited.")
-        try:
-            return _map(self.path / _MODEL)
-        except (SafetensorError, OSError, LookupError, ValueError, TypeError) as error:
-            raise DataError(f"{self.path / _MODEL}: holds no model: {error}.", hint="It was edited.") from None
+        return _map(self.path / _MODEL)
 
     @property
     def model_bytes(self) -> int:
@@ -404,7 +386,12 @@ class RunDirectory:
 
 def _map(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of a safetensors file, mapped."""
-    return {name: tensor.numpy() for name, tensor in map_file(path).items()}
+    from safetensors.torch import load_file as map_file  # the NumPy one copies
+
+    try:
+        return {name: tensor.numpy() for name, tensor in map_file(path).items()}
+    except (SafetensorError, OSError, LookupError, ValueError, TypeError) as error:
+        raise DataError(f"{path}: is not what `train` wrote: {error}.", hint="It was edited.") from None
 
 
 def _holds_a_run(path: Path) -> UsageError:

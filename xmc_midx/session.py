@@ -209,13 +209,14 @@ class TrainingSession:
         )
         cells = fit_cells(table, bias, query_ND, seed=self.config.training.seed)
         effort = tune_effort(table, bias, cells, held_out_ND)
-        self.run_directory.write_cells(cells, effort)
+        index = CellIndex(table, bias, cells, effort)
+        self.run_directory.write_cells(index.as_arrays())
         self.reporter.message(
-            f"label cells: a search reads {effort.depth:,} of {bias.shape[0]:,} labels and finds {effort.recall:.2%} of "
-            "the five best"
+            f"label cells: a search reads {effort.depth:,} of {bias.shape[0]:,} labels and finds "
+            f"{effort.recall:.2%} of the five best"
         )
         if self.trainer.softmax.weight.device.type == "cpu":
-            self._index = CellIndex(table, bias, cells, effort)
+            self._index = index
 
     def _choose_interpolation(self) -> None:
         """Let the held-out instances say how much the neighbours' labels, the linear ranker and the label frequencies

@@ -99,7 +99,8 @@ class Predictor:
         verify : whether the hashes of the model's files are computed; the sizes are compared in any case. The
             tables of a checkpoint are mapped, not copied: without hashes, a prediction on the CPU reads the rows that
             it needs alone.
-        exact : whether all labels are scored in float32, where a scan in bfloat16 would be faster (`xmc_midx.index`).
+        exact : whether all labels are scored in float32, where label cells or a scan in bfloat16 would be faster
+            (`xmc_midx.index`).
 
         Raises
         ------

@@ -625,22 +625,22 @@ from xmc_midx.device import used_memory_bytes
 from xmc_midx.predictor import Predictor
 import xmc_midx.neighbors
 before = used_memory_bytes()
-predictor = Predictor.load(sys.argv[1], checkpoint="latest", device="cpu", verify=False)
+predictor = Predictor.load(sys.argv[1], checkpoint=sys.argv[2], device="cpu", verify=False)
 after = used_memory_bytes()
-predictor.encoder(__import__("xmc_midx.rows").rows.sparse_rows(predictor._features([{0: 1.0}, {5: 2.0}])))
+list(predictor.encoder.encode(predictor._features([{0: 1.0}, {5: 2.0}])))
 print("GREW", after - before, used_memory_bytes() - before)
 """
 
 
-def test_a_checkpoint_is_mapped_not_copied(tmp_path: Path) -> None:
+def test_a_model_is_mapped_not_copied(tmp_path: Path) -> None:
     """A table of 160 MB: loading without hashes reads its header, a query reads its rows."""
     data, wide = tmp_path / "wide.txt", tmp_path / "wide"
     data.write_text("4 80000 2\n0 0:1 79999:1\n1 5:1\n0 9:1\n1 7:1\n")
     options = ["model.dim=512", "training.epochs=1", "data.validation_fraction=0", "training.keep_checkpoints=1"]
     train(data, output=wide, config=load_config(assignments=options))
-    process = [sys.executable, "-c", MAPPED, str(wide)]
-    done = subprocess.run(
-        process, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=120, check=True, text=True
-    )
-    loaded, predicted = (int(word) for word in done.stdout.split("GREW")[1].split())
-    assert loaded < 30e6 and predicted < 60e6, (loaded, predicted)
+    for checkpoint in ("latest", "best"):  # float32; the finished model, in int8
+        process, env = [sys.executable, "-c", MAPPED, str(wide), checkpoint], {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(process, env=env, capture_output=True, timeout=120, check=True, text=True)
+        loaded, predicted = (int(word) for word in done.stdout.split("GREW")[1].split())
+        # Most of the second is the compiler's, where the loop was not compiled before.
+        assert loaded < 30e6 and predicted < 100e6, (checkpoint, loaded, predicted)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -30,10 +31,11 @@ from xmc_midx.crash import crash_point
 from xmc_midx.data.files import read_json, sha256_of, sync_directory, sync_file
 from xmc_midx.device import is_out_of_memory
 from xmc_midx.errors import DataError, ResourceError
+from xmc_midx.quantization import dequantize
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.tensorfile import StoredTensor, write_tensors
 
-__all__ = ["FORMAT_VERSION", "Checkpoint", "CheckpointStore", "read_model", "refuse_misfits"]
+__all__ = ["FORMAT_VERSION", "Checkpoint", "CheckpointStore", "map_model", "read_model", "refuse_misfits"]
 
 FORMAT_VERSION = 2
 _FORMAT = "xmc-midx checkpoint"
@@ -307,20 +309,31 @@ class CheckpointStore:
         return Checkpoint(path=path, parts=tensors, state=state)
 
 
-def read_model(run: RunDirectory, name: str = "best", *, verify: bool = True) -> tuple[dict[str, torch.Tensor], Path]:
-    """The tensors that predict, and where they lie: the finished model where `name` is `best` and there is one, else
-    the part `model` of a checkpoint.
+def map_model(
+    run: RunDirectory, name: str = "best", *, verify: bool = True
+) -> tuple[dict[str, NDArray[Any]], Path, bool]:
+    """The arrays that predict, mapped and as they are stored (`quantization.StoredTable` takes a table); where they
+    lie; and whether they are the finished model: where `name` is `best` and there is one, else the part `model` of a
+    checkpoint.
 
     Raises
     ------
     DataError : a file is missing or damaged.
     """
     if name == "best" and run.has_model:
-        arrays = run.read_model(verify=verify)
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}, run.path
+        return run.map_model(verify=verify), run.path, True
     saved = CheckpointStore(run.checkpoints).load(name, ["model"], verify=verify)
     model = saved.parts["model"]
-    return {name: t.float() if t.dtype == torch.bfloat16 else t for name, t in model.items()}, saved.path
+    # NumPy has no bfloat16.
+    arrays = {name: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for name, t in model.items()}
+    return arrays, saved.path, False
+
+
+def read_model(run: RunDirectory, name: str = "best", *, verify: bool = True) -> tuple[dict[str, torch.Tensor], Path]:
+    """The tensors of `map_model`, tables in float32, and where they lie."""
+    arrays, source, _ = map_model(run, name, verify=verify)
+    with refuse_misfits(source):
+        return {name: torch.from_numpy(array) for name, array in dequantize(arrays).items()}, source
 
 
 @contextmanager

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from scipy.sparse import csr_matrix
 from torch import nn
 
 from xmc_midx.device import empty_table
+from xmc_midx.quantization import StoredTable
 from xmc_midx.rows import bag_rows, sparse_rows
 from xmc_midx.types import SparseRows
 
-__all__ = ["SparseEncoder"]
+__all__ = ["SparseEncoder", "StoredEncoder"]
 
 
 _START_LENGTH = 3.0
@@ -78,7 +80,11 @@ class SparseEncoder(nn.Module):
 
     def forward(self, rows: SparseRows) -> torch.Tensor:
         """B sparse rows -> (B, D) float32 queries."""
-        query_BD: torch.Tensor = self.dropout(self.activation(bag_rows(self.embedding, rows) + self.bias))
+        return self.layers(bag_rows(self.embedding, rows))
+
+    def layers(self, bag_BD: torch.Tensor) -> torch.Tensor:
+        """What follows the products with the feature table, (B, D) float32 -> (B, D)."""
+        query_BD: torch.Tensor = self.dropout(self.activation(bag_BD + self.bias))
         for layer in self.hidden:
             update_BD = self.activation(layer(query_BD))
             query_BD = self.dropout(query_BD + update_BD if self.residual else update_BD)
@@ -95,10 +101,39 @@ class SparseEncoder(nn.Module):
             for begin in range(0, num_rows, _ENCODE_CHUNK):
                 rows = slice(begin, min(begin + _ENCODE_CHUNK, num_rows))
                 chunk = features if num_rows <= _ENCODE_CHUNK else features[rows]
-                yield rows, self(sparse_rows(chunk).to(self.embedding.device))
+                yield rows, self._encode(chunk)
         finally:
             if was_training:
                 self.train()
+
+    def _encode(self, features: csr_matrix) -> torch.Tensor:
+        found: torch.Tensor = self(sparse_rows(features).to(self.embedding.device))
+        return found
+
+    @property
+    def num_features(self) -> int:
+        return int(self.embedding.shape[0])
+
+
+class StoredEncoder(SparseEncoder):
+    """An encoder that only predicts, on the CPU: its feature table stays as it is stored, int8 rows, perhaps mapped.
+
+    Parameters
+    ----------
+    table : (F, D).
+    num_hidden_layers, activation, residual : as of `SparseEncoder`.
+    """
+
+    def __init__(self, table: StoredTable, **options: Any) -> None:
+        super().__init__(0, table.shape[1], **options)
+        self.table = table
+
+    def _encode(self, features: csr_matrix) -> torch.Tensor:
+        return self.layers(torch.from_numpy(self.table.bag(features)))
+
+    @property
+    def num_features(self) -> int:
+        return self.table.shape[0]
 
 
 class _SeededDropout(nn.Module):

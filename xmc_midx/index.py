@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+
+from xmc_midx.cells import LabelCells
 from xmc_midx.device import find_precision
-from xmc_midx.topk import exact_topk, rescored_topk
+from xmc_midx.neighbors import insert_best
+from xmc_midx.quantization import StoredTable, row_product
+from xmc_midx.topk import best_of, exact_topk, rescored_topk
 from xmc_midx.types import LabelIndex, TopK
 
-__all__ = ["ExactIndex", "HalfPrecisionIndex", "build_index"]
+__all__ = ["CELLS_FROM", "CellIndex", "Effort", "ExactIndex", "HalfPrecisionIndex", "build_index", "tune_effort"]
+
+CELLS_FROM = 4096
+"""Labels from which cells are built with a model (EXPERIMENTS.md, "Label index")."""
 
 _MIN_LABELS = 16_384
 """Labels from which the rough scan is faster than the exact one (EXPERIMENTS.md, "Prediction time")."""
 _SLACK = 32
 """Labels beyond those asked for whose exact logits are computed."""
+_TARGET_RECALL, _TARGET_K = 0.992, 5
+"""Of the held-out instances' best labels, found by the index: what its effort is set to."""
+_FEWEST = (1000, 100)
+"""Sketches read and logits computed, at the least."""
+_STEP = 1.4
+"""By which the effort grows."""
+_SCAN_ROWS = 1 << 14
+"""Rows in float32 at once, when all are scanned."""
 
 
 class ExactIndex:
@@ -52,14 +74,8 @@ class ExactIndex:
         return exact_topk(query_BD, self.label_table_LD, self.bias_L, k, excluded_L=excluded_L)
 
     def _excluded(self, allow: torch.Tensor | None, deny: torch.Tensor | None) -> torch.Tensor | None:
-        if allow is None and deny is None:
-            return None
-        excluded_L = torch.full((self.num_labels,), allow is not None, device=self.bias_L.device)
-        if allow is not None:
-            excluded_L[allow] = False
-        if deny is not None:
-            excluded_L[deny] = True
-        return excluded_L
+        excluded_L = _excluded_of(self.num_labels, allow, deny)
+        return None if excluded_L is None else excluded_L.to(self.bias_L.device)
 
 
 class HalfPrecisionIndex(ExactIndex):
@@ -88,6 +104,149 @@ class HalfPrecisionIndex(ExactIndex):
         """As `ExactIndex.search`; the logits are exact, the labels almost surely."""
         tables = self.label_table_LD, self.bias_L, self._rough_LD
         return rescored_topk(query_BD, *tables, k, slack=_SLACK, excluded_L=self._excluded(allow, deny))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How far a search by cells goes, for up to `width / 2` results."""
+
+    depth: int
+    """Labels whose sketches are read, at least."""
+    width: int
+    """Labels whose exact logits are computed, at least."""
+    recall: float
+    """Of the five best labels of held-out instances that are found with it."""
+
+
+class CellIndex:
+    """The labels of the cells that a query points to: sketches first, exact logits of the best (`xmc_midx.cells`).
+
+    On the CPU. The table stays as it is stored, int8 or float32, mapped or not; the logits are those of its rows.
+
+    Parameters
+    ----------
+    table, bias : (L, D) and (L,).
+    cells, effort : of this table.
+    exact : whether every search scans all labels.
+    """
+
+    def __init__(
+        self, table: StoredTable, bias_L: NDArray[np.float32], cells: LabelCells, effort: Effort, *, exact: bool = False
+    ) -> None:
+        self.table, self.bias_L, self.cells, self.effort, self.exact = table, bias_L, cells, effort, exact
+
+    def as_arrays(self) -> dict[str, NDArray[Any]]:
+        """Cells and effort: what `from_arrays` reads beside the table."""
+        return self.cells.as_arrays() | {
+            "effort": np.array([self.effort.depth, self.effort.width]),
+            "recall": np.array([self.effort.recall]),
+        }
+
+    @classmethod
+    def from_arrays(
+        cls, table: StoredTable, bias_L: NDArray[np.float32], arrays: Mapping[str, NDArray[Any]], *, exact: bool = False
+    ) -> CellIndex:
+        """The index of `as_arrays`; a ValueError or LookupError where it is not that of this table."""
+        depth, width = arrays["effort"].tolist()
+        if not (depth >= 1 and width >= 1):
+            raise ValueError("an effort is at least one label")
+        effort = Effort(depth=int(depth), width=int(width), recall=float(arrays["recall"][0]))
+        return cls(table, bias_L, LabelCells.from_arrays(arrays, *table.shape), effort, exact=exact)
+
+    @property
+    def num_labels(self) -> int:
+        return int(self.bias_L.shape[0])
+
+    def search(
+        self,
+        query_BD: torch.Tensor,
+        k: int,
+        *,
+        allow: torch.Tensor | None = None,
+        deny: torch.Tensor | None = None,
+    ) -> TopK:
+        """As `ExactIndex.search`. With label lists, or where it would read half of the labels, all are scanned."""
+        more = max(1.0, 2 * k / self.effort.width)
+        depth, width = round(more * self.effort.depth), round(more * self.effort.width)
+        if self.exact or allow is not None or deny is not None or 2 * depth > self.num_labels:
+            return self._scan(query_BD, k, _excluded_of(self.num_labels, allow, deny))
+        return self.cells.search(query_BD, self.table, self.bias_L, k, depth=depth, width=width)
+
+    def add(self, top: TopK, query_BD: torch.Tensor, labels: csr_matrix) -> TopK:
+        """A search's result with those of other labels, the stored ones of (B, L), that it should have found."""
+        found = TopK(label_ids=top.label_ids.copy(), scores=top.scores.copy())
+        ids = labels.indices.astype(np.int64)
+        instance = np.repeat(np.arange(labels.shape[0]), np.diff(labels.indptr))
+        query = query_BD.contiguous().numpy()
+        _insert(query, self.table.arrays, self.bias_L, instance, ids, found.label_ids, found.scores)
+        return found
+
+    def _scan(self, query_BD: torch.Tensor, k: int, excluded_L: torch.Tensor | None) -> TopK:
+        best: TopK | None = None
+        for begin in range(0, self.num_labels, _SCAN_ROWS):
+            rows = slice(begin, min(begin + _SCAN_ROWS, self.num_labels))
+            part = exact_topk(
+                query_BD,
+                torch.from_numpy(self.table.rows(rows.start, rows.stop)),
+                torch.from_numpy(self.bias_L[rows]),
+                k + _SLACK,
+                excluded_L=None if excluded_L is None else excluded_L[rows],
+            )
+            part = TopK(label_ids=np.where(part.label_ids < 0, -1, part.label_ids + begin), scores=part.scores)
+            best = part if best is None else best_of([best, part], k + _SLACK)
+        assert best is not None, "a label table has at least one row"
+        # The same arithmetic as that of a search by cells, so that both rank alike, bit for bit.
+        ids = np.maximum(best.label_ids, 0)
+        logits = self.table.products(query_BD.contiguous().numpy(), ids) + self.bias_L[ids]
+        logits[best.label_ids < 0] = -np.inf
+        return best_of([TopK(label_ids=best.label_ids, scores=logits)], k)
+
+
+@numba.njit(nogil=True, cache=True)
+def _insert(query_BD: Any, table: Any, bias: Any, instance: Any, ids: Any, found_BK: Any, score_BK: Any) -> None:
+    codes, scales = table
+    last = found_BK.shape[1] - 1
+    for place in range(instance.shape[0]):
+        row, label = instance[place], ids[place]
+        logit = row_product(query_BD[row], codes, scales, label) + bias[label]
+        if found_BK[row, last] < 0 or logit >= score_BK[row, last]:
+            known = False
+            for other in found_BK[row]:
+                known |= other == label
+            if not known:
+                insert_best(found_BK[row], score_BK[row], label, logit)
+
+
+def tune_effort(table: StoredTable, bias_L: NDArray[np.float32], cells: LabelCells, query_ND: torch.Tensor) -> Effort:
+    """The least effort that finds 99.2% of the five best labels of the queries (N, D), held-out ones."""
+    num_labels = bias_L.shape[0]
+    everything = Effort(depth=num_labels, width=num_labels, recall=1.0)
+    exact = CellIndex(table, bias_L, cells, everything, exact=True).search(query_ND, _TARGET_K).label_ids
+
+    def recall(depth: int, width: int) -> float:
+        found = cells.search(query_ND, table, bias_L, _TARGET_K, depth=depth, width=width).label_ids
+        hits = (found[:, :, None] == exact[:, None, :]) & (exact[:, None, :] >= 0)
+        return float(hits.any(axis=1).sum() / max((exact >= 0).sum(), 1))
+
+    depth, width = (min(least, num_labels) for least in _FEWEST)
+    reached = recall(depth, width)
+    while reached < _TARGET_RECALL and (depth < num_labels or width < num_labels):
+        # More sketches or more logits: whatever finds more.
+        ways = {(min(round(_STEP * depth), num_labels), width), (depth, min(round(_STEP * width), num_labels))}
+        reached, depth, width = max((recall(*way), *way) for way in ways)
+    return Effort(depth=depth, width=width, recall=reached)
+
+
+def _excluded_of(num_labels: int, allow: torch.Tensor | None, deny: torch.Tensor | None) -> torch.Tensor | None:
+    """(L,) bool: the labels that may not be returned; None where all may."""
+    if allow is None and deny is None:
+        return None
+    excluded_L = torch.full((num_labels,), allow is not None)
+    if allow is not None:
+        excluded_L[allow] = False
+    if deny is not None:
+        excluded_L[deny] = True
+    return excluded_L
 
 
 def build_index(label_table_LD: torch.Tensor, bias_L: torch.Tensor, *, exact: bool = False) -> LabelIndex:

@@ -32,6 +32,7 @@ from scipy.special import expit
 from xmc_midx.errors import DataError
 from xmc_midx.metrics import instance_scores, inverse_propensity
 from xmc_midx.neighbors import NeighborIndex, insert_best
+from xmc_midx.threads import zeros
 from xmc_midx.types import DEFAULT_KS, TopK
 
 __all__ = ["SHORTLIST", "Interpolation", "fit_interpolation", "interpolate", "keep_labels"]
@@ -149,50 +150,48 @@ def interpolate(
     num_rows, width = shortlist.label_ids.shape
     if votes is None or not settings.needs_neighbors:
         votes = csr_matrix((num_rows, label_frequencies.shape[0]))
-    result = TopK.empty(num_rows, k)
-    scores_BK = np.full((num_rows, k), -np.inf)
-    shortlist_margins, vote_margins = np.zeros((num_rows, width)), np.zeros(votes.nnz)
-    if settings.needs_ranker:
-        assert margin_of is not None, "a margin comes with its ranker"
-        rows = np.arange(num_rows)
-        found = margin_of(np.repeat(rows, width), np.maximum(shortlist.label_ids, 0).ravel())
-        shortlist_margins[:] = found.reshape(num_rows, width)
-        vote_margins[:] = margin_of(np.repeat(rows, np.diff(votes.indptr)), votes.indices.astype(np.int64))
-    _rank(
+    offsets = votes.indptr.astype(np.int64)
+    room = num_rows * width + votes.nnz
+    instance, label_ids, scores = np.empty(room, dtype=np.int64), np.empty(room, dtype=np.int64), np.empty(room)
+    used = _score(
         shortlist.label_ids,
         shortlist.scores.astype(np.float64),
-        votes.indptr.astype(np.int64),
-        votes.indices.astype(np.int64),
-        votes.data.astype(np.float64),
-        np.clip(shortlist_margins, -1.0, 1.0),
-        np.clip(vote_margins, -1.0, 1.0),
+        (offsets, votes.indices.astype(np.int64), votes.data.astype(np.float64)),
         label_frequencies,
         settings.coefficients,
-        result.label_ids,
-        scores_BK,
+        zeros(label_frequencies.shape[0], np.float64),
+        min(k, room),
+        (instance, label_ids, scores),
     )
+    instance, label_ids, scores = instance[:used], label_ids[:used], scores[:used]
+    if settings.needs_ranker:
+        assert margin_of is not None, "a margin comes with its ranker"
+        scores += settings.margin * np.clip(margin_of(instance, label_ids).astype(np.float64), -1.0, 1.0)
+    result = TopK.empty(num_rows, k)
+    scores_BK = np.full((num_rows, k), -np.inf)
+    _keep_best(instance, label_ids, scores, result.label_ids, scores_BK)
     result.scores[:] = scores_BK
     return result
 
 
 @numba.njit(nogil=True, cache=True)
-def _rank(
+def _score(
     shortlist_BS: Any,
     logits_BS: Any,
-    vote_offsets: Any,
-    vote_ids: Any,
-    vote_values: Any,
-    shortlist_margins: Any,
-    vote_margins: Any,
+    votes: Any,
     label_frequencies: Any,
     coefficients: Any,
-    found_BK: Any,
-    score_BK: Any,
-) -> None:
-    """What `_best` makes of `_candidates`, instance by instance without their arrays."""
+    vote_of: Any,
+    k: int,
+    candidates: Any,
+) -> int:
+    """The candidates of `_candidates` that may be among the k best whatever their margins, and their scores without;
+    returns how many. Instance by instance; `vote_of` (L,) is zeros again."""
+    vote_offsets, vote_ids, vote_values = votes
+    instance, label_ids, scores = candidates
     model, mixture, voted, frequency, outside, margin = coefficients
-    width = shortlist_BS.shape[1]
-    vote_of = np.zeros(label_frequencies.shape[0])
+    width, used = shortlist_BS.shape[1], 0
+    best_ids, best_scores = np.empty(k, dtype=np.int64), np.empty(k)
     for row in range(shortlist_BS.shape[0]):
         begin, end = vote_offsets[row], vote_offsets[row + 1]
         for entry in range(begin, end):
@@ -207,6 +206,8 @@ def _rank(
                 mass += math.exp(logits_BS[row, place] - peak)
         shift = peak + math.log(mass) if mass > 0.0 else 0.0
         floor = smallest - shift - 1.0 if mass > 0.0 else -1.0
+        first = used
+        best_ids[:], best_scores[:] = -1, -np.inf
         # The shortlist first; its labels' votes are then used up, and what is left is outside of it.
         for place in range(width + end - begin):
             inside = place < width
@@ -221,16 +222,31 @@ def _rank(
                 score += mixture * math.log(math.exp(log_p) + vote + 1e-300)
             if voted != 0.0:
                 score += voted * math.log(vote + _NO_VOTES)
-            if inside:
-                score += margin * shortlist_margins[row, place]
-            else:
-                score += outside + margin * vote_margins[begin + place - width]
-            insert_best(found_BK[row], score_BK[row], label, score)
+            if not inside:
+                score += outside
+            instance[used], label_ids[used], scores[used] = row, label, score
+            used += 1
+            insert_best(best_ids, best_scores, label, score)
         for place in range(width):
             if shortlist_BS[row, place] >= 0:
                 vote_of[shortlist_BS[row, place]] = 0.0
         for entry in range(begin, end):
             vote_of[vote_ids[entry]] = 0.0
+        # A margin lies in -1..1: below this no label can come up to the k-th. A little more, for rounding.
+        least = best_scores[k - 1] - 2.0 * abs(margin) - 1e-9 * (1.0 + abs(best_scores[k - 1]))
+        last, used = used, first
+        for place in range(first, last):
+            if scores[place] >= least:
+                instance[used], label_ids[used], scores[used] = row, label_ids[place], scores[place]
+                used += 1
+    return used
+
+
+@numba.njit(nogil=True, cache=True)
+def _keep_best(instance: Any, label_ids: Any, scores: Any, found_BK: Any, score_BK: Any) -> None:
+    for place in range(instance.shape[0]):
+        row = instance[place]
+        insert_best(found_BK[row], score_BK[row], label_ids[place], scores[place])
 
 
 def keep_labels(votes: csr_matrix, allow: NDArray[np.int64] | None, deny: NDArray[np.int64] | None) -> csr_matrix:

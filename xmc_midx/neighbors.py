@@ -4,10 +4,10 @@ What an encoder of D numbers must forget (a rare word that names a rare label), 
 `xmc_midx.predictor` adds the labels of the neighbours to the model's own. Inner products are over the features that
 are not in too many rows.
 
-A list is sorted by falling size of its values, to a level (`_LEVELS`), so that a query reads its lists only as far as their entries matter:
-the largest products, `_BUDGET` of them at most, nominate candidates, and the best `_CANDIDATES` a neighbour get their
-exact inner product (score-at-a-time ranking, arXiv 1505.06690, with rescoring). A query whose lists hold no more
-entries than that is answered exactly, as every query is with `exact=True`. What this misses is measured in
+A list is sorted by falling size of its values, to a level (`_LEVELS`), so that a query reads its lists only as far as
+their entries matter: the largest products, `_BUDGET` of them at most, nominate candidates, and the best `_CANDIDATES` a
+neighbour get their exact inner product (score-at-a-time ranking, arXiv 1505.06690, with rescoring). A query whose lists
+hold no more entries than that is answered exactly, as every query is with `exact=True`. What this misses is measured in
 EXPERIMENTS.md, "Prediction time".
 """
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from safetensors.numpy import load_file
 from scipy.sparse import csr_matrix
 
 from xmc_midx.tensorfile import write_arrays
+from xmc_midx.threads import in_threads, zeros
 
 __all__ = ["NeighborIndex", "insert_best", "save_rows"]
 
@@ -41,8 +41,6 @@ _CANDIDATES = 4
 """Rows that are rescored for each neighbour asked for."""
 _LEVELS = 40
 """Of the sizes of a list's values, each 2^(-1/2) of the one before: how far a list is read is looked up by level."""
-_PARALLEL = 8
-"""Queries from which threads are worth their start."""
 
 
 class NeighborIndex:
@@ -107,13 +105,7 @@ class NeighborIndex:
                 queries, lists, self._forward, self._kept, total, dense, budget, most, begin, end, rows_BK, scores_BK
             )
 
-        workers = numba.get_num_threads()
-        if num_rows < _PARALLEL or workers == 1:
-            run(0, num_rows)
-            return rows_BK, scores_BK
-        borders = np.linspace(0, num_rows, workers + 1).astype(int)
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(run, borders[:-1], borders[1:]))
+        in_threads(run, num_rows)
         return rows_BK, scores_BK
 
     def _workspace(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -125,8 +117,7 @@ class NeighborIndex:
         return arrays
 
     def votes(self, rows_BK: NDArray[np.int64], scores_BK: NDArray[np.float32], temperature: float) -> csr_matrix:
-        """The neighbours' labels, (B, L) float64: the share of the neighbours that have a label, each neighbour
-        weighted by
+        """The neighbours' labels, (B, L) float64: the share of the neighbours that have a label, each weighted by
         `softmax(score / temperature)`. In [0, 1]; an instance without neighbours has none.
         """
         found_BK = rows_BK >= 0
@@ -134,11 +125,14 @@ class NeighborIndex:
         peak_B1 = np.max(logits_BK, axis=1, keepdims=True, initial=-1e300)
         weight_BK = np.exp(logits_BK - peak_B1)
         weight_BK /= np.maximum(weight_BK.sum(1, keepdims=True), 1e-300)
-        chosen = csr_matrix(
-            (weight_BK[found_BK], rows_BK[found_BK], np.concatenate([[0], np.cumsum(found_BK.sum(1))])),
-            shape=(rows_BK.shape[0], self.num_instances),
-        )
-        return csr_matrix(chosen @ self.labels)
+        lists = (self.labels.indptr, self.labels.indices)
+        num_labels = self.labels.shape[1]
+        counts = np.diff(self.labels.indptr)
+        room = int(counts[rows_BK[found_BK]].sum())
+        offsets = np.zeros(rows_BK.shape[0] + 1, dtype=self.labels.indptr.dtype)
+        ids, values = np.empty(room, dtype=self.labels.indices.dtype), np.empty(room)
+        used = _votes(rows_BK, weight_BK, lists, zeros(num_labels, np.float64), offsets, ids, values)
+        return csr_matrix((values[:used], ids[:used], offsets), shape=(rows_BK.shape[0], num_labels))
 
 
 def save_rows(path: Path, features: csr_matrix, labels: csr_matrix) -> str:
@@ -313,6 +307,30 @@ def _search(
             total[row] = np.nan
         for entry in range(first, last):
             dense[query_ids[entry]] = 0.0
+
+
+@numba.njit(nogil=True, cache=True)
+def _votes(rows_BK: Any, weight_BK: Any, lists: Any, total: Any, offsets: Any, ids: Any, values: Any) -> int:
+    """The weights of the neighbours summed by label, as the arrays of a CSR matrix; `total` (L,) is zeros again."""
+    label_offsets, label_ids = lists
+    used = 0
+    for query in range(rows_BK.shape[0]):
+        first = used
+        for place in range(rows_BK.shape[1]):
+            row, weight = rows_BK[query, place], weight_BK[query, place]
+            if row < 0 or weight <= 0.0:
+                continue
+            for entry in range(label_offsets[row], label_offsets[row + 1]):
+                label = label_ids[entry]
+                if total[label] == 0.0:
+                    ids[used] = label
+                    used += 1
+                total[label] += weight
+        for entry in range(first, used):
+            values[entry] = total[ids[entry]]
+            total[ids[entry]] = 0.0
+        offsets[query + 1] = used
+    return used
 
 
 @numba.njit(nogil=True, cache=True)

@@ -672,7 +672,7 @@ def predict_stream(
     text : whether the input is raw text; None looks at it, where the run has a vocabulary.
     shard : (i, n): the i-th of n parts of a file, from 1; the parts' results, one after the other, are the whole's.
     live : answer the lines of a stream as they come, in batches of what is at hand.
-    exact : score all labels in float32, where a scan in bfloat16 would be faster.
+    exact : score all labels in float32, where label cells or a scan in bfloat16 would be faster.
     device : where the model runs.
     verify : whether the hashes of the model's files are computed.
 

@@ -15,16 +15,18 @@ import torch
 from scipy.sparse import csr_matrix, issparse
 
 from xmc_midx.calibration import BACKGROUND, Calibration, calibrate
-from xmc_midx.checkpoint import read_model, refuse_misfits
+from xmc_midx.checkpoint import map_model, refuse_misfits
 from xmc_midx.data.features import normalize_rows, rows_from_pairs
 from xmc_midx.device import find_device
-from xmc_midx.encoder import SparseEncoder
+from xmc_midx.encoder import SparseEncoder, StoredEncoder
 from xmc_midx.errors import DataError, UsageError
-from xmc_midx.index import build_index
+from xmc_midx.index import CellIndex, build_index
 from xmc_midx.interpolation import SHORTLIST, Interpolation, interpolate, keep_labels
 from xmc_midx.neighbors import NeighborIndex
+from xmc_midx.quantization import StoredTable, dequantize
 from xmc_midx.ranker import LinearRanker
 from xmc_midx.rundir import RunDirectory
+from xmc_midx.threads import in_threads
 from xmc_midx.topk import concatenate_topk
 from xmc_midx.types import LabelIndex, Reporter, SilentReporter, TopK
 
@@ -37,6 +39,7 @@ Row = Mapping[int, float] | Sequence[tuple[int, float]]
 """Of features: `{id: value}` or `[(id, value), ...]`."""
 Instances = csr_matrix | str | Row | Sequence[str] | Sequence[Row] | np.ndarray
 """What `Predictor.predict` takes."""
+_FEATURE_TABLE = "encoder.embedding"
 Scores = Literal["logits", "probabilities"]
 """`logits`: what the ranking is made by, comparable within an instance; `probabilities`: the calibrated chance that the
 label applies (`xmc_midx.calibration`), comparable between instances."""
@@ -96,47 +99,50 @@ class Predictor:
         verify : whether the hashes of the model's files are computed; the sizes are compared in any case. The
             tables of a checkpoint are mapped, not copied: without hashes, a prediction on the CPU reads the rows that
             it needs alone.
-        exact : whether all labels are scored in float32, where a scan in bfloat16 would be faster (`xmc_midx.index`).
+        exact : whether all labels are scored in float32, where label cells or a scan in bfloat16 would be faster
+            (`xmc_midx.index`).
 
         Raises
         ------
         DataError : the run, its checkpoint or a file beside it is missing, damaged, or of another run.
         """
         directory = RunDirectory.open(run)
-        model, source = read_model(directory, checkpoint, verify=verify)
+        model, source, is_finished = map_model(directory, checkpoint, verify=verify)
         with refuse_misfits(source):
-            return cls._build(directory, model, device, verify, exact)
+            return cls._build(directory, model, find_device(device), verify=verify, exact=exact, cells=is_finished)
 
     @classmethod
     def _build(
-        cls, directory: RunDirectory, model: Mapping[str, torch.Tensor], device: str, verify: bool, exact: bool
+        cls,
+        directory: RunDirectory,
+        model: Mapping[str, np.ndarray],
+        device: torch.device,
+        *,
+        verify: bool,
+        exact: bool,
+        cells: bool,
     ) -> Predictor:
-        config = directory.config.model
-        target = find_device(device)
-        num_features, dim = model["encoder.embedding"].shape
-        encoder = SparseEncoder(
-            num_features,
-            dim,
-            num_hidden_layers=config.num_hidden_layers,
-            activation=config.activation,
-            residual=config.residual,
-        )
-        names = {n.removeprefix("encoder."): t for n, t in model.items() if n.startswith("encoder.")}
-        encoder.load_state_dict(names, assign=True)
+        table, bias = StoredTable.take(model, "labels.weight"), model["labels.bias"]
         added = directory.interpolation(verify=verify)
-        index = build_index(model["labels.weight"].to(target), model["labels.bias"].to(target), exact=exact)
+        index: LabelIndex
+        found = directory.map_cells() if cells and device.type == "cpu" else None
+        if found is None:
+            tensors = torch.from_numpy(table.rows()).to(device), torch.from_numpy(bias).to(device)
+            index = build_index(*tensors, exact=exact)
+        else:
+            index = CellIndex.from_arrays(table, bias, found, exact=exact)
         label_names = directory.label_names()
         if label_names is not None and len(label_names) != index.num_labels:
             raise DataError(
                 f"{directory.path / 'labels.txt'}: holds {len(label_names)} names, expected {index.num_labels}."
             )
         return cls(
-            encoder.to(target),
+            _build_encoder(directory, model, device),
             index,
             normalize=directory.config.data.normalize,
             label_names=label_names,
             vocabulary=directory.vocabulary(),
-            label_frequencies=model["train.label_frequencies"].numpy(),
+            label_frequencies=np.asarray(model["train.label_frequencies"]),
             num_train=int(model["train.num_instances"]),
             interpolation=added[0] if added else None,
             neighbors=added[1] if added else None,
@@ -146,7 +152,7 @@ class Predictor:
 
     @property
     def num_features(self) -> int:
-        return int(self.encoder.embedding.shape[0])
+        return self.encoder.num_features
 
     @property
     def num_labels(self) -> int:
@@ -280,11 +286,34 @@ class Predictor:
         )
         if plain:
             return top
+        result = TopK.empty(features.shape[0], k)
+
+        def rank(first: int, last: int) -> None:
+            rows = slice(first, last)
+            chunk = features if last - first == features.shape[0] else features[rows]
+            part = self._interpolate(top.rows(rows), query_BD[rows], chunk, k, allow, deny)
+            result.label_ids[rows], result.scores[rows] = part.label_ids, part.scores
+
+        in_threads(rank, features.shape[0])
+        return result
+
+    def _interpolate(
+        self,
+        top: TopK,
+        query_BD: torch.Tensor,
+        features: csr_matrix,
+        k: int,
+        allow: np.ndarray | None,
+        deny: np.ndarray | None,
+    ) -> TopK:
         assert self.label_frequencies is not None, "an interpolation comes with the label frequencies"
         votes = None
         if self.neighbors is not None:
             found = self.neighbors.search(features, self.interpolation.count)
             votes = keep_labels(self.neighbors.votes(*found, self.interpolation.temperature), allow, deny)
+            if isinstance(self.index, CellIndex):
+                # The last step asks for a hundred labels; the search promises the first five.
+                top = self.index.add(top, query_BD, votes)
         margin_of = None if self.ranker is None else functools.partial(self.ranker.margins, features)
         return interpolate(top, votes, self.label_frequencies, self.interpolation, k, margin_of=margin_of)
 
@@ -321,6 +350,22 @@ class Predictor:
         if not texts:
             return rows_from_pairs([], self.num_features)
         return self.require_vocabulary().transform(texts)
+
+
+def _build_encoder(directory: RunDirectory, model: Mapping[str, np.ndarray], device: torch.device) -> SparseEncoder:
+    options = directory.config.model.model_dump(include={"num_hidden_layers", "activation", "residual"})
+    table = StoredTable.take(model, _FEATURE_TABLE)
+    # All but the table is small.
+    others = {n: a for n, a in model.items() if n.startswith("encoder.") and not n.startswith(_FEATURE_TABLE)}
+    state = {n.removeprefix("encoder."): torch.from_numpy(a) for n, a in dequantize(others).items()}
+    if device.type == "cpu":
+        encoder: SparseEncoder = StoredEncoder(table, **options)
+        state["embedding"] = torch.empty(0, table.shape[1])
+    else:
+        encoder = SparseEncoder(*table.shape, **options)
+        state["embedding"] = torch.from_numpy(table.rows())
+    encoder.load_state_dict(state, assign=True)
+    return encoder.to(device)
 
 
 def _is_pair(value: Any) -> bool:

@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
+from xmc_midx.threads import zeros
+
 __all__ = ["LinearRanker"]
 
 _COST = 1.0
@@ -126,7 +128,7 @@ class LinearRanker:
         borders = np.searchsorted(instance, np.arange(num_rows + 1))
         found = np.empty(label_ids.shape[0], dtype=np.float32)
         queries = (features.indptr.astype(np.int64), features.indices, features.data.astype(np.float32))
-        _margins(queries, borders, label_ids, self._model, np.zeros(self.num_features, dtype=np.float32), found)
+        _margins(queries, borders, label_ids, self._model, zeros(self.num_features, np.float32), found)
         return found
 
     def as_arrays(self) -> dict[str, NDArray[Any]]:

@@ -4,6 +4,7 @@ config.yaml          the resolved configuration          run.json       versions
 checkpoints/<step>/  see `xmc_midx.checkpoint`           metrics.jsonl  one line an epoch
 best, latest         each names a checkpoint             labels.txt, vocabulary.txt   where they are known
 model.safetensors    the finished model, quantised       model.json     hashes of what a prediction reads, last
+cells.safetensors    where a search for labels begins (`xmc_midx.cells`), and how far it goes
 interpolation.json   what is added to the model: neighbors.safetensors (training rows), ranker.safetensors, or neither;
                      and what makes probabilities of the scores
 """
@@ -45,6 +46,7 @@ __all__ = ["RunDirectory"]
 _Added = TypeVar("_Added", NeighborIndex, LinearRanker)
 _MODEL, _MODEL_RECORD = "model.safetensors", "model.json"
 _MODEL_FORMAT = 1
+_CELLS = "cells.safetensors"
 _INTERPOLATION = "interpolation.json"
 _NEIGHBORS, _RANKER = "neighbors.safetensors", "ranker.safetensors"
 _LABELS, _VOCABULARY = "labels.txt", "vocabulary.txt"
@@ -194,20 +196,43 @@ class RunDirectory:
         """Whether `seal_model` was here: the training has come to its end."""
         return (self.path / _MODEL_RECORD).exists()
 
-    def write_model(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Keep the finished model, the tensors of a checkpoint's part `model`, its tables in `model.storage`."""
+    def write_model(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Keep the finished model, the tensors of a checkpoint's part `model`, its tables in `model.storage`; returns
+        what is stored."""
         stored = quantize(arrays, self.config.model.storage)
         self._write_tensors(_MODEL, lambda path: write_arrays(path, stored))
+        return stored
+
+    def write_cells(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Keep what a search for labels begins with (`index.CellIndex.as_arrays`)."""
+        self._write_tensors(_CELLS, lambda path: write_arrays(path, arrays))
+
+    def map_cells(self) -> dict[str, NDArray[Any]] | None:
+        """What `write_cells` was given, mapped; None where it was not called. `map_model` has verified the file.
+
+        Raises
+        ------
+        DataError : it is not what was written.
+        """
+        path = self.path / _CELLS
+        return _map(path) if self.has_model and path.exists() else None
 
     def seal_model(self) -> None:
         """Note sizes and hashes of what a prediction reads, last of all: from now on the run has a model."""
-        names = (_MODEL, _INTERPOLATION, _LABELS, _VOCABULARY)
+        names = (_MODEL, _CELLS, _INTERPOLATION, _LABELS, _VOCABULARY)
         paths = [self.path / name for name in names if (self.path / name).exists()]
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
         self.write_json(_MODEL_RECORD, {"format": _MODEL_FORMAT, "files": files})
 
     def read_model(self, *, verify: bool = True) -> dict[str, NDArray[Any]]:
-        """What `write_model` was given, tables in float32 as exact as they are stored.
+        """What `write_model` was given, tables in float32 as exact as they are stored; errors as of `map_model`."""
+        try:
+            return dequantize(self.map_model(verify=verify))
+        except (LookupError, ValueError, TypeError) as error:
+            raise DataError(f"{self.path / _MODEL}: holds no model: {error}.", hint="It was edited.") from None
+
+    def map_model(self, *, verify: bool = True) -> dict[str, NDArray[Any]]:
+        """What `write_model` returned, mapped from the file: only what is used is read.
 
         Parameters
         ----------
@@ -237,15 +262,12 @@ class RunDirectory:
             damaged = path.stat().st_size != expected["bytes"] or (verify and sha256_of(path) != expected["sha256"])
             if damaged:
                 raise DataError(f"{path}: is not what {_MODEL_RECORD} says it is.", hint="It was damaged or edited.")
-        try:
-            return dequantize(load_file(self.path / _MODEL))
-        except (SafetensorError, OSError, LookupError, ValueError, TypeError) as error:
-            raise DataError(f"{self.path / _MODEL}: holds no model: {error}.", hint="It was edited.") from None
+        return _map(self.path / _MODEL)
 
     @property
     def model_bytes(self) -> int:
         """Bytes of the finished model and of what is added to it; 0 before the end."""
-        files = [self.path / name for name in (_MODEL, _NEIGHBORS, _RANKER)]
+        files = [self.path / name for name in (_MODEL, _CELLS, _NEIGHBORS, _RANKER)]
         return sum(file.stat().st_size for file in files if file.exists()) if self.has_model else 0
 
     def _write_tensors(self, name: str, write: Callable[[Path], str]) -> str:
@@ -358,6 +380,16 @@ class RunDirectory:
         from xmc_midx.data.vocabulary import Vocabulary
 
         return Vocabulary.load(path)
+
+
+def _map(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a safetensors file, mapped."""
+    from safetensors.torch import load_file as map_file  # the NumPy one copies
+
+    try:
+        return {name: tensor.numpy() for name, tensor in map_file(path).items()}
+    except (SafetensorError, OSError, LookupError, ValueError, TypeError) as error:
+        raise DataError(f"{path}: is not what `train` wrote: {error}.", hint="It was edited.") from None
 
 
 def _holds_a_run(path: Path) -> UsageError:

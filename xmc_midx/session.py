@@ -19,6 +19,7 @@ from scipy.sparse import csr_matrix
 
 from xmc_midx.build import build_encoder, build_softmax
 from xmc_midx.calibration import BACKGROUND, fit_calibration
+from xmc_midx.cells import fit_cells
 from xmc_midx.checkpoint import CheckpointStore, refuse_misfits
 from xmc_midx.crash import crash_point
 from xmc_midx.data.batches import BatchStream
@@ -26,17 +27,18 @@ from xmc_midx.data.dataset import Split
 from xmc_midx.data.features import normalize_rows
 from xmc_midx.device import find_device, keep_freed_memory, release_freed_memory
 from xmc_midx.errors import DataError, DivergedError
-from xmc_midx.index import build_index
+from xmc_midx.index import CELLS_FROM, CellIndex, build_index, tune_effort
 from xmc_midx.interpolation import SHORTLIST, Interpolation, fit_interpolation, interpolate
 from xmc_midx.metrics import evaluate_topk
 from xmc_midx.neighbors import NeighborIndex
 from xmc_midx.predictor import Predictor
+from xmc_midx.quantization import StoredTable
 from xmc_midx.ranker import LinearRanker
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.signals import PendingSignal, deferred_signals
 from xmc_midx.topk import concatenate_topk
 from xmc_midx.trainer import Trainer
-from xmc_midx.types import DEFAULT_KS, EpochStats, Reporter, TopK
+from xmc_midx.types import DEFAULT_KS, EpochStats, LabelIndex, Reporter, TopK
 
 __all__ = ["TrainingSession"]
 
@@ -44,6 +46,9 @@ _VALIDATION_CHUNK = 256
 """Instances between two looks at the signals: at a million labels, two seconds."""
 _COPIED = 512 << 20
 """Bytes of a label table up to which validation may copy it."""
+
+_CELL_QUERIES = 20_000, 2_000
+"""Training instances that the label cells are fitted to, and held-out ones that their effort is tuned on."""
 
 
 class TrainingSession:
@@ -105,6 +110,8 @@ class TrainingSession:
         self.loss = float("nan")
         self.finished = False
         """Whether `run` came to the end, rather than to the deadline."""
+        self._index: CellIndex | None = None
+        """Of the finished model."""
         self._pending: EpochStats | None = None
         """An epoch whose steps are done and whose validation is not."""
         self._saves: list[list[int]] = []
@@ -184,13 +191,38 @@ class TrainingSession:
             self.trainer.load_model(self.store.load("best", ["model"]).parts["model"])
         crash_point("model.begun")
         tensors = self.trainer.model_tensors() | self._known
-        run.write_model({name: _float32(tensor).cpu().numpy() for name, tensor in tensors.items()})
+        self._build_cells(run.write_model({name: _float32(tensor).cpu().numpy() for name, tensor in tensors.items()}))
         if added and chosen is None:
             crash_point("neighbours.begun")
             self._choose_interpolation()
         crash_point("model.unsealed")
         run.seal_model()
         self.seconds = time.perf_counter() - started
+
+    def _build_cells(self, stored: Mapping[str, np.ndarray]) -> None:
+        """Keep where a search for labels begins."""
+        table, bias = StoredTable.take(stored, "labels.weight"), stored["labels.bias"]
+        if bias.shape[0] < CELLS_FROM:
+            return
+        self.reporter.start("label cells", None)
+        features = self.trainer.stream.features
+        order = np.random.default_rng((self.config.training.seed, 2)).permutation(features.shape[0])
+        fitted, tuned = np.split(order[: _CELL_QUERIES[0] + _CELL_QUERIES[1]], [_CELL_QUERIES[0]])
+        held_out = features[tuned] if self.held_out is None else self.held_out[0][: _CELL_QUERIES[1]]
+        encode = self.trainer.encoder.encode
+        query_ND, held_out_ND = (
+            torch.cat([query.cpu() for _, query in encode(part)]) for part in (features[fitted], held_out)
+        )
+        cells = fit_cells(table, bias, query_ND, seed=self.config.training.seed)
+        effort = tune_effort(table, bias, cells, held_out_ND)
+        index = CellIndex(table, bias, cells, effort)
+        self.run_directory.write_cells(index.as_arrays())
+        self.reporter.message(
+            f"label cells: a search reads {effort.depth:,} of {bias.shape[0]:,} labels and finds "
+            f"{effort.recall:.2%} of the five best"
+        )
+        if self.trainer.softmax.weight.device.type == "cpu":
+            self._index = index
 
     def _choose_interpolation(self) -> None:
         """Let the held-out instances say how much the neighbours' labels, the linear ranker and the label frequencies
@@ -239,7 +271,7 @@ class TrainingSession:
         order = np.random.default_rng((self.config.training.seed, 1)).permutation(features.shape[0])
         assert isinstance(self.config.ranker.num_instances, int), "the configuration is resolved"
         rows = np.sort(order[: self.config.ranker.num_instances])
-        top = self._predict(features[rows], self.config.ranker.num_rivals, stage="rivals")
+        top = self._predict(features[rows], self.config.ranker.num_rivals, stage="rivals", index=self._index)
         self.reporter.start("ranker", None)
         found = top.label_ids >= 0
         row_BK = np.broadcast_to(rows[:, None], found.shape)
@@ -248,9 +280,12 @@ class TrainingSession:
         )
         return LinearRanker.fit(features, labels, rivals)
 
-    def _predict(self, features: csr_matrix, k: int, *, stage: str | None = None) -> TopK:
-        """The model's best labels, k or all, with a look at the signals now and again; `stage` reports."""
-        predictor, parts = self._predictor(), []
+    def _predict(
+        self, features: csr_matrix, k: int, *, stage: str | None = None, index: LabelIndex | None = None
+    ) -> TopK:
+        """The model's best labels, k or all, with a look at the signals now and again; `stage` reports; no `index`:
+        exactly."""
+        predictor, parts = self._predictor(index), []
         if stage is not None:
             self.reporter.start(stage, features.shape[0])
         for begin in range(0, features.shape[0], _VALIDATION_CHUNK):
@@ -297,13 +332,13 @@ class TrainingSession:
             return {}
         return self._metrics(self._predict(self.held_out[0], max(DEFAULT_KS)))
 
-    def _predictor(self) -> Predictor:
+    def _predictor(self, index: LabelIndex | None) -> Predictor:
         """The model as it stands; its rows come normalised already."""
         softmax = self.trainer.softmax
         # A faster search needs the table in float32, and takes half of it once more.
         weight_LD = softmax.weight.detach()
         exact = weight_LD.dtype != torch.float32 or weight_LD.nbytes > _COPIED
-        index = build_index(weight_LD, softmax.bias.detach(), exact=exact)
+        index = index or build_index(weight_LD, softmax.bias.detach(), exact=exact)
         return Predictor(self.trainer.encoder, index, normalize="none")
 
     def _metrics(self, top: TopK) -> dict[str, float]:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-import numba
 import numpy as np
 import torch
 
+from xmc_midx.quantization import StoredTable
 from xmc_midx.types import TopK
 
-__all__ = ["concatenate_topk", "exact_topk", "merge_topk", "rescored_topk"]
+__all__ = ["best_of", "concatenate_topk", "exact_topk", "merge_topk", "rescored_topk"]
 
 _CHUNK_ELEMENTS = 1 << 24
 """Scores held at once (64 MiB in float32)."""
 _LABEL_CHUNK = 1 << 17
-_PARALLEL = 8
-"""Queries from which threads are worth their start."""
 
 
 @torch.no_grad()
@@ -107,27 +103,8 @@ def _logits(query_BD: torch.Tensor, label_table_LD: torch.Tensor, ids_BW: torch.
     if query_BD.device.type != "cpu":
         return torch.bmm(label_table_LD[ids_BW], query_BD[:, :, None])[:, :, 0]
     # A gather writes and reads the rows once more, which takes longer than the scan itself.
-    found = torch.empty(ids_BW.shape, dtype=torch.float32)
-    query, table, ids, logits = (t.contiguous().numpy() for t in (query_BD, label_table_LD, ids_BW, found))
-    workers = torch.get_num_threads() if ids_BW.shape[0] >= _PARALLEL else 1
-    if workers == 1:
-        _products(query, table, ids, logits, 0, ids_BW.shape[0])
-        return found
-    borders = np.linspace(0, ids_BW.shape[0], workers + 1).astype(int)
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda begin, end: _products(query, table, ids, logits, begin, end), borders[:-1], borders[1:]))
-    return found
-
-
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def _products(query_BD: Any, table_LD: Any, ids_BW: Any, found_BW: Any, begin: int, end: int) -> None:
-    for row in range(begin, end):
-        for place in range(ids_BW.shape[1]):
-            label = ids_BW[row, place]
-            total = np.float32(0.0)
-            for column in range(query_BD.shape[1]):
-                total += query_BD[row, column] * table_LD[label, column]
-            found_BW[row, place] = total
+    query, table, ids = (t.contiguous().numpy() for t in (query_BD, label_table_LD, ids_BW))
+    return torch.from_numpy(StoredTable.of(table).products(query, ids))
 
 
 def merge_topk(
@@ -137,6 +114,17 @@ def merge_topk(
     ids = torch.cat([left[0], right[0]], dim=1)
     scores = torch.cat([left[1], right[1]], dim=1)
     return _sorted(ids, scores, min(k, ids.shape[1]))
+
+
+def best_of(parts: Sequence[TopK], k: int) -> TopK:
+    """The best k of several results for the same instances, over disjoint labels."""
+    ids = np.concatenate([part.label_ids for part in parts], axis=1)
+    scores = np.concatenate([part.scores for part in parts], axis=1)
+    order = np.lexsort((ids, -scores), axis=1)[:, :k]
+    result = TopK.empty(len(ids), k)
+    result.label_ids[:, : order.shape[1]] = np.take_along_axis(ids, order, axis=1)
+    result.scores[:, : order.shape[1]] = np.take_along_axis(scores, order, axis=1)
+    return result
 
 
 def concatenate_topk(parts: Sequence[TopK]) -> TopK:

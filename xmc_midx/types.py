@@ -135,6 +135,10 @@ class TopK:
             scores=np.full((num_instances, k), -np.inf, dtype=np.float32),
         )
 
+    def rows(self, rows: slice) -> TopK:
+        """Some of the instances."""
+        return TopK(label_ids=self.label_ids[rows], scores=self.scores[rows])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricReport:

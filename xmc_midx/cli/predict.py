@@ -90,7 +90,7 @@ def predict(
     resume: Annotated[
         bool, typer.Option("--resume", help="When interrupted keep FILE.partial, and go on from it.")
     ] = False,
-    exact: Annotated[bool, typer.Option("--exact", help="Score all labels in float32, not in bfloat16 first.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Score all labels, not those of the best cells.")] = False,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compute the model's hashes.")] = False,
     as_json: options.AsJson = False,

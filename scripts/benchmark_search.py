@@ -1,0 +1,183 @@
+"""Recall against time of a search for the best labels: label cells, the exact scan, faiss's IVF and HNSW.
+
+    python scripts/benchmark_search.py RUN DATA [--labels 1000000] [--queries 1000] [--threads 2]
+        [--systems exact,cells,ivf,hnsw] [--plot docs/search.png] [--json report.json]
+
+The queries are encoded test instances, the tables those of a trained RUN. With --labels a larger table is made from
+them: a row is one of the run's plus half the difference of two others of its cell, so that it is clustered as a trained
+one is, and biases go with the rows. Cells are fitted to training instances and tuned on others of them, so the figures
+are held out. Each system answers all queries at once, in turns; the median of the passes counts. The share of the exact
+five best labels that are found is its recall@5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from xmc_midx.cells import fit_cells
+from xmc_midx.data.dataset import load_dataset
+from xmc_midx.index import CellIndex, ExactIndex, tune_effort
+from xmc_midx.predictor import Predictor
+from xmc_midx.quantization import StoredTable, quantize
+
+K = 5
+FITTED, TUNED = 20_000, 2_000
+Search = Callable[[torch.Tensor], np.ndarray]
+"""Queries -> (B, K) label ids."""
+
+
+def encode(predictor: Predictor, features: Any) -> torch.Tensor:
+    return torch.cat([query for _, query in predictor.encoder.encode(predictor._features(features))])
+
+
+def enlarge(index: CellIndex, num_labels: int) -> tuple[StoredTable, np.ndarray]:
+    """A table of `num_labels` rows, from rows that share a cell."""
+    rng = np.random.default_rng(0)
+    cells = index.cells
+    cell_of = np.repeat(np.arange(len(cells.offsets) - 1), np.diff(cells.offsets))
+    parts: list[dict[str, np.ndarray]] = []
+    biases = []
+    for begin in range(0, num_labels, 1 << 15):
+        places = rng.integers(0, index.num_labels, min(1 << 15, num_labels - begin))
+        first, size = cells.offsets[cell_of[places]], np.diff(cells.offsets)[cell_of[places]]
+        row, plus, minus = (
+            cells.label_ids[place] for place in (places, *(first + rng.integers(0, size) for _ in range(2)))
+        )
+        rows = [index.table.codes[ids] * index.table.scales[ids, None] for ids in (row, plus, minus)]
+        parts.append(quantize({"t": (rows[0] + 0.5 * (rows[1] - rows[2])).astype(np.float32)}))
+        biases.append(index.bias_L[row] + 0.5 * (index.bias_L[plus] - index.bias_L[minus]))
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return StoredTable.take(arrays, "t"), np.concatenate(biases).astype(np.float32)
+
+
+def faiss_searches(table: StoredTable, bias: np.ndarray, systems: list[str], threads: int) -> dict[str, Search]:
+    """By inner product, over vectors that one more coordinate makes equally long (`exporting.faiss`)."""
+    import faiss
+
+    faiss.omp_set_num_threads(threads)
+    vectors = np.column_stack([table.rows(), bias])
+    squares = np.square(vectors, dtype=np.float64).sum(axis=1)
+    vectors = np.column_stack([vectors, np.sqrt(squares.max() - squares)]).astype(np.float32)
+
+    def search(index: Any, name: str, value: int) -> Search:
+        def run(query_BD: torch.Tensor) -> np.ndarray:
+            setattr(index.hnsw if name == "efSearch" else index, name, value)
+            ones, zeros = np.ones((len(query_BD), 1)), np.zeros((len(query_BD), 1))
+            return index.search(np.hstack([query_BD.numpy(), ones, zeros]).astype(np.float32), K)[1]
+
+        return run
+
+    found: dict[str, Search] = {}
+    if "ivf" in systems:
+        num_lists = round(4 * len(bias) ** 0.5)
+        ivf = faiss.IndexIVFFlat(
+            faiss.IndexFlatIP(vectors.shape[1]), vectors.shape[1], num_lists, faiss.METRIC_INNER_PRODUCT
+        )
+        ivf.own_fields = False
+        ivf.train(vectors)
+        ivf.add(vectors)
+        found |= {f"IVF {num_lists}, {n} probed": search(ivf, "nprobe", n) for n in (4, 16, 64, 128) if n < num_lists}
+    if "hnsw" in systems:
+        hnsw = faiss.IndexHNSWFlat(vectors.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
+        hnsw.hnsw.efConstruction = 200
+        hnsw.add(vectors)
+        found |= {f"HNSW 32, effort {n}": search(hnsw, "efSearch", n) for n in (32, 64, 128, 256, 512)}
+    return found
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    for kind in ("cells", "IVF", "HNSW", "exact"):
+        points = sorted((r["microseconds"], r["recall@5"]) for r in report["results"] if r["name"].startswith(kind))
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label="label cells" if kind == "cells" else kind)
+    axes.set(xscale="log", xlabel="µs a query", ylabel="recall@5", title=f"{report['num_labels']:,} labels")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run")
+    parser.add_argument("data")
+    parser.add_argument("--labels", type=int)
+    parser.add_argument("--queries", type=int, default=1000)
+    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--systems", default="exact,cells,ivf,hnsw")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    systems = arguments.systems.split(",")
+    predictor = Predictor.load(arguments.run, device="cpu")
+    index = predictor.index
+    if not isinstance(index, CellIndex):
+        raise SystemExit(f"{arguments.run}: has no label cells; expected a run of 4,096 labels or more.")
+    dataset = load_dataset(arguments.data)
+    rng = np.random.default_rng(0)
+    training, test = dataset.split("train").features, dataset.split("test").features
+    table, bias, cells, effort = index.table, index.bias_L, index.cells, index.effort
+    if arguments.labels:
+        order = rng.permutation(training.shape[0])
+        fitted = encode(predictor, training[order[TUNED : TUNED + FITTED]])
+        table, bias = enlarge(index, arguments.labels)
+        started = time.perf_counter()
+        cells = fit_cells(table, bias, fitted)
+        effort = tune_effort(table, bias, cells, encode(predictor, training[order[:TUNED]]))
+        print(f"cells: {time.perf_counter() - started:.0f} s to fit and tune")
+    queries = encode(predictor, test[np.sort(rng.permutation(test.shape[0])[: arguments.queries])])
+    exact = ExactIndex(torch.from_numpy(table.rows()), torch.from_numpy(bias))
+    expected = exact.search(queries, K).label_ids
+    searches: dict[str, Search] = {"exact": lambda query: exact.search(query, K).label_ids}
+    if "cells" in systems:
+        for share in (0.1, 0.25, 0.5, 1.0, 2.0):
+            depth, width = max(1, round(share * effort.depth)), max(K, round(min(1.0, 2 * share) * effort.width))
+            name = f"cells, {depth:,} sketches, {width} logits" + (" (tuned)" if share == 1 else "")
+            searches[name] = lambda query, depth=depth, width=width: (  # type: ignore[misc]
+                cells.search(query, table, bias, K, depth=depth, width=width).label_ids
+            )
+    if {"ivf", "hnsw"} & set(systems):
+        searches |= faiss_searches(table, bias, systems, arguments.threads)
+    seconds: dict[str, list[float]] = {name: [] for name in searches}
+    single: dict[str, list[float]] = {name: [] for name in searches}
+    found = {name: search(queries) for name, search in searches.items()}
+    for number in range(arguments.passes):
+        for name, search in searches.items():
+            started = time.perf_counter()
+            search(queries)
+            seconds[name].append(time.perf_counter() - started)
+            for row in range(20 * number, 20 * number + 20):
+                started = time.perf_counter()
+                search(queries[row : row + 1])
+                single[name].append(time.perf_counter() - started)
+    report: dict[str, Any] = {"num_labels": len(bias), "dim": table.shape[1], "queries": len(queries), "results": []}
+    print(f"{'search':44} {'recall@5':>9} {'µs a query':>11} {'exact / it':>10} {'alone, µs':>10} {'exact / it':>10}")
+    for name in searches:
+        recall = float((found[name][:, :, None] == expected[:, None, :]).any(axis=1).mean())
+        us = 1e6 * statistics.median(seconds[name]) / len(queries)
+        alone = 1e6 * statistics.median(single[name])
+        ratios = [statistics.median(times["exact"]) / statistics.median(times[name]) for times in (seconds, single)]
+        print(f"{name:44} {recall:9.4f} {us:11.0f} {ratios[0]:10.1f} {alone:10.0f} {ratios[1]:10.1f}")
+        report["results"].append({"name": name, "recall@5": recall, "microseconds": us, "microseconds_alone": alone})
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    if arguments.plot:
+        plot(report, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Claims about `xmc_midx.cells` and the index on it: all effort is the exact search, less finds nearly all of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from xmc_midx.cells import LabelCells, fit_cells
+from xmc_midx.index import CellIndex, Effort, tune_effort
+from xmc_midx.quantization import StoredTable, quantize
+from xmc_midx.types import TopK
+
+ALL = 1 << 30
+
+
+def tables(
+    num_labels: int, dim: int, storage: str = "int8", num_queries: int = 300
+) -> tuple[StoredTable, np.ndarray, torch.Tensor, torch.Tensor]:
+    """Rows in clumps, as trained ones are, queries near some of them, and as many others to measure with."""
+    rng = np.random.default_rng(num_labels)
+    centers = 2 * rng.normal(size=(max(1, num_labels // 20), dim))
+    rows = centers[rng.integers(0, len(centers), num_labels)] + rng.normal(size=(num_labels, dim))
+    stored = quantize({"t": rows.astype(np.float32)}, storage)
+    near = rng.integers(0, num_labels, 2 * num_queries)
+    queries = np.maximum(rows[near] + rng.normal(size=(2 * num_queries, dim)), 0).astype(np.float32)
+    fitted, measured = torch.from_numpy(queries).split(num_queries)
+    return StoredTable.take(stored, "t"), rng.normal(size=num_labels).astype(np.float32), fitted, measured
+
+
+def brute_force(table: StoredTable, bias: np.ndarray, queries: torch.Tensor, k: int) -> np.ndarray:
+    logits = queries.double().numpy() @ table.rows().astype(np.float64).T + bias
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    return np.pad(order, ((0, 0), (0, k - order.shape[1])), constant_values=-1)
+
+
+@pytest.mark.parametrize("storage", ["int8", "float32"])
+@pytest.mark.parametrize(("num_labels", "dim"), [(1, 3), (7, 200), (900, 16), (3001, 160)])
+def test_all_cells_are_the_exact_search_bit_for_bit(num_labels: int, dim: int, storage: str) -> None:
+    table, bias, fitted, queries = tables(num_labels, dim, storage)
+    cells = fit_cells(table, bias, fitted)
+    exact = CellIndex(table, bias, cells, Effort(depth=1, width=1, recall=1.0), exact=True)
+    for k in (1, 5, 12):
+        expected = exact.search(queries, k)
+        found = cells.search(queries, table, bias, k, depth=ALL, width=ALL)
+        np.testing.assert_array_equal(expected.label_ids, brute_force(table, bias, queries, k))
+        np.testing.assert_array_equal(found.label_ids, expected.label_ids)
+        np.testing.assert_array_equal(found.scores, expected.scores)
+        single = cells.search(queries[:1], table, bias, k, depth=ALL, width=ALL)
+        np.testing.assert_array_equal(single.label_ids, expected.label_ids[:1])
+
+
+def test_the_tuned_effort_keeps_its_promise_on_other_queries_and_is_small() -> None:
+    table, bias, fitted, queries = tables(6000, 48)
+    cells = fit_cells(table, bias, fitted)
+    effort = tune_effort(table, bias, cells, fitted)
+    assert effort.recall >= 0.99 and effort.depth < 6000 / 2
+    found = CellIndex(table, bias, cells, effort).search(queries, 5)
+    exact = brute_force(table, bias, queries, 5)
+    assert (found.label_ids[:, :, None] == exact[:, None, :]).any(axis=1).mean() > 0.97
+    assert (np.diff(found.scores, axis=1) <= 0).all()
+    logits = np.take_along_axis(queries.numpy() @ table.rows().T + bias, found.label_ids, axis=1)
+    np.testing.assert_allclose(found.scores, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_lists_and_many_results_are_answered_exactly() -> None:
+    table, bias, fitted, queries = tables(500, 16)
+    index = CellIndex(table, bias, fit_cells(table, bias, fitted), Effort(depth=60, width=20, recall=1.0))
+    allow, deny = torch.arange(100, 130), torch.arange(120, 400)
+    found = index.search(queries, 30, allow=allow, deny=deny)
+    assert set(found.label_ids[:, :20].ravel()) == set(range(100, 120)) and (found.label_ids[:, 20:] == -1).all()
+    assert np.isneginf(found.scores[:, 20:]).all()
+    np.testing.assert_array_equal(index.search(queries, 400).label_ids, brute_force(table, bias, queries, 400))
+
+
+def test_labels_that_the_search_missed_are_added_by_their_logits() -> None:
+    from scipy.sparse import csr_matrix
+
+    table, bias, fitted, queries = tables(400, 16)
+    index = CellIndex(table, bias, fit_cells(table, bias, fitted), Effort(depth=400, width=400, recall=1.0))
+    exact = index.search(queries, 10)
+    kept = np.delete(exact.label_ids, [1, 4], axis=1)
+    top = TopK(label_ids=kept, scores=np.delete(exact.scores, [1, 4], axis=1))
+    row = np.repeat(np.arange(len(kept)), 10)
+    # Those that are there already and a poor one change nothing but the places of the two.
+    others = csr_matrix((np.ones(row.size), (row, exact.label_ids.ravel())), shape=(len(kept), 400))
+    found = index.add(top, queries, others)
+    np.testing.assert_array_equal(found.label_ids, exact.label_ids[:, :8])
+    np.testing.assert_array_equal(found.scores, exact.scores[:, :8])
+    np.testing.assert_array_equal(top.label_ids, kept)
+
+
+def test_no_query_and_odd_queries() -> None:
+    table, bias, fitted, queries = tables(900, 16)
+    cells = fit_cells(table, bias, fitted)
+    assert cells.search(queries[:0], table, bias, 3, depth=50, width=9).label_ids.shape == (0, 3)
+    for query in (torch.zeros(1, 16), 1e20 * queries[:1], torch.full((1, 16), float("nan"))):
+        found = cells.search(query, table, bias, 3, depth=50, width=9)
+        assert (found.label_ids >= -1).all() and (found.label_ids < 900).all()
+
+
+@pytest.mark.parametrize("name", ["offsets", "label_ids", "sketches", "cell_means"])
+def test_arrays_that_do_not_fit_are_refused(name: str) -> None:
+    table, bias, fitted, _ = tables(300, 16)
+    arrays = fit_cells(table, bias, fitted).as_arrays()
+    assert LabelCells.from_arrays(arrays, 300, 16).num_labels == 300
+    for damaged in (arrays[name][:-1], arrays[name].astype(np.float64), arrays[name] + 1):
+        if (
+            name in ("sketches", "cell_means")
+            and damaged.dtype == arrays[name].dtype
+            and len(damaged) == len(arrays[name])
+        ):
+            continue  # other numbers, but sound ones
+        with pytest.raises(ValueError, match="fit together"):
+            LabelCells.from_arrays(arrays | {name: damaged}, 300, 16)

@@ -1,0 +1,305 @@
+"""Layer 2. Labels in cells, each label with a short sketch: which labels are worth an exact logit.
+
+A sketch holds K int8 numbers in place of a row's D. Its directions are those that explain most of the logits' variance
+over the queries that the model meets: with the queries' mean m and covariance M, the singular vectors of
+M^(1/2) (W - mean row)^T; a label's mean logit w . m + b is kept beside it as it is. Labels with similar sketches share
+a cell. For a query the cells are visited in falling order of
+
+    mean score of the cell's labels + 3 standard deviations of them over the mean query,
+
+until they hold `depth` labels; the `width` best of these by their sketches get their exact logits. Source: the order of
+cells is the multi-index's (Babenko and Lempitsky 2012), the rest is ours; the figures are in EXPERIMENTS.md, "Label
+index".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from xmc_midx.codebook import kmeans
+from xmc_midx.neighbors import insert_best
+from xmc_midx.quantization import StoredTable, row_product
+from xmc_midx.threads import in_threads
+from xmc_midx.types import TopK
+
+__all__ = ["LabelCells", "fit_cells"]
+
+_SKETCH = 128
+"""Numbers of a sketch."""
+_CELLS = 20.0
+"""Cells, in roots of the number of labels."""
+_DEVIATIONS = 3.0
+_ITERATIONS = 8
+_MAX_CODE = 127
+_MAX_QUERY = 2047
+"""Sizes of a sketch's and a query's whole numbers: a sketch's products together fit in 32 bits."""
+_CHUNK = 1024
+"""Queries at once: bounds the (queries, cells) scores."""
+_CHUNK_ROWS = 1 << 14
+
+_Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LabelCells:
+    """The cells of a label table. Labels stand in the order of their cells; position p has label `label_ids[p]`."""
+
+    projection: _Floats
+    """(D, K): query -> its side of a sketch's product."""
+    shift: _Floats
+    """(K,): what is added to the projected query."""
+    cell_means: _Floats
+    """(C, K): the mean sketch of a cell."""
+    cell_bias: _Floats
+    """(C,): the mean `base` of a cell and its deviations."""
+    offsets: NDArray[np.int64]
+    """(C+1,): cell c holds the positions `offsets[c]:offsets[c+1]`."""
+    label_ids: NDArray[np.int32]
+    """(L,)."""
+    sketches: NDArray[np.int8]
+    """(L, K)."""
+    base: _Floats
+    """(L,): a label's mean logit."""
+
+    @property
+    def num_labels(self) -> int:
+        return int(self.label_ids.shape[0])
+
+    def as_arrays(self) -> dict[str, NDArray[Any]]:
+        """What `from_arrays` reads."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], num_labels: int, dim: int) -> LabelCells:
+        """The cells of `as_arrays`; a ValueError or LookupError where it is not those of a (num_labels, dim) table."""
+        cells = cls(**{field.name: arrays[field.name] for field in fields(cls)})
+        count, size = cells.cell_means.shape
+        expected = {
+            "projection": ((dim, size), "float32"),
+            "shift": ((size,), "float32"),
+            "cell_means": ((count, size), "float32"),
+            "cell_bias": ((count,), "float32"),
+            "offsets": ((count + 1,), "int64"),
+            "label_ids": ((num_labels,), "int32"),
+            "sketches": ((num_labels, size), "int8"),
+            "base": ((num_labels,), "float32"),
+        }
+        found = {name: (array.shape, array.dtype.name) for name, array in cells.as_arrays().items()}
+        # Compiled code follows offsets and ids without looking: the file must not lead it out of bounds.
+        if (
+            found != expected
+            or cells.offsets[0] != 0
+            or cells.offsets[-1] != num_labels
+            or bool((np.diff(cells.offsets) < 0).any())
+            or not np.array_equal(np.sort(cells.label_ids), np.arange(num_labels))
+        ):
+            raise ValueError("cells, sketches and labels do not fit together")
+        return cells
+
+    def search(
+        self, query_BD: torch.Tensor, table: StoredTable, bias: _Floats, k: int, *, depth: int, width: int
+    ) -> TopK:
+        """The k best labels among those that cells and sketches point to, with their exact logits.
+
+        Parameters
+        ----------
+        query_BD : (B, D) float32.
+        table, bias : (L, D) and (L,), the labels' rows and biases.
+        k : results, at most `width`.
+        depth : labels whose sketches are read, at least.
+        width : labels that get an exact logit, at least.
+        """
+        found = TopK.empty(query_BD.shape[0], k)
+        arrays = (self.offsets, self.label_ids, self.sketches, self.base)
+        means, cell_bias = torch.from_numpy(self.cell_means), torch.from_numpy(self.cell_bias)
+        for begin in range(0, query_BD.shape[0], _CHUNK):
+            rows = slice(begin, begin + _CHUNK)
+            short_BK = torch.addmm(torch.from_numpy(self.shift), query_BD[rows], torch.from_numpy(self.projection))
+            cells_BC = torch.addmm(cell_bias, short_BK, means.T)
+            queries = (query_BD[rows].contiguous().numpy(), short_BK.numpy(), cells_BC.numpy())
+            results = (found.label_ids[rows], found.scores[rows])
+            in_threads(
+                lambda first, last, q=queries, r=results: _search(  # type: ignore[misc]
+                    q, arrays, table.arrays, bias, depth, width, first, last, *r
+                ),
+                len(queries[0]),
+            )
+        return found
+
+
+def fit_cells(table: StoredTable, bias: _Floats, query_ND: torch.Tensor, *, seed: int = 0) -> LabelCells:
+    """Build the cells of a label table.
+
+    Parameters
+    ----------
+    table, bias : (L, D) and (L,).
+    query_ND : (N, D) float32, queries as the model will meet them, some thousands.
+    """
+    mean_D, projection_DK, unprojection_DK = _directions(table, query_ND)
+    side_DK = torch.cat([unprojection_DK, mean_D[:, None]], dim=1)
+    full_LK = torch.cat([rows_BD @ side_DK for rows_BD in _chunks(table)])
+    sketch_LK, base_L = full_LK[:, :-1], full_LK[:, -1] + torch.from_numpy(bias)
+    # What a sketch leaves out of the mean row is the same for all labels.
+    generator = torch.Generator().manual_seed(seed)
+    cell_L = _cluster(torch.cat([sketch_LK, base_L[:, None]], dim=1), generator)
+    # Half of a direction's weight on either side: then both round it alike.
+    weight_K = sketch_LK.std(dim=0, correction=0).clamp(min=1e-12).sqrt()
+    unit = (sketch_LK / weight_K).abs().amax().clamp(min=1e-30) / _MAX_CODE
+    codes_LK = (sketch_LK / (weight_K * unit)).round()
+    projection_DK = projection_DK * (weight_K * unit)
+    short_NK = (query_ND - mean_D) @ projection_DK
+    order = torch.argsort(cell_L, stable=True)
+    count_C = torch.bincount(cell_L)
+    size_C = count_C.float()[:, None]
+    full_LK = torch.cat([codes_LK, base_L[:, None]], dim=1)
+
+    def mean_of(values: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(count_C), values.shape[1]).index_add_(0, cell_L, values) / size_C
+
+    mean_CK = mean_of(full_LK)
+    variance_CK = (full_LK - mean_CK[cell_L]).square()
+    spread_C = (mean_of(variance_CK) @ torch.cat([short_NK.square().mean(dim=0), torch.ones(1)])).sqrt()
+    return LabelCells(
+        projection=projection_DK.numpy(),
+        shift=-(mean_D @ projection_DK).numpy(),
+        cell_means=mean_CK[:, :-1].contiguous().numpy(),
+        cell_bias=(mean_CK[:, -1] + _DEVIATIONS * spread_C).numpy(),
+        offsets=np.concatenate([[0], np.cumsum(count_C.numpy())]),
+        label_ids=order.int().numpy(),
+        sketches=codes_LK[order].to(torch.int8).numpy(),
+        base=base_L[order].contiguous().numpy(),
+    )
+
+
+def _chunks(table: StoredTable) -> Iterator[torch.Tensor]:
+    """The rows, a block at a time: a table may be larger than memory."""
+    for begin in range(0, table.shape[0], _CHUNK_ROWS):
+        yield torch.from_numpy(table.rows(begin, begin + _CHUNK_ROWS))
+
+
+def _directions(table: StoredTable, query_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The queries' mean (D,) and two (D, K): (q - mean) . P and w . U approximate (q - mean) . w in K products."""
+    mean_D = query_ND.mean(dim=0)
+    centered = (query_ND - mean_D).double()
+    values, vectors = torch.linalg.eigh(centered.T @ centered / max(len(centered), 1))
+    # Directions in which the queries do not vary still count a little: others may come.
+    length_D = values.clamp(min=1e-6 * values[-1].clamp(min=1e-12)).sqrt()
+    row_mean_D = torch.stack([rows_BD.sum(dim=0) for rows_BD in _chunks(table)]).sum(dim=0) / table.shape[0]
+    gram_DD = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64)
+    for rows_BD in _chunks(table):
+        gram_DD += ((rows_BD - row_mean_D).T @ (rows_BD - row_mean_D)).double()
+    root = vectors * length_D
+    _, singular = torch.linalg.eigh(root.T @ gram_DD @ root)
+    best = singular.flip(dims=[1])[:, :_SKETCH]
+    best = torch.nn.functional.pad(best, (0, _SKETCH - best.shape[1]))
+    return mean_D, ((vectors / length_D) @ best).float(), (root @ best).float()
+
+
+def _cluster(points_LK: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """(L,) cells 0..C-1 without an empty one: k-means in groups, and in each group again."""
+    num_labels = len(points_LK)
+    wanted = max(1.0, min(_CELLS * math.sqrt(num_labels), num_labels / 4))
+    group_L = kmeans(points_LK, max(1, round(math.sqrt(wanted))), generator=generator, num_iterations=_ITERATIONS)[
+        1
+    ].long()
+    cell_L = torch.empty(num_labels, dtype=torch.int64)
+    used = 0
+    for group in range(int(group_L.max()) + 1):
+        members = torch.nonzero(group_L == group).flatten()
+        if not len(members):
+            continue
+        share = max(1, round(wanted * len(members) / num_labels))
+        cell_L[members] = (
+            used + kmeans(points_LK[members], share, generator=generator, num_iterations=_ITERATIONS)[1].long()
+        )
+        used += share
+    found: torch.Tensor = torch.unique(cell_L, return_inverse=True)[1]
+    return found
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+def _score_cell(short: Any, unit: Any, sketches: Any, base: Any, first: Any, last: Any, score: Any) -> None:
+    """The scores of the positions first..last by their sketches, into `score`."""
+    for position in range(last - first):
+        total = np.int32(0)
+        # A constant number of turns, and products kept in 32 bits: eight of them at once.
+        for column in range(_SKETCH):
+            total = np.int32(total + np.int32(short[column]) * np.int32(sketches[first + position, column]))
+        score[position] = np.float32(total) * unit + base[first + position]
+
+
+@numba.njit(nogil=True, cache=True)
+def _search(
+    queries: Any,
+    cells: Any,
+    table: Any,
+    bias: Any,
+    depth: int,
+    width: int,
+    begin: int,
+    end: int,
+    found_BK: Any,
+    score_BK: Any,
+) -> None:
+    query_BD, short_BK, cells_BC = queries
+    offsets, label_ids, sketches, base = cells
+    codes, scales = table
+    num_cells, num_labels = offsets.shape[0] - 1, label_ids.shape[0]
+    once = np.empty(0, dtype=np.int32)
+    score = np.empty(num_labels, dtype=np.float32)
+    places = np.empty(num_labels, dtype=np.int32)
+    whole = np.empty(_SKETCH, dtype=np.int16)
+    sizes = (offsets[1:] - offsets[:-1]).astype(np.int32)
+    for row in range(begin, end):
+        largest = np.float32(1e-30)
+        for column in range(short_BK.shape[1]):
+            largest = max(largest, abs(short_BK[row, column]))
+        unit = largest / np.float32(_MAX_QUERY)
+        for column in range(short_BK.shape[1]):
+            whole[column] = np.int16(np.rint(short_BK[row, column] / unit))
+        least = _least_of_best(cells_BC[row], sizes, depth, num_labels)
+        count = 0
+        for cell in range(num_cells):
+            if cells_BC[row, cell] >= least:
+                first, last = offsets[cell], offsets[cell + 1]
+                _score_cell(whole, unit, sketches, base, np.uint64(first), np.uint64(last), score[count:])
+                for position in range(first, last):
+                    places[count] = position
+                    count += 1
+        least = _least_of_best(score[:count], once, width, count)
+        for place in range(count):
+            if score[place] >= least:
+                label = label_ids[places[place]]
+                logit = row_product(query_BD[row], codes, scales, label) + bias[label]
+                insert_best(found_BK[row], score_BK[row], label, logit)
+
+
+@numba.njit(nogil=True, cache=True)
+def _least_of_best(values: Any, weights: Any, wanted: Any, total: Any) -> Any:
+    """A value that entries of about `wanted` of the `total` weight reach, never less, by a histogram; without weights
+    each counts 1."""
+    count = values.shape[0]
+    low = high = values[0] if count else np.float32(0.0)
+    for index in range(count):
+        low, high = min(low, values[index]), max(high, values[index])
+    if wanted >= total or not high > low:
+        return np.float32(-np.inf)
+    num_bins = 1024
+    counts = np.zeros(num_bins + 1, dtype=np.int64)
+    scale = np.float32(num_bins) / (high - low)
+    for index in range(count):
+        counts[int((values[index] - low) * scale)] += weights[index] if weights.shape[0] else 1
+    bin_, reached = num_bins, counts[num_bins]
+    while reached < wanted and bin_ > 0:
+        bin_ -= 1
+        reached += counts[bin_]
+    # One bin less, for the rounding of the division.
+    return low + np.float32(bin_ - 1) / scale

@@ -58,9 +58,7 @@ def log_inclusion(probability: torch.Tensor, num_draws: int) -> torch.Tensor:
     return torch.log(-torch.expm1(missed))
 
 
-def draw(
-    cumulative: torch.Tensor, num_draws: int, generator: torch.Generator, *, rising: bool = False
-) -> torch.Tensor:
+def draw(cumulative: torch.Tensor, num_draws: int, generator: torch.Generator, *, rising: bool = False) -> torch.Tensor:
     """`num_draws` indices from each unnormalised cumulative law (..., C) float64 -> (..., num_draws) int64.
 
     `rising` gives them in this order, for draws whose order means nothing: what is then looked up for one lies near

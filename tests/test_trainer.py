@@ -43,16 +43,18 @@ def make_config(*assignments: str) -> Config:
     return resolve(config, DataShape(num_instances=130, num_features=40, num_labels=23))
 
 
-def make_trainer(data: tuple[csr_matrix, csr_matrix], *assignments: str, initialize: bool = True) -> Trainer:
+def make_trainer(
+    data: tuple[csr_matrix, csr_matrix], *assignments: str, initialize: bool = True, device: str = "cpu"
+) -> Trainer:
     config = make_config(*assignments)
     features, labels = normalize_rows(data[0]), data[1]
     assert isinstance(config.training.batch_size, int)
     stream = BatchStream(features, labels, batch_size=config.training.batch_size, seed=config.training.seed)
     frequencies = np.bincount(labels.indices, minlength=labels.shape[1])
-    softmax = build_softmax(config, frequencies, features.shape[0], torch.device("cpu"))
+    softmax = build_softmax(config, frequencies, features.shape[0], torch.device(device))
     every = config.sampler.refresh_every
     trainer = Trainer(
-        build_encoder(config, features.shape[1]),
+        build_encoder(config, features.shape[1]).to(device),
         softmax,
         stream,
         config.training,
@@ -366,3 +368,29 @@ def test_a_bfloat16_label_table_learns_as_well(topic_data: TopicMaker) -> None:
         assert trainer.softmax.weight.dtype == getattr(torch, precision)
         losses.append([trainer.run_epoch(SilentReporter()).loss for _ in range(3)])
     assert losses[1][2] < 0.9 * losses[1][0] and losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA"))
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_training_on_any_device_has_the_losses_of_the_cpu(
+    topic_data: TopicMaker, device: str, precision: str
+) -> None:
+    # Nothing is drawn: the streams of two devices differ.
+    options = (
+        "sampler.name=full",
+        "model.dropout=0",
+        f"model.label_precision={precision}",
+        "training.precision=float32",
+    )
+    losses = []
+    for place in ("cpu", device):
+        trainer = make_trainer(topic_data(130), *options, initialize=False, device=place)
+        with torch.no_grad():
+            trainer.encoder.embedding.copy_(torch.randn(40, 12, generator=torch.Generator().manual_seed(0)))
+            trainer.softmax.weight.copy_(torch.randn(23, 12, generator=torch.Generator().manual_seed(1)))
+        losses.append([trainer.run_epoch(SilentReporter()).loss for _ in range(3)])
+        assert trainer.softmax.weight.device.type == place
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4 if precision == "float32" else 2e-2)

@@ -27,6 +27,8 @@ class RowAdam(torch.optim.Optimizer):
       `mean(g^2)`, each weighted by itself, averaged over the steps with the decay beta2. Steps fall with the root of
       what a row has seen: a rare feature takes long steps, a common one short ones, and V bounds the first.
 
+    A bfloat16 table is rounded at random (`round_at_random`); its moments are float32.
+
     Dense gradients (biases, hidden layers) get plain Adam. Source: ours, after Adam (arXiv 1412.6980) and
     Adagrad (Duchi et al. 2011).
 

@@ -113,7 +113,7 @@ class LabelSoftmax(nn.Module):
             torch.zeros(num_labels, device=device, dtype=_at_least_float32(dtype)), requires_grad=bias
         )
         self.seed = seed
-        self.generator = torch.Generator(self.weight.device).manual_seed(seed)
+        self.generator = _seeded(self.weight.device, seed)
         self.pool_size = 0
         """Labels in the last pool: a diagnostic."""
         # A fit that does not depend on the bias needs no copy of it: four bytes a label.
@@ -122,8 +122,7 @@ class LabelSoftmax(nn.Module):
         self._outdated = False
         """Whether the table was loaded without a state of the sampler."""
         with torch.no_grad():
-            start = torch.Generator(self.weight.device).manual_seed(seed)
-            self.weight.normal_(0.0, 1.0 / math.sqrt(dim), generator=start)
+            self.weight.normal_(0.0, 1.0 / math.sqrt(dim), generator=_seeded(self.weight.device, seed))
         self._place_generator()
 
     def extra_repr(self) -> str:
@@ -339,7 +338,7 @@ class LabelSoftmax(nn.Module):
         if self.in_batch is not None:
             self.in_batch.load_state_dict({}, self.bias.detach())
         if self.generator.device != self.weight.device:
-            self.generator = torch.Generator(self.weight.device).manual_seed(self.seed)
+            self.generator = _seeded(self.weight.device, self.seed)
 
     def _apply(self, fn: Any, recurse: bool = True) -> LabelSoftmax:
         before = self.weight.device, self.weight.dtype
@@ -351,6 +350,11 @@ class LabelSoftmax(nn.Module):
             bias_L = self.bias.detach() if self._bias_at_refresh is None else self._bias_at_refresh
             self._restore_sampler(self.sampler.state_dict(), bias_L)
         return self
+
+
+def _seeded(device: torch.device, seed: int) -> torch.Generator:
+    """On the device; for the meta device, which draws nothing, on the CPU."""
+    return torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed)
 
 
 def _at_least_float32(dtype: torch.dtype | None) -> torch.dtype:

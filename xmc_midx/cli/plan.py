@@ -17,7 +17,7 @@ EPILOG = """\b
 Examples:
   xmc-midx plan data/
   xmc-midx plan data/ --set model.dim=256 --output /scratch/runs/a
-  xmc-midx plan --shape 490449,135909,670091,76,5.45 --set model.label_precision=bfloat16"""
+  xmc-midx plan --shape 490449,135909,670091,76,5.45 --set model.dim=256"""
 
 
 def plan(

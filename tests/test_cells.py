@@ -94,7 +94,8 @@ def test_no_query_and_odd_queries() -> None:
     table, bias, fitted, queries = tables(900, 16)
     cells = fit_cells(table, bias, fitted)
     assert cells.search(queries[:0], table, bias, 3, depth=50, width=9).label_ids.shape == (0, 3)
-    for query in (torch.zeros(1, 16), 1e20 * queries[:1], torch.full((1, 16), float("nan"))):
+    odd = [torch.full((1, 16), value) for value in (0.0, 1e20, 3e38, float("inf"), float("nan"))]
+    for query in [*odd, 1e38 * queries[:1]]:
         found = cells.search(query, table, bias, 3, depth=50, width=9)
         assert (found.label_ids >= -1).all() and (found.label_ids < 900).all()
 

@@ -290,13 +290,15 @@ def _least_of_best(values: Any, weights: Any, wanted: Any, total: Any) -> Any:
     low = high = values[0] if count else np.float32(0.0)
     for index in range(count):
         low, high = min(low, values[index]), max(high, values[index])
-    if wanted >= total or not high > low:
+    if wanted >= total or not 0.0 < high - low < np.inf:
         return np.float32(-np.inf)
     num_bins = 1024
     counts = np.zeros(num_bins + 1, dtype=np.int64)
     scale = np.float32(num_bins) / (high - low)
     for index in range(count):
-        counts[int((values[index] - low) * scale)] += weights[index] if weights.shape[0] else 1
+        # Scores that are not finite have no bin of their own.
+        bin_ = min(max(int((values[index] - low) * scale), 0), num_bins)
+        counts[bin_] += weights[index] if weights.shape[0] else 1
     bin_, reached = num_bins, counts[num_bins]
     while reached < wanted and bin_ > 0:
         bin_ -= 1

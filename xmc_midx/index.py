@@ -165,10 +165,12 @@ class CellIndex:
         allow: torch.Tensor | None = None,
         deny: torch.Tensor | None = None,
     ) -> TopK:
-        """As `ExactIndex.search`. With label lists, or where it would read half of the labels, all are scanned."""
-        more = max(1.0, 2 * k / self.effort.width)
-        depth, width = round(more * self.effort.depth), round(more * self.effort.width)
-        if self.exact or allow is not None or deny is not None or 2 * depth > self.num_labels:
+        """As `ExactIndex.search`. With label lists, or where half of the labels would get an exact logit, all are
+        scanned."""
+        # More results need more exact logits; not more sketches, which the best labels are found by in any case.
+        width = max(self.effort.width, 2 * k)
+        depth = max(self.effort.depth, width)
+        if self.exact or allow is not None or deny is not None or 2 * width > self.num_labels:
             return self._scan(query_BD, k, _excluded_of(self.num_labels, allow, deny))
         return self.cells.search(query_BD, self.table, self.bias_L, k, depth=depth, width=width)
 

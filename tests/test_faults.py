@@ -124,8 +124,8 @@ def kill_at_random(
 
     Parameters
     ----------
-    seconds : within which a process is killed: from its start or, every second time and wherever saves are more than a
-        step apart (`interval`), from its first step.
+    seconds : within which a process is killed, from its start or, where saves are more than a step apart (`interval`),
+        from its first step.
     """
     rng = np.random.default_rng(0)
     steps = processes.Value("q", 0, lock=False)
@@ -138,7 +138,7 @@ def kill_at_random(
         steps.value = first
         child = processes.Process(target=victims.work, args=(str(data), str(run), options, None, steps, first))
         child.start()
-        while (interval > 1 or counts["kills"] % 2) and steps.value == first and child.is_alive():
+        while interval > 1 and steps.value == first and child.is_alive():
             time.sleep(0.01)
         child.join(float(rng.uniform(0, seconds)))
         child.kill()

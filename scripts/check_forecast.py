@@ -3,7 +3,7 @@
     python scripts/check_forecast.py DIRECTORY_OF_DATASETS [--epochs 1] [--only gnd-tib]
 
 DIRECTORY_OF_DATASETS holds bibtex/, delicious/, debian-deps/, gnd-tib/ and yso-finna-en/. Each training reads the text
-with an empty cache, which is the most that reading takes: with a full one the peak may be a sixth lower.
+with an empty cache, which is the most that reading takes: with a full one the peak may be lower.
 """
 
 from __future__ import annotations

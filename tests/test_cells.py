@@ -114,3 +114,14 @@ def test_arrays_that_do_not_fit_are_refused(name: str) -> None:
             continue  # other numbers, but sound ones
         with pytest.raises(ValueError, match="fit together"):
             LabelCells.from_arrays(arrays | {name: damaged}, 300, 16)
+
+
+def test_more_results_compute_more_logits_and_do_not_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, bias, fitted, queries = tables(1000, 48)
+    cells = fit_cells(table, bias, fitted)
+    index = CellIndex(table, bias, cells, Effort(depth=400, width=50, recall=0.99))
+    exact = brute_force(table, bias, queries, 5)
+    monkeypatch.setattr(CellIndex, "_scan", lambda *_: pytest.fail("all labels are scanned"))
+    top = index.search(queries, 100)
+    assert (top.label_ids >= 0).all()
+    assert (top.label_ids[:, :5, None] == exact[:, None, :]).any(axis=1).mean() > 0.97

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from xmc_midx import pipeline, session, trainer
 from xmc_midx.config import load_config
 from xmc_midx.rundir import RunDirectory
@@ -37,7 +39,7 @@ class Switch:
         """Whether guarded; seconds: of the epoch, of all processors, of the guards in the foreground."""
         self._waited, self._inside = 0.0, False
         for owner, name, instead in (
-            (trainer.Trainer, "_gradients_are_finite", True),
+            (trainer.Trainer, "_sum_of_gradients", torch.zeros(())),
             (session.TrainingSession, "_after_step", None),
             (session.TrainingSession, "_begin_save", None),
             (session.TrainingSession, "_save", None),

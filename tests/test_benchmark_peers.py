@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_script
 from scipy.sparse import load_npz
 
 from xmc_midx.data.formats import read_xmc
@@ -24,12 +24,7 @@ SCRIPT = ROOT / "scripts" / "benchmark_peers.py"
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_peers", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmark_peers"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmark_peers")
 
 
 def make_run(bench: ModuleType, value: float, **changes: Any) -> dict[str, Any]:

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import ROOT
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+from conftest import load_script
 
 
 @pytest.fixture(scope="module")
 def compare() -> ModuleType:
-    return load("compare_samplers")
+    return load_script("compare_samplers")
 
 
 def make_run(compare: ModuleType, sampler: str, seed: int, p_at_1: float, **changes: Any) -> dict[str, Any]:
@@ -107,7 +96,7 @@ def test_a_wrong_sampler_is_refused(compare: ModuleType, capsys: pytest.CaptureF
 
 
 def test_the_cost_of_a_sampler_is_measured_beside_the_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    benchmark = load("benchmark_samplers")
+    benchmark = load_script("benchmark_samplers")
     small = ["--labels", "500", "--dim", "8", "--batch", "16", "--draws", "20", "--steps", "4", "--threads", "1"]
     assert benchmark.main([*small, "--samplers", "midx-pq,uniform", "--json", str(tmp_path / "costs.json")]) == 0
     costs = json.loads((tmp_path / "costs.json").read_text())

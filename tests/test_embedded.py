@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import lzma
 import re
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, load_script
 
 from xmc_midx.data.vocabulary import HEADER, Vocabulary
 
-ROOT = Path(__file__).resolve().parent.parent
 DEBTAGS = ROOT / "xmc_midx" / "data" / "embedded" / "debtags"
 SPLITS = ("train", "test")
 
@@ -108,13 +105,7 @@ def test_the_embedded_directory_loads_with_the_package_itself(splits):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("build_demo_data", ROOT / "scripts" / "build_demo_data.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load_script("build_demo_data")
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,13 @@
-"""What the safety of a training costs: epochs with saves and checks beside epochs without, in one training.
+"""What the safety of a training costs: trainings with saves and checks beside trainings without, in turns.
 
-    python scripts/measure_overhead.py DATA... [--epochs 13] [--set key=value]
+    python scripts/measure_overhead.py DATA... [--repeats 5] [--set key=value]
 
-Of each two epochs that follow one another, one has all of it (checks of every step and of the model, the save of the
-epoch to the end of its pruning, metrics.jsonl) and the other nothing; which comes first changes from pair to pair. The
-first epoch, which compiles, is left out, and so is all that follows the last, where nothing is saved.
+A guarded training has all of it (checks of every step and of the model, the saves to the end of their pruning,
+metrics.jsonl), the other one nothing. Each is timed from the end of its first epoch, which compiles, to the end of the
+last, before what is added to the model; of a pair, which comes first changes from pair to pair.
 
 `waits`: what training stands still for, which is steady; the rest of a save goes on beside the validation. `more`: what
-a guarded epoch takes more than its neighbour, with the quartiles of the pairs; it needs an idle machine.
+a guarded training takes more than its neighbour, median and quartiles of the pairs; it needs an idle machine.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from xmc_midx import pipeline, session, trainer
 from xmc_midx.config import load_config
@@ -31,31 +30,48 @@ class Finished(Exception):  # noqa: N818  # nothing is wrong
     """The last epoch is over."""
 
 
-class Switch:
-    """Turns the guards off and on again, and takes the times of the epochs."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Seconds of a training's epochs."""
+
+    wall: float
+    processors: float
+    waits: float
+
+
+class Guards:
+    """Turns saves and checks on and off, and takes the times."""
 
     def __init__(self) -> None:
-        self.epochs: list[tuple[bool, float, float, float]] = []
-        """Whether guarded; seconds: of the epoch, of all processors, of the guards in the foreground."""
-        self._waited, self._inside = 0.0, False
+        self.on, self.waited, self.saves = True, 0.0, 0
+        self.started = (0.0, 0.0)
+        self._inside = False
         for owner, name, instead in (
-            (trainer.Trainer, "_sum_of_gradients", torch.zeros(())),
+            (trainer.Trainer, "_sums_of_gradients", []),
             (session.TrainingSession, "_after_step", None),
             (session.TrainingSession, "_begin_save", None),
             (session.TrainingSession, "_save", None),
-            (RunDirectory, "write_metrics", None),
+            (session.TrainingSession, "_postpone", None),
+            (RunDirectory, "append_metrics", None),
         ):
             self._guard(owner, name, instead)
-        self._time_epochs()
+        end_epoch = session.TrainingSession._end_epoch
 
-    @property
-    def guarded(self) -> bool:
-        """The first epoch; then on, off, off, on, on, off, ..."""
-        return len(self.epochs) % 4 < 2
+        def timed_end(this: session.TrainingSession, *given: Any) -> None:
+            end_epoch(this, *given)
+            if len(this.history) == 1:
+                this.store.settle()
+                self.waited, self.saves, self.started = 0.0, 0, (time.perf_counter(), time.process_time())
+
+        def stop(*_: Any) -> None:
+            raise Finished
+
+        session.TrainingSession._end_epoch = timed_end  # type: ignore[method-assign]
+        session.TrainingSession._conclude = stop  # type: ignore[method-assign]
 
     def _guard(self, owner: type, name: str, instead: Any) -> None:
         work = getattr(owner, name)
-        setattr(owner, name, lambda *given, **named: self._wait(work, *given, **named) if self.guarded else instead)
+        setattr(owner, name, lambda *given, **named: self._wait(work, *given, **named) if self.on else instead)
 
     def _wait(self, work: Callable[..., Any], *given: Any, **named: Any) -> Any:
         """Take the time; not again of a guard inside a guard."""
@@ -66,58 +82,49 @@ class Switch:
             return work(*given, **named)
         finally:
             self._inside = False
-            self._waited += time.perf_counter() - started
+            self.waited += time.perf_counter() - started
+            self.saves += work.__name__ == "_save"
 
-    def _time_epochs(self) -> None:
-        run_epoch, end_epoch = trainer.Trainer.run_epoch, session.TrainingSession._end_epoch
-        started = [0.0, 0.0]
-
-        def timed_run(this: trainer.Trainer, *given: Any, **named: Any) -> Any:
-            self._waited = 0.0
-            started[:] = time.perf_counter(), time.process_time()
-            return run_epoch(this, *given, **named)
-
-        def timed_end(this: session.TrainingSession, *given: Any) -> None:
-            end_epoch(this, *given)
-            seconds, processors = time.perf_counter() - started[0], time.process_time() - started[1]
-            self.epochs.append((self.guarded, seconds, processors, self._waited))
-            this.store.settle()  # what is left of the pruning belongs to no epoch
-
-        def stop(*_: Any) -> None:
-            raise Finished
-
-        trainer.Trainer.run_epoch = timed_run  # type: ignore[method-assign]
-        session.TrainingSession._end_epoch = timed_end  # type: ignore[method-assign]
-        session.TrainingSession._conclude = stop  # type: ignore[method-assign]
+    def cost(self, data: Path, options: list[str], *, on: bool) -> Cost:
+        """Train, guarded or not. The saves are over when `train` returns."""
+        self.on = on
+        with tempfile.TemporaryDirectory(dir=".") as directory:
+            try:
+                pipeline.train(data, output=f"{directory}/run", config=load_config(assignments=options))
+            except Finished:
+                wall, processors = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
+        return Cost(wall=wall, processors=processors, waits=self.waited)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+", type=Path)
-    parser.add_argument("--epochs", type=int, default=13, help="odd: one to begin with, then pairs")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of trainings, two or more")
     parser.add_argument("--set", action="append", default=[], dest="sets", metavar="key=value")
     arguments = parser.parse_args()
-    options = [f"training.epochs={arguments.epochs}", "training.patience=null", *arguments.sets]
-    switch = Switch()
-    print("| data | pairs | s an epoch | waits % | more % | more processor time % |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    guards = Guards()
+    print("| data | pairs | s | saves | waits % | more % | more processor time % |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for data in arguments.data:
-        switch.epochs.clear()
-        with tempfile.TemporaryDirectory(dir=".") as directory:
-            try:
-                pipeline.train(data, output=f"{directory}/run", config=load_config(assignments=options))
-            except Finished:
-                print(summary(data.name, switch.epochs[1:]), flush=True)
+        pairs, saves = [], 0
+        for pair in range(arguments.repeats):
+            costs = {}
+            for on in (True, False) if pair % 2 else (False, True):
+                costs[on] = guards.cost(data, arguments.sets, on=on)
+                saves = guards.saves if on else saves
+            pairs.append((costs[True], costs[False]))
+        print(summary(data.name, pairs, saves), flush=True)
 
 
-def summary(name: str, epochs: list[tuple[bool, float, float, float]]) -> str:
-    """A line of the table; the first epoch of all, which is guarded, is not among `epochs`."""
-    pairs = [sorted(pair, reverse=True) for pair in zip(epochs[::2], epochs[1::2], strict=False)]
-    assert all(on[0] and not off[0] for on, off in pairs), "one of two is guarded"
-    seconds, processors = ([100 * (on[i] / off[i] - 1) for on, off in pairs] for i in (1, 2))
-    waits = statistics.median(100 * on[3] / (on[1] - on[3]) for on, _ in pairs)
-    of_one = statistics.median(epoch[1] for epoch in epochs if not epoch[0])
-    return f"| {name} | {len(pairs)} | {of_one:.2f} | {waits:.2f} | {_spread(seconds)} | {_spread(processors)} |"
+def summary(name: str, pairs: list[tuple[Cost, Cost]], saves: int) -> str:
+    """A line of the table."""
+    wall = [100 * (on.wall / off.wall - 1) for on, off in pairs]
+    processors = [100 * (on.processors / off.processors - 1) for on, off in pairs]
+    waits = statistics.median(100 * on.waits / (on.wall - on.waits) for on, _ in pairs)
+    seconds = statistics.median(off.wall for _, off in pairs)
+    return (
+        f"| {name} | {len(pairs)} | {seconds:.1f} | {saves} | {waits:.2f} | {_spread(wall)} | {_spread(processors)} |"
+    )
 
 
 def _spread(values: list[float]) -> str:

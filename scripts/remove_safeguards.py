@@ -70,8 +70,8 @@ REMOVALS = (
     Removal(
         name="fsync of a file that is written whole",
         module="data/files.py",
-        old="                os.fsync(file.fileno())\n",
-        new="                pass\n",
+        old="            os.fsync(file.fileno())\n",
+        new="",
         tests=(WHOLE,),
     ),
     Removal(
@@ -126,7 +126,7 @@ REMOVALS = (
     Removal(
         name="finite gradient",
         module="trainer.py",
-        old="        if not math.isfinite(gradient):\n",
+        old="        if not all(map(math.isfinite, gradients)):\n",
         new="        if False:\n",
         tests=(f"{FAULTS}::test_a_gradient_that_is_not_finite_stops_before_the_step",),
     ),

@@ -572,7 +572,9 @@ def test_a_run_goes_back_past_a_damaged_checkpoint_with_a_warning_to_the_same_re
 
 
 def test_checkpoints_are_kept_with_the_best_that_each_of_them_knows(topic_dir: Path, tmp_path: Path) -> None:
-    config = load_config(assignments=[*SAVE_AT_EPOCHS, "training.keep_checkpoints=3", "training.epochs=6"])
+    # A save at each end of an epoch, however soon after the last one.
+    each = "training.save_every_steps=1000000"
+    config = load_config(assignments=[*OPTIONS[:-1], each, "training.keep_checkpoints=3", "training.epochs=6"])
     train(topic_dir, output=tmp_path / "run", config=config)
     store = CheckpointStore(tmp_path / "run" / "checkpoints")
     best = {store._load(store.directory / str(s), [], True).state["best"][0] for s in (36, 45, 54)}

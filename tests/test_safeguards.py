@@ -29,12 +29,12 @@ def test_the_tests_that_should_miss_a_safeguard_exist(safeguards: ModuleType) ->
         assert re.search(pattern, (ROOT / "tests" / file).read_text(encoding="utf-8"), re.MULTILINE), test
 
 
-def test_the_overhead_of_saves_is_measured_in_pairs_of_epochs(topic_dir: Path, tmp_path: Path) -> None:
-    words = [str(topic_dir), "--epochs", "5", "--set", "model.dim=16"]
+def test_the_overhead_of_saves_is_measured_in_pairs_of_trainings(topic_dir: Path, tmp_path: Path) -> None:
+    words = [str(topic_dir), "--repeats", "2", "--set", "model.dim=16", "--set", "training.epochs=5"]
     command = [sys.executable, str(ROOT / "scripts" / "measure_overhead.py"), *words]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    name, pairs, seconds, waits = (cell.strip() for cell in done.stdout.splitlines()[-1].split("|")[1:5])
+    name, pairs, seconds, saves, waits = (cell.strip() for cell in done.stdout.splitlines()[-1].split("|")[1:6])
     assert (name, pairs) == (topic_dir.name, "2")
-    assert float(seconds) > 0 and float(waits) > 0
+    assert float(seconds) > 0 and int(saves) >= 1 and float(waits) > 0
     assert list(tmp_path.iterdir()) == []

@@ -160,17 +160,31 @@ class RunDirectory:
 
     # ------------------------------------------------------------------ files
 
-    def write_text(self, name: str, text: str, *, sync: bool = True) -> None:
+    def write_text(self, name: str, text: str) -> None:
         """Write a file beside its name, bring it to the disk and rename it there."""
-        with atomic_write(self.path / name, sync=sync) as file:
+        with atomic_write(self.path / name) as file:
             file.write(text.encode())
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         self.write_text(name, json.dumps(value, indent=1) + "\n")
 
-    def write_metrics(self, lines: Sequence[Mapping[str, Any]], *, sync: bool = True) -> None:
-        """`metrics.jsonl`, whole: a line an epoch; the checkpoints have the same lines (`sync`: see `atomic_write`)."""
-        self.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines), sync=sync)
+    def write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """`metrics.jsonl`, whole: a line an epoch; the checkpoints have the same lines."""
+        self.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """A line more of `metrics.jsonl`, which the end of the training, or a resumed one, writes whole.
+
+        Raises
+        ------
+        ResourceError : the disk is full or the directory cannot be written.
+        """
+        path = self.path / "metrics.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise ResourceError(f"{path}: cannot be written: {error.strerror or error}.") from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
         path = self.path / "metrics.jsonl"

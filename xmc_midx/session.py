@@ -47,6 +47,11 @@ _VALIDATION_CHUNK = 256
 _COPIED = 512 << 20
 """Bytes of a label table up to which validation may copy it."""
 
+_SMALL_MODEL = 64 << 20
+"""Bytes of a model whose checkpoint memory may hold in place of the disk."""
+_SAVE_SHARE = 0.005
+"""Of the time, that training may stand still for saves of a small model."""
+
 _CELL_QUERIES = 20_000, 2_000
 """Training instances that the label cells are fitted to, and held-out ones that their effort is tuned on."""
 
@@ -119,6 +124,9 @@ class TrainingSession:
         self._saved: tuple[int, bool] | None = None
         """Step of the last save, and whether an epoch was pending; None before the first."""
         self._saved_at = time.monotonic()
+        self._save_seconds = 0.0
+        """That training stood still for the last save."""
+        self._postponed: _Postponed | None = None
         self._signals = PendingSignal()
 
     def run(self) -> None:
@@ -136,9 +144,8 @@ class TrainingSession:
         if self.trainer.step == 0:
             self.reporter.start("initialize", None)
             self.trainer.initialize(self.config.model.label_init, self.config.training.seed)
-        if self.history:
-            # A kill may have come between the last checkpoint and its line.
-            self.run_directory.write_metrics(self.history)
+        # A kill may have left other lines than the checkpoint's.
+        self.run_directory.write_metrics(self.history)
         with deferred_signals() as self._signals:
             try:
                 self._run_epochs(started)
@@ -150,6 +157,7 @@ class TrainingSession:
                 stop.add_note(f"Saved at step {self.trainer.step} of {self.trainer.total_steps}.")
                 raise
             except DivergedError as error:
+                self._write_postponed()
                 kept = self.store.step_of("latest")
                 if kept is not None:
                     error.hint = f"{error.hint} The checkpoint of step {kept} is finite and stays."
@@ -304,7 +312,9 @@ class TrainingSession:
             self.reporter.step(done)
 
     def _end_epoch(self, stats: EpochStats, started: float) -> None:
-        self._begin_save()
+        is_saved = self._epoch_is_saved()
+        if is_saved:
+            self._begin_save()
         crash_point("validation.begun")
         release_freed_memory()
         validation = self._validate()
@@ -322,9 +332,12 @@ class TrainingSession:
         self.history.append(_history_line(stats))
         self._pending = None
         self.seconds = time.perf_counter() - started
-        self._save()
+        if is_saved:
+            self._save()
+        elif self.best_step == self.trainer.step:
+            self._postpone()
         self.seconds = time.perf_counter() - started
-        self.run_directory.write_metrics(self.history, sync=False)
+        self.run_directory.append_metrics(self.history[-1])
         self.reporter.epoch(stats)
 
     def _validate(self) -> dict[str, float]:
@@ -373,14 +386,60 @@ class TrainingSession:
         if self.deadline is not None and time.monotonic() >= self.deadline:
             raise _DeadlinePassed
 
+    def _epoch_is_saved(self) -> bool:
+        """Whether the end of this epoch is on the disk before the next: unless the model is small and the last save so
+        recent that saves would take more than their share of the time."""
+        patience = self.config.training.patience
+        is_last = self.trainer.step == self.trainer.total_steps or (patience is not None and self.stale + 1 >= patience)
+        if is_last or self.config.training.save_every_steps is not None:
+            return True
+        if sum(tensor.nbytes for tensor in self.trainer.model_tensors().values()) > _SMALL_MODEL:
+            return True
+        return time.monotonic() - self._saved_at >= self._save_seconds / _SAVE_SHARE
+
+    def _parts(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The tensors of a checkpoint; a DivergedError where the model is not finite."""
+        model = self.trainer.model_tensors()
+        _require_finite(model, self.trainer.step)
+        return {"model": model | self._known, "training": self.trainer.training_tensors()}
+
+    def _state(self, saves: list[list[int]]) -> dict[str, Any]:
+        """The plain part of a checkpoint."""
+        return {
+            "counters": self.trainer.counters(),
+            "history": [*self.history],
+            "best": [self.best_step, self.best_epoch, self.best_score, self.stale],
+            "seconds": self.seconds,
+            "loss": self.loss if self.history else None,
+            "pending": None if self._pending is None else dataclasses.asdict(self._pending),
+            "saves": saves,
+        }
+
+    def _postpone(self) -> None:
+        """Hold the best epoch in memory: a later one that is saved takes it along, a better one takes its place."""
+        copies = {name: {key: tensor.clone() for key, tensor in part.items()} for name, part in self._parts().items()}
+        saves = self._saves_with(self.trainer.step)
+        self._postponed = _Postponed(self.trainer.step, copies, self._state(saves), saves)
+
+    def _write_postponed(self) -> None:
+        held, self._postponed = self._postponed, None
+        if held is not None:
+            self.store.save(held.step, held.parts, held.state, ["best", "latest"])
+            self._saves = held.saves
+
+    def _saves_with(self, step: int) -> list[list[int]]:
+        """The checkpoints that are kept once that of a step is there."""
+        saves = [save for save in self._saves if save[0] != step] + [[step, self.best_step]]
+        return saves[-self.config.training.keep_checkpoints :]
+
     def _begin_save(self) -> None:
         """Let the tensors be written while nothing changes them."""
         if self.store.begun is not None:
             return
-        model = self.trainer.model_tensors()
-        _require_finite(model, self.trainer.step)
-        parts = {"model": model | self._known, "training": self.trainer.training_tensors()}
-        self.store.begin(self.trainer.step, parts)
+        started = time.perf_counter()
+        self._write_postponed()
+        self.store.begin(self.trainer.step, self._parts())
+        self._save_seconds = time.perf_counter() - started
 
     def _save(self) -> None:
         """Save what there is, unless it was saved just now."""
@@ -388,21 +447,13 @@ class TrainingSession:
         if moment == self._saved:
             return
         self._begin_save()
-        saves = [save for save in self._saves if save[0] != step] + [[step, self.best_step]]
-        saves = saves[-self.config.training.keep_checkpoints :]
-        state = {
-            "counters": self.trainer.counters(),
-            "history": self.history,
-            "best": [self.best_step, self.best_epoch, self.best_score, self.stale],
-            "seconds": self.seconds,
-            "loss": self.loss if self.history else None,
-            "pending": None if self._pending is None else dataclasses.asdict(self._pending),
-            "saves": saves,
-        }
-        self.store.finish(state, ["best", "latest"] if self.best_step == step else ["latest"])
+        started = time.perf_counter()
+        saves = self._saves_with(step)
+        self.store.finish(self._state(saves), ["best", "latest"] if self.best_step == step else ["latest"])
         self._saves = saves
         self.store.prune([kept for save in saves for kept in save], wait=False)
         self._saved, self._saved_at = moment, time.monotonic()
+        self._save_seconds += time.perf_counter() - started
 
     def load(self, *, verify: bool = True) -> None:
         """Take up the latest checkpoint, or the one before it where the latest is damaged; nothing where none is.
@@ -445,6 +496,16 @@ class TrainingSession:
             return self.store.step_of(name)
         except DataError:
             return None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Postponed:
+    """A checkpoint in memory: that of the best epoch, where it is not on the disk yet."""
+
+    step: int
+    parts: dict[str, dict[str, torch.Tensor]]
+    state: dict[str, Any]
+    saves: list[list[int]]
 
 
 class _DeadlinePassed(Exception):  # noqa: N818  # nothing is wrong

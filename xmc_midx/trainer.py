@@ -50,6 +50,8 @@ class Trainer:
         self.num_epochs, self.refresh_every = config.epochs, refresh_every
         self.device = softmax.weight.device
         self.optimizer = _optimizer(encoder, softmax, config)
+        groups = self.optimizer.param_groups
+        self._biases = [parameter for group in groups for parameter in group["params"] if parameter.dim() == 1]
         self.total_steps = self.num_epochs * stream.steps_per_epoch
         self.warmup_steps = max(1, round(config.warmup_fraction * self.total_steps))
         self.step = 0
@@ -123,27 +125,23 @@ class Trainer:
         loss = self.softmax(query_BD, (batch.positives, batch.positive_offsets))
         loss.backward()
         # Read together: each look at a number on a device waits for all that was asked of it before.
-        value, gradient = map(float, torch.stack([loss.detach(), self._sum_of_gradients().to(loss.dtype)]).tolist())
+        sums = [loss.detach(), *(total.to(loss.dtype) for total in self._sums_of_gradients())]
+        value, *gradients = map(float, torch.stack(sums).tolist())
         if not math.isfinite(value):
             raise _diverged(f"The loss became {value} at step {self.step + 1}", batch, query_BD)
-        if not math.isfinite(gradient):
+        if not all(map(math.isfinite, gradients)):
             raise _diverged(f"A gradient is not finite at step {self.step + 1}", batch, query_BD)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return value
 
-    def _sum_of_gradients(self) -> torch.Tensor:
+    def _sums_of_gradients(self) -> list[torch.Tensor]:
         """Finite where all gradients are. Of the biases alone, whose gradients are sums of what the tables' are made
         of: a sum is finite only where all its terms are, and the tables' own gradients take 2.5% of a step to look at.
         A product of finite numbers that overflows shows in the next loss, and before a checkpoint is saved."""
-        total = torch.zeros((), device=self.device)
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None and parameter.dim() == 1:
-                    gradient = parameter.grad._values() if parameter.grad.is_sparse else parameter.grad
-                    total += gradient.sum()
-        return total
+        gradients = [parameter.grad for parameter in self._biases if parameter.grad is not None]
+        return [(gradient._values() if gradient.is_sparse else gradient).sum() for gradient in gradients]
 
     def _set_rates(self) -> None:
         """Linear warm-up, then linear decay to zero at the last step."""

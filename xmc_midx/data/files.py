@@ -210,16 +210,12 @@ def find_variant(directory: Path, name: str) -> Path | None:
 
 
 @contextmanager
-def atomic_write(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A binary stream whose bytes appear under `path`, all of them, when the block ends without an exception.
 
     The bytes go to a hidden file beside `path`, compressed as its name says, are synchronised to the disk,
     and the file is renamed. After an exception nothing is left and an older `path` is untouched. The same
     bytes give the same file.
-
-    Parameters
-    ----------
-    sync : False for what can be made again: after a failure of power it may be older or empty.
 
     Raises
     ------
@@ -231,12 +227,10 @@ def atomic_write(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
             with _open_write(file, path.suffix) as stream:
                 yield stream
             file.flush()
-            if sync:
-                os.fsync(file.fileno())
+            os.fsync(file.fileno())
         crash_point("file.written")
         temporary.replace(path)
-        if sync:
-            sync_directory(path.parent)
+        sync_directory(path.parent)
         crash_point("file.renamed")
     except OSError as error:
         hint = "Free some space." if error.errno in (errno.ENOSPC, errno.EDQUOT) else None

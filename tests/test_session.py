@@ -1,0 +1,134 @@
+"""What is saved when: each epoch, and of a small model no more often than saves may take of the time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_pipeline import STEPS, TOTAL, Interruption, StopAfter, history, make_config, model_bytes
+
+from xmc_midx import session
+from xmc_midx.checkpoint import CheckpointStore
+from xmc_midx.errors import DivergedError
+from xmc_midx.pipeline import resume, train
+from xmc_midx.session import TrainingSession
+from xmc_midx.trainer import Trainer
+
+EACH_EPOCH = "training.save_every_steps=1000000"
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Saves may take no time at all: the first epoch and the last alone are due. -> the steps that are saved."""
+    steps: list[int] = []
+    begin = CheckpointStore.begin
+
+    def noted(store: CheckpointStore, step: int, parts: Any) -> None:
+        steps.append(step)
+        begin(store, step, parts)
+
+    monkeypatch.setattr(session, "_SAVE_SHARE", 1e-12)
+    monkeypatch.setattr(CheckpointStore, "begin", noted)
+    return steps
+
+
+def best_is(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
+    """Let the validations rise to that of one epoch, and fall after it."""
+    metrics = TrainingSession._metrics
+
+    def chosen(self: TrainingSession, top: Any) -> dict[str, float]:
+        distance = abs(self.trainer.step // STEPS - epoch)
+        return dict.fromkeys(metrics(self, top), 1.0 / (1 + distance))
+
+    monkeypatch.setattr(TrainingSession, "_metrics", chosen)
+
+
+def saved(run: Path) -> list[int]:
+    return CheckpointStore(run / "checkpoints").steps()
+
+
+def test_epochs_that_follow_a_save_too_soon_wait_for_the_next_one(
+    topic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: list[int]
+) -> None:
+    best_is(monkeypatch, 3)
+    train(topic_dir, output=tmp_path / "few", config=make_config())
+    # The best epoch goes along with the last one's save, and only then.
+    assert begun == [STEPS, 3 * STEPS, TOTAL]
+    begun.clear()
+    train(topic_dir, output=tmp_path / "each", config=make_config(EACH_EPOCH))
+    assert begun == [STEPS, 2 * STEPS, 3 * STEPS, TOTAL]
+    for pointer in ("best", "latest"):
+        assert model_bytes(tmp_path / "few", pointer) == model_bytes(tmp_path / "each", pointer)
+    assert CheckpointStore(tmp_path / "few" / "checkpoints").step_of("best") == 3 * STEPS
+    assert [line["step"] for line in history(tmp_path / "few")] == [STEPS, 2 * STEPS, 3 * STEPS, TOTAL]
+    assert saved(tmp_path / "few") == [3 * STEPS, TOTAL], "the best and the last, as of a run that saves each epoch"
+
+
+def test_a_model_that_memory_should_not_hold_twice_is_saved_each_epoch(
+    topic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: list[int]
+) -> None:
+    monkeypatch.setattr(session, "_SMALL_MODEL", 1000)
+    train(topic_dir, output=tmp_path / "run", config=make_config())
+    assert begun == [STEPS, 2 * STEPS, 3 * STEPS, TOTAL]
+
+
+@pytest.mark.fault("R5")
+@pytest.mark.parametrize("stop", [STEPS + 3, 2 * STEPS + 4, 3 * STEPS + 1])
+def test_a_run_that_is_killed_between_two_saves_ends_alike(
+    topic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: list[int], stop: int
+) -> None:
+    best_is(monkeypatch, 2)
+    train(topic_dir, output=tmp_path / "whole", config=make_config())
+    with pytest.raises(Interruption):
+        train(topic_dir, output=tmp_path / "run", config=make_config(), reporter=StopAfter(stop))
+    assert saved(tmp_path / "run") == [STEPS], "the last save is the first epoch's"
+    resume(tmp_path / "run")
+    for pointer in ("best", "latest"):
+        assert model_bytes(tmp_path / "run", pointer) == model_bytes(tmp_path / "whole", pointer)
+    lines = [{**line, "seconds": 0, "instances_per_second": 0} for line in history(tmp_path / "run")]
+    assert lines == [{**line, "seconds": 0, "instances_per_second": 0} for line in history(tmp_path / "whole")]
+
+
+@pytest.mark.fault("R3")
+def test_an_interruption_saves_the_best_epoch_too(
+    topic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: list[int]
+) -> None:
+    best_is(monkeypatch, 2)
+    train(topic_dir, output=tmp_path / "whole", config=make_config())
+
+    class Asked(StopAfter):
+        def step(self, num_steps: int, **values: Any) -> None:
+            try:
+                super().step(num_steps, **values)
+            except Interruption:
+                raise KeyboardInterrupt from None
+
+    with pytest.raises(KeyboardInterrupt):
+        train(topic_dir, output=tmp_path / "run", config=make_config(), reporter=Asked(3 * STEPS + 1))
+    store = CheckpointStore(tmp_path / "run" / "checkpoints")
+    assert (store.step_of("best"), store.step_of("latest")) == (2 * STEPS, 3 * STEPS + 1)
+    resume(tmp_path / "run")
+    for pointer in ("best", "latest"):
+        assert model_bytes(tmp_path / "run", pointer) == model_bytes(tmp_path / "whole", pointer)
+
+
+@pytest.mark.fault("R11")
+def test_a_divergence_keeps_the_best_epoch_that_was_not_on_the_disk_yet(
+    topic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: list[int]
+) -> None:
+    best_is(monkeypatch, 4)
+    run_epoch = Trainer.run_epoch
+
+    def diverges(self: Trainer, *given: Any, **named: Any) -> Any:
+        if self.step == 3 * STEPS:
+            raise DivergedError("The loss became nan", hint="Lower the rates.")
+        return run_epoch(self, *given, **named)
+
+    monkeypatch.setattr(Trainer, "run_epoch", diverges)
+    with pytest.raises(DivergedError) as caught:
+        train(topic_dir, output=tmp_path / "run", config=make_config())
+    assert f"checkpoint of step {3 * STEPS} is finite" in str(caught.value.hint)
+    store = CheckpointStore(tmp_path / "run" / "checkpoints")
+    assert (store.step_of("best"), store.step_of("latest")) == (3 * STEPS, 3 * STEPS)
+    store.load("latest", ["model", "training"])

@@ -132,3 +132,23 @@ def test_a_divergence_keeps_the_best_epoch_that_was_not_on_the_disk_yet(
     store = CheckpointStore(tmp_path / "run" / "checkpoints")
     assert (store.step_of("best"), store.step_of("latest")) == (3 * STEPS, 3 * STEPS)
     store.load("latest", ["model", "training"])
+
+
+@pytest.mark.fault("R3")
+def test_an_interruption_at_the_end_of_the_best_epoch_saves_it_once(
+    topic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: list[int]
+) -> None:
+    best_is(monkeypatch, 2)
+    run_epoch = Trainer.run_epoch
+
+    def stopped(self: Trainer, *given: Any, **named: Any) -> Any:
+        if self.step == 2 * STEPS:
+            raise KeyboardInterrupt
+        return run_epoch(self, *given, **named)
+
+    monkeypatch.setattr(Trainer, "run_epoch", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train(topic_dir, output=tmp_path / "run", config=make_config())
+    assert begun == [STEPS, 2 * STEPS]
+    store = CheckpointStore(tmp_path / "run" / "checkpoints")
+    assert (store.step_of("best"), store.step_of("latest")) == (2 * STEPS, 2 * STEPS)

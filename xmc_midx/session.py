@@ -437,6 +437,8 @@ class TrainingSession:
         if self.store.begun is not None:
             return
         started = time.perf_counter()
+        if self._postponed is not None and self._postponed.step == self.trainer.step:
+            self._postponed = None  # it is what is saved now
         self._write_postponed()
         self.store.begin(self.trainer.step, self._parts())
         self._save_seconds = time.perf_counter() - started

@@ -43,7 +43,7 @@ _MAX_QUERY = 2047
 """Sizes of a sketch's and a query's whole numbers: a sketch's products together fit in 32 bits."""
 _CHUNK = 1024
 """Queries at once: bounds the (queries, cells) scores."""
-_CHUNK_ROWS = 1 << 14
+_CHUNK_ROWS = 1 << 12
 
 _Floats = NDArray[np.float32]
 
@@ -145,37 +145,37 @@ def fit_cells(table: StoredTable, bias: _Floats, query_ND: torch.Tensor, *, seed
     """
     mean_D, projection_DK, unprojection_DK = _directions(table, query_ND)
     side_DK = torch.cat([unprojection_DK, mean_D[:, None]], dim=1)
+    # The sketches and, in the last column, `base`: (L, K+1), the largest of all; what follows changes it in place.
     full_LK = torch.cat([rows_BD @ side_DK for rows_BD in _chunks(table)])
-    sketch_LK, base_L = full_LK[:, :-1], full_LK[:, -1] + torch.from_numpy(bias)
+    full_LK[:, -1] += torch.from_numpy(bias)
     # What a sketch leaves out of the mean row is the same for all labels.
-    generator = torch.Generator().manual_seed(seed)
-    cell_L = _cluster(torch.cat([sketch_LK, base_L[:, None]], dim=1), generator)
+    cell_L = _cluster(full_LK, torch.Generator().manual_seed(seed))
+    codes_LK = full_LK[:, :-1]
     # Half of a direction's weight on either side: then both round it alike.
-    weight_K = sketch_LK.std(dim=0, correction=0).clamp(min=1e-12).sqrt()
-    unit = (sketch_LK / weight_K).abs().amax().clamp(min=1e-30) / _MAX_CODE
-    codes_LK = (sketch_LK / (weight_K * unit)).round()
+    weight_K = codes_LK.std(dim=0, correction=0).clamp(min=1e-12).sqrt()
+    codes_LK.div_(weight_K)
+    unit = torch.stack(codes_LK.aminmax()).abs().amax().clamp(min=1e-30) / _MAX_CODE
+    codes_LK.div_(unit).round_()
     projection_DK = projection_DK * (weight_K * unit)
-    short_NK = (query_ND - mean_D) @ projection_DK
+    square_K = torch.zeros(len(weight_K))
+    for query_BD in torch.split(query_ND, _CHUNK):
+        square_K += ((query_BD - mean_D) @ projection_DK).square_().sum(dim=0)
     order = torch.argsort(cell_L, stable=True)
     count_C = torch.bincount(cell_L)
-    size_C = count_C.float()[:, None]
-    full_LK = torch.cat([codes_LK, base_L[:, None]], dim=1)
-
-    def mean_of(values: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(len(count_C), values.shape[1]).index_add_(0, cell_L, values) / size_C
-
-    mean_CK = mean_of(full_LK)
-    variance_CK = (full_LK - mean_CK[cell_L]).square()
-    spread_C = (mean_of(variance_CK) @ torch.cat([short_NK.square().mean(dim=0), torch.ones(1)])).sqrt()
+    mean_CK = torch.zeros(len(count_C), full_LK.shape[1]).index_add_(0, cell_L, full_LK) / count_C[:, None]
+    variance_C = torch.zeros(len(count_C))
+    weight_K = torch.cat([square_K / max(len(query_ND), 1), torch.ones(1)])
+    for rows_BK, cell_B in zip(torch.split(full_LK, _CHUNK_ROWS), torch.split(cell_L, _CHUNK_ROWS), strict=True):
+        variance_C.index_add_(0, cell_B, (rows_BK - mean_CK[cell_B]).square_() @ weight_K)
     return LabelCells(
         projection=projection_DK.numpy(),
         shift=-(mean_D @ projection_DK).numpy(),
         cell_means=mean_CK[:, :-1].contiguous().numpy(),
-        cell_bias=(mean_CK[:, -1] + _DEVIATIONS * spread_C).numpy(),
+        cell_bias=(mean_CK[:, -1] + _DEVIATIONS * (variance_C / count_C).sqrt()).numpy(),
         offsets=np.concatenate([[0], np.cumsum(count_C.numpy())]),
         label_ids=order.int().numpy(),
-        sketches=codes_LK[order].to(torch.int8).numpy(),
-        base=base_L[order].contiguous().numpy(),
+        sketches=codes_LK.to(torch.int8)[order].numpy(),
+        base=full_LK[order, -1].numpy(),
     )
 
 
@@ -188,14 +188,18 @@ def _chunks(table: StoredTable) -> Iterator[torch.Tensor]:
 def _directions(table: StoredTable, query_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The queries' mean (D,) and two (D, K): (q - mean) . P and w . U approximate (q - mean) . w in K products."""
     mean_D = query_ND.mean(dim=0)
-    centered = (query_ND - mean_D).double()
-    values, vectors = torch.linalg.eigh(centered.T @ centered / max(len(centered), 1))
+    moment_DD = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64)
+    for query_BD in torch.split(query_ND, _CHUNK):
+        centered_BD = (query_BD - mean_D).double()
+        moment_DD.addmm_(centered_BD.T, centered_BD)
+    values, vectors = torch.linalg.eigh(moment_DD / max(len(query_ND), 1))
     # Directions in which the queries do not vary still count a little: others may come.
     length_D = values.clamp(min=1e-6 * values[-1].clamp(min=1e-12)).sqrt()
     row_mean_D = torch.stack([rows_BD.sum(dim=0) for rows_BD in _chunks(table)]).sum(dim=0) / table.shape[0]
     gram_DD = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64)
     for rows_BD in _chunks(table):
-        gram_DD += ((rows_BD - row_mean_D).T @ (rows_BD - row_mean_D)).double()
+        centered_BD = rows_BD - row_mean_D
+        gram_DD += (centered_BD.T @ centered_BD).double()
     root = vectors * length_D
     _, singular = torch.linalg.eigh(root.T @ gram_DD @ root)
     best = singular.flip(dims=[1])[:, :_SKETCH]

@@ -34,7 +34,7 @@ _FEWEST = (1000, 100)
 """Sketches read and logits computed, at the least."""
 _STEP = 1.4
 """By which the effort grows."""
-_SCAN_ROWS = 1 << 14
+_SCAN_ROWS = 1 << 12
 """Rows in float32 at once, when all are scanned."""
 
 

@@ -41,6 +41,8 @@ _CANDIDATES = 4
 """Rows that are rescored for each neighbour asked for."""
 _LEVELS = 40
 """Of the sizes of a list's values, each 2^(-1/2) of the one before: how far a list is read is looked up by level."""
+_CHUNK = 1 << 22
+"""Entries at once, where the lists are made."""
 
 
 class NeighborIndex:
@@ -198,16 +200,28 @@ def _inverted_lists(features: csr_matrix, kept: NDArray[np.bool_]) -> tuple[NDAr
     list (F, levels) are at least as large as each level. In a list, the levels fall and the rows of a level rise."""
     num_rows, num_features = features.shape
     mask = kept[features.indices]
-    rows = np.repeat(np.arange(num_rows, dtype=np.int32), np.diff(features.indptr))[mask]
-    ids, values = features.indices[mask], features.data[mask].astype(np.float32, copy=False)
-    # An entry of level m has 2^(-m/2) <= size; the smallest ones share the last level, which no prefix counts.
-    with np.errstate(divide="ignore"):
-        level = np.clip(np.ceil(-2.0 * np.log2(np.abs(values))), 0, _LEVELS).astype(np.uint8)
+    ids, level = features.indices[mask], _levels(features.data[mask])
+    counts = np.zeros(num_features * (_LEVELS + 1), dtype=np.int64)
+    for begin in range(0, len(ids), _CHUNK):
+        part = slice(begin, begin + _CHUNK)
+        counts += np.bincount(ids[part].astype(np.int64) * (_LEVELS + 1) + level[part], minlength=len(counts))
+    prefixes = np.cumsum(counts.reshape(num_features, _LEVELS + 1), axis=1)
     # Keys of 16 bits at most: a radix sort each.
     order = np.lexsort((level, (ids & 0xFFFF).astype(np.uint16), (ids >> 16).astype(np.uint16)))
-    counts = np.bincount(ids.astype(np.int64) * (_LEVELS + 1) + level, minlength=num_features * (_LEVELS + 1))
-    prefixes = np.cumsum(counts.reshape(num_features, _LEVELS + 1), axis=1)
-    return _offsets(prefixes[:, -1]), rows[order], values[order], prefixes[:, :_LEVELS].astype(np.int32)
+    del ids, level
+    values = features.data[mask].astype(np.float32, copy=False)[order]
+    rows = np.repeat(np.arange(num_rows, dtype=np.int32), np.diff(features.indptr))[mask][order]
+    return _offsets(prefixes[:, -1]), rows, values, prefixes[:, :_LEVELS].astype(np.int32)
+
+
+def _levels(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """An entry of level m has 2^(-m/2) <= size; the smallest ones share the last level, which no prefix counts."""
+    found = np.empty(len(values), dtype=np.uint8)
+    for begin in range(0, len(values), _CHUNK):
+        part = slice(begin, begin + _CHUNK)
+        with np.errstate(divide="ignore"):
+            found[part] = np.clip(np.ceil(-2.0 * np.log2(np.abs(values[part], dtype=np.float32))), 0, _LEVELS)
+    return found
 
 
 def _kept_features(features: csr_matrix) -> NDArray[np.bool_]:

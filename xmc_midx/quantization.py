@@ -19,7 +19,7 @@ from xmc_midx.threads import in_threads
 __all__ = ["StoredTable", "dequantize", "quantize", "row_product"]
 
 _CODES, _SCALES = ".int8", ".scale"
-_CHUNK_ROWS = 1 << 14
+_CHUNK_ROWS = 1 << 12
 _MAX_CODE = 127
 
 Arrays = Mapping[str, NDArray[Any]]

@@ -200,6 +200,7 @@ class TrainingSession:
         crash_point("model.begun")
         tensors = self.trainer.model_tensors() | self._known
         self._build_cells(run.write_model({name: _float32(tensor).cpu().numpy() for name, tensor in tensors.items()}))
+        release_freed_memory()
         if added and chosen is None:
             crash_point("neighbours.begun")
             self._choose_interpolation()
@@ -217,10 +218,7 @@ class TrainingSession:
         order = np.random.default_rng((self.config.training.seed, 2)).permutation(features.shape[0])
         fitted, tuned = np.split(order[: _CELL_QUERIES[0] + _CELL_QUERIES[1]], [_CELL_QUERIES[0]])
         held_out = features[tuned] if self.held_out is None else self.held_out[0][: _CELL_QUERIES[1]]
-        encode = self.trainer.encoder.encode
-        query_ND, held_out_ND = (
-            torch.cat([query.cpu() for _, query in encode(part)]) for part in (features[fitted], held_out)
-        )
+        query_ND, held_out_ND = (self._queries(part) for part in (features[fitted], held_out))
         cells = fit_cells(table, bias, query_ND, seed=self.config.training.seed)
         effort = tune_effort(table, bias, cells, held_out_ND)
         index = CellIndex(table, bias, cells, effort)
@@ -232,12 +230,20 @@ class TrainingSession:
         if self.trainer.softmax.weight.device.type == "cpu":
             self._index = index
 
+    def _queries(self, features: csr_matrix) -> torch.Tensor:
+        """(N, D) on the CPU, of all rows at once."""
+        query_ND = torch.empty(features.shape[0], self.trainer.softmax.dim)
+        for rows, query_BD in self.trainer.encoder.encode(features):
+            query_ND[rows] = query_BD
+        return query_ND
+
     def _choose_interpolation(self) -> None:
         """Let the held-out instances say how much the neighbours' labels, the linear ranker and the label frequencies
         are worth."""
         assert self.held_out is not None
         features, labels = self.held_out
         shortlist = self._predict(features, SHORTLIST, stage="shortlist")
+        release_freed_memory()
         neighbors, found, ranker, margin_of = None, None, None, None
         if self.config.neighbors.enabled:
             self.reporter.start("neighbours", None)
@@ -246,6 +252,7 @@ class TrainingSession:
         if self.config.ranker.enabled:
             ranker = self._train_ranker()
             margin_of = functools.partial(ranker.margins, features)
+        release_freed_memory()
         self.reporter.start("interpolation", None)
         if neighbors is None and ranker is None:
             calibration = fit_calibration(shortlist, labels)
@@ -280,6 +287,7 @@ class TrainingSession:
         assert isinstance(self.config.ranker.num_instances, int), "the configuration is resolved"
         rows = np.sort(order[: self.config.ranker.num_instances])
         top = self._predict(features[rows], self.config.ranker.num_rivals, stage="rivals", index=self._index)
+        release_freed_memory()
         self.reporter.start("ranker", None)
         found = top.label_ids >= 0
         row_BK = np.broadcast_to(rows[:, None], found.shape)

@@ -96,6 +96,10 @@ def as_predict_writes(top: TopK, path: Path, form: Format, names: list[str] | No
 WRITERS: dict[str, Callable[[TopK, Path], Path | None]] = {
     "ours.tsv": lambda top, path: as_predict_writes(top, path, Format.TSV),
     "named.tsv.gz": lambda top, path: as_predict_writes(top, path, Format.TSV, [f"x:{n}\t" for n in range(NUM_LABELS)]),
+    "ours.jsonl": lambda top, path: as_predict_writes(top, path, Format.JSONL),
+    "named.jsonl.gz": lambda top, path: as_predict_writes(
+        top, path, Format.JSONL, [f"{n}\n" for n in range(NUM_LABELS)]
+    ),
     "ours.xmc": lambda top, path: as_predict_writes(top, path, Format.XMC),
     "ours.npz": lambda top, path: as_predict_writes(top, path, Format.NPZ),
     "headed.txt.xz": lambda top, path: write_predictions(path, top, NUM_LABELS),
@@ -127,14 +131,14 @@ def test_every_format_gives_the_same_metrics(topic_dir: Path, tmp_path: Path) ->
     top = TopK(label_ids=ids, scores=scores)
     reports = []
     for name, make in WRITERS.items():
-        if name in ("csr.npz", "named.tsv.gz", "headed.txt.xz"):
+        if name in ("csr.npz", "named.tsv.gz", "named.jsonl.gz", "headed.txt.xz"):
             continue  # made for 30 labels
         make(top, tmp_path / name)
         reports.append(evaluate(None, data=topic_dir, predictions=tmp_path / name).as_dict())
     rows = np.repeat(np.arange(150), 5)
     save_npz(tmp_path / "m.npz", csr_matrix((scores.ravel(), (rows, ids.ravel())), shape=(150, 23)))
     reports.append(evaluate(None, data=topic_dir, predictions=tmp_path / "m.npz").as_dict())
-    assert len(reports) == 9 and reports[0]["metrics"]["P@5"] > 0
+    assert len(reports) == 10 and reports[0]["metrics"]["P@5"] > 0
     assert all(report == reports[0] for report in reports)
 
 
@@ -188,8 +192,7 @@ def test_a_table_that_is_wrong_is_refused_with_its_line(text: str, message: str,
     ("text", "message"),
     [
         ("instance,label,score\n0,1,2\n", ":1: 'instance,label,score' is neither `label:score label:score ...` nor"),
-        ('\n{"instance": 0, "labels": []}\n', ':2: \'{"instance": 0, "labels": []}\' is neither'),
-        ("[[1, 2], [3]]", "--format xmc, tsv or npz."),
+        ("[[1, 2], [3]]", "--format xmc, tsv, jsonl or npz."),
         ("0,1\t2\n", "Separate the columns by tabs."),
     ],
 )
@@ -199,6 +202,48 @@ def test_another_format_is_refused_with_those_that_are_read(text: str, message: 
     with pytest.raises(DataError) as caught:
         read_predictions(path, 9, num_instances=2)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"instance": 0, "labels": [{"label": 9, "score": 1}]}', ":1: label 9 is outside 0..8. Are these"),
+        ('{"instance": 0, "labels": [{"label": -1, "score": 1}]}', ":1: label -1 is outside 0..8. Are these"),
+        ('{"instance": 2, "labels": []}', ":1: instance 2 is outside 0..1. Instances count from 0."),
+        ('{"instance": true, "labels": []}', ":1: the instance is true, expected a whole number."),
+        ('{"labels": []}', ":1: the instance is null, expected a whole number."),
+        ('{"instance": 1.0, "labels": []}', ":1: the instance is the number 1.0, expected a whole number."),
+        ('{"instance": 1}', ':1: "labels" is null, expected a list of objects.'),
+        ('{"instance": 1, "labels": [7]}', ':1: "labels" holds the number 7, expected objects.'),
+        ('{"instance": 1, "labels": [{"label": 7}]}', ":1: the score of label 7 is null, expected a number."),
+        ('{"instance": 1, "labels": [{"label": 7, "score": NaN}]}', ":1: the score 'nan' of label 7 is not finite"),
+        ('{"instance": 1, "labels": [{"label": 7, "score": 1e39}]}', ":1: the score '1e+39' of label 7 is not finite"),
+        ('{"instance": 1, "labels": []}\n{"instance": 1, "labels": []}', ":2: instance 1 stands in line 1 too"),
+        ('{"instance": 1, "labels": [{"label": 7, "score": 1}, {"label": 7, "score": 1}]}', ":1: label 7 occurs twice"),
+        (
+            '{"instance": 1, "labels": [{"label": 7, "score": 1}, {"label": 6, "score": 2}]}',
+            ":1: rank 2 of instance 1 has a higher score than the rank before it.",
+        ),
+        ('{"instance": 1, "labels": []}\n\n', ":2: '' is not JSON, expected an object a line."),
+        ('{"instance": 1, "labels": []}\n[1]', ":2: is a list, expected an object a line."),
+        ('{"instance": 1, "labels": [', ':1: \'{"instance": 1, "labels": [\' is not JSON'),
+        ('{"instance": 1, "labels": ' + 5000 * "[", ':1: \'{"instance": 1, "labels": [['),
+        (f'{{"instance": {5000 * "9"}, "labels": []}}', ":1: "),
+    ],
+)
+def test_json_lines_that_are_wrong_are_refused_with_their_line(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(f"{text}\n")
+    with pytest.raises(DataError) as caught:
+        read_predictions(path, 9, num_instances=2)
+    assert str(caught.value).startswith(f"{path}{message}")
+
+
+def test_instances_in_json_lines_may_come_in_any_order_and_some_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"instance": 2, "labels": [{"label": 1, "score": 3}]}\n{"instance": 0, "labels": [], "x": [{}]}\n')
+    assert read_predictions(path, 9).label_ids.tolist() == [[-1], [-1], [1]]
+    assert read_predictions(path, 9, num_instances=4).label_ids.tolist() == [[-1], [-1], [1], [-1]]
 
 
 GOOD = {
@@ -316,7 +361,7 @@ def test_another_sparse_format_is_named(tmp_path: Path) -> None:
         read_predictions(tmp_path / "p.npz", 9)
 
 
-@pytest.mark.parametrize("name", ["ours.tsv", "ours.npz", "csr.npz"])
+@pytest.mark.parametrize("name", ["ours.tsv", "ours.jsonl", "ours.npz", "csr.npz"])
 def test_one_very_long_row_does_not_fill_the_memory(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     top = random_top(0, num_rows=40, k=5)
     WRITERS[name](top, tmp_path / name)
@@ -325,7 +370,7 @@ def test_one_very_long_row_does_not_fill_the_memory(name: str, tmp_path: Path, m
         read_predictions(tmp_path / name, NUM_LABELS, num_instances=40)
 
 
-@pytest.mark.parametrize("name", ["ours.tsv", "ours.npz", "csr.npz"])
+@pytest.mark.parametrize("name", ["ours.tsv", "ours.jsonl", "ours.npz", "csr.npz"])
 @pytest.mark.parametrize("num_files", [150, pytest.param(3_000, marks=pytest.mark.soak)])
 @pytest.mark.fault("R8")
 def test_fuzzed_files_are_read_or_refused(

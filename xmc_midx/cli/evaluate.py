@@ -24,6 +24,7 @@ Examples:
 FILE of --predictions, by its content (text also as .gz, .bz2, .xz):
   XMC   label:score label:score ..., an instance a line
   TSV   instance, rank, label, score, name; or instance, label, score
+  JSONL {"instance": 0, "labels": [{"label": 7, "score": 3.2}, ...]}
   npz   label_ids and scores, instances x k; or a SciPy CSR matrix of scores"""
 
 
@@ -40,7 +41,7 @@ def evaluate(
     k: Annotated[str, typer.Option("--k", "-k", metavar="K,K,...", help="Cut-offs of the metrics.")] = "1,3,5",
     predictions: Annotated[
         str | None,
-        typer.Option("--predictions", metavar="FILE", help="Evaluate these of any tool: XMC text, TSV or npz."),
+        typer.Option("--predictions", metavar="FILE", help="Evaluate these of any tool, in a format below."),
     ] = None,
     breakdown: Annotated[
         Breakdown, typer.Option("--breakdown", metavar="NAME", help="Groups of labels: head-tail or deciles.")

@@ -8,6 +8,8 @@ XMC    `label:score label:score ...`, a line an instance, in any order; a first 
        header, as pyxclib and napkinXC write it; a blank line is an instance without predictions
 TSV    `instance TAB rank TAB label TAB score`, and a name where there is one, as `predict` writes it; or `instance TAB
        label TAB score`; a head line that names the columns may come first; lines in any order, instances from 0
+JSONL  `{"instance": 0, "labels": [{"label": 7, "score": 3.2}, ...]}`, as `predict` writes it: instances in any order,
+       each once, their labels best first; other keys, such as names, are not looked at
 .npz   arrays `label_ids` and `scores`, instances x k, padded with -1, as `predict` writes them; or a CSR matrix of
        scores, instances x labels, as `scipy.sparse.save_npz` writes it: PECOS's predictions
 =====  ================================================================================================================
@@ -19,6 +21,7 @@ equal, and must not contradict them.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from array import array
@@ -32,7 +35,7 @@ from numpy.typing import NDArray
 from xmc_midx.data.arrays import ArrayFile, open_arrays
 from xmc_midx.data.files import LineChunks, atomic_write
 from xmc_midx.data.parser import Rules
-from xmc_midx.data.problems import excerpt, raise_error
+from xmc_midx.data.problems import excerpt, json_kind, raise_error
 from xmc_midx.data.table import RowTable, pair_texts, row_texts
 from xmc_midx.errors import DataError
 from xmc_midx.types import TopK
@@ -79,6 +82,8 @@ def read_predictions(
     chunks = iter(lines)
     first = next(chunks, None)
     chunks = itertools.chain([first] if first else [], chunks)
+    if first and first[1].lstrip()[:1] == b"{":
+        return _read_objects(path, chunks, num_labels, num_instances).best(path, k)
     if first and _is_table(first[1]):
         return _read_table(path, chunks, num_labels, num_instances).best(path, k)
     if first:
@@ -104,13 +109,13 @@ def _refuse_other_formats(path: Path, chunk: bytes) -> None:
     """What is no pair at all is better said here than by a reader of pairs."""
     text = chunk.lstrip()
     line = text.partition(b"\n")[0].rstrip(b"\r")
-    if not line or _HEADER.fullmatch(line) or (b":" in line and line[:1] not in (b"{", b"[")):
+    if not line or _HEADER.fullmatch(line) or (b":" in line and line[:1] != b"["):
         return
     place = f"{path}:{1 + chunk[: len(chunk) - len(text)].count(10)}"
-    hint = "`predict` writes both, and .npz: --format xmc, tsv or npz."
+    hint = "`predict` writes both, JSON lines and .npz: --format xmc, tsv, jsonl or npz."
     raise DataError(
         f"{place}: {excerpt(line)} is neither `label:score label:score ...` nor tab-separated instance, label, score.",
-        hint="Separate the columns by tabs." if b"," in line and line[:1] not in (b"{", b"[") else hint,
+        hint="Separate the columns by tabs." if b"," in line and line[:1] != b"[" else hint,
     )
 
 
@@ -221,6 +226,59 @@ def _read_table(
     return _Entries(num_rows=num_instances, rows=rows, ids=ids, scores=values, ranks=ranks if is_ranked else None)
 
 
+# ----------------------------------------------------------------------- JSONL
+
+
+def _read_objects(
+    path: Path, chunks: Iterable[tuple[int, bytes]], num_labels: int, num_instances: int | None
+) -> _Entries:
+    most = MAX_ENTRIES if num_instances is None else num_instances
+    place_of: dict[int, int] = {}  # instance -> line
+    numbers, scores = array("q"), array("f")  # instance, rank, label of each entry; their scores
+    for first, chunk in chunks:
+        for number, line in enumerate(chunk[:-1].split(b"\n"), start=first):
+            place = f"{path}:{number}"
+            record = _object(line, place)
+            instance = _count(record, "instance", most, place)
+            if instance in place_of:
+                raise DataError(f"{place}: instance {instance} stands in line {place_of[instance]} too, expected once.")
+            place_of[instance] = number
+            labels = record.get("labels")
+            if not isinstance(labels, list):
+                raise DataError(f'{place}: "labels" is {json_kind(labels)}, expected a list of objects.')
+            for rank, entry in enumerate(labels):
+                if not isinstance(entry, dict):
+                    raise DataError(f'{place}: "labels" holds {json_kind(entry)}, expected objects.')
+                label, score = _count(entry, "label", num_labels, place), entry.get("score")
+                if isinstance(score, bool) or not isinstance(score, int | float):
+                    raise DataError(f"{place}: the score of label {label} is {json_kind(score)}, expected a number.")
+                scores.append(_score(str(score).encode(), label, place))
+                numbers.extend((instance, rank, label))
+    rows, ranks, ids = np.frombuffer(numbers, dtype=np.int64).reshape(-1, 3).T
+    values = np.frombuffer(scores, dtype=np.float32)
+    _refuse_twice(rows, ids, lambda one: f"{path}:{place_of[int(rows[one])]}: label {ids[one]}")
+    _check_ranks(path, rows, ranks + 1, values, np.array([place_of[row] for row in rows.tolist()], dtype=np.int64))
+    num_rows = max(place_of, default=-1) + 1 if num_instances is None else num_instances
+    return _Entries(num_rows=num_rows, rows=rows, ids=ids, scores=values, ranks=ranks)
+
+
+def _object(line: bytes, place: str) -> dict[str, object]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        raise DataError(f"{place}: {excerpt(line)} is not JSON, expected an object a line.") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: is {json_kind(value)}, expected an object a line.")
+    return value
+
+
+def _count(record: Mapping[str, object], name: str, end: int, place: str) -> int:
+    value = record.get(name)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise DataError(f"{place}: the {name} is {json_kind(value)}, expected a whole number.")
+    return _within(value, name, end, place)
+
+
 # ------------------------------------------------------------------------ .npz
 
 
@@ -305,10 +363,13 @@ def _whole(fields: Sequence[bytes], columns: Mapping[str, int], name: str, end: 
     # bytes: isdigit is of ASCII alone; int() refuses thousands of digits.
     if not field.isdigit():
         raise DataError(f"{place}: the {name} is {excerpt(field)}, expected a whole number.")
-    value = int(field) if len(field) < 19 else 2**63 - 1
-    if value >= end:
+    return _within(int(field) if len(field) < 19 else 2**63 - 1, name, end, place, excerpt(field)[1:-1])
+
+
+def _within(value: int, name: str, end: int, place: str, text: str | None = None) -> int:
+    if not 0 <= value < end:
         hint = _ANOTHER if name == "label" else "Instances count from 0." if name == "instance" else None
-        raise DataError(f"{place}: {name} {excerpt(field)[1:-1]} is outside 0..{end - 1}.", hint=hint)
+        raise DataError(f"{place}: {name} {text or str(value)[:40]} is outside 0..{end - 1}.", hint=hint)
     return value
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from xmc_midx.errors import DataError
 
-__all__ = ["Problem", "ProblemList", "Report", "excerpt", "raise_error"]
+__all__ = ["Problem", "ProblemList", "Report", "excerpt", "json_kind", "raise_error", "shown"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,3 +92,25 @@ def excerpt(text: bytes, limit: int = 40) -> str:
     """`text` as it may stand in a message: printable, quoted, at most about `limit` characters long."""
     shown = ascii(text[:limit].decode("latin-1"))
     return shown if len(text) <= limit else f"{shown[:-1]}...'"
+
+
+def shown(text: str) -> str:
+    """`text` as `excerpt` shows bytes, in its own letters where they can be printed."""
+    start = text if len(text) <= 40 else f"{text[:40]}..."
+    return repr(start) if start.isprintable() else ascii(start)
+
+
+def json_kind(value: Any) -> str:
+    """What a JSON value is, for a message."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case int() | float():
+            return f"the number {str(value)[:40]}"
+        case str():
+            return f"the string {shown(value)}"
+        case list():
+            return "a list"
+    return "an object"

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xmc_midx.data.files import MAX_LINE_BYTES, SUFFIXES, LineChunks
-from xmc_midx.data.problems import excerpt, raise_error
+from xmc_midx.data.problems import excerpt, json_kind, raise_error, shown
 from xmc_midx.errors import DataError, UsageError
 
 __all__ = ["TextForm", "TextLayout", "TextRecord", "read_names", "read_texts", "text_form"]
@@ -322,7 +322,7 @@ def _checked_labels(labels: Sequence[str], place: str) -> tuple[str, ...]:
     checked = tuple(_checked_label(label, place) for label in labels)
     if len(set(checked)) != len(checked):
         twice = next(label for label in checked if checked.count(label) > 1)
-        raise DataError(f"{place}: the label {_shown(twice)} stands there twice, expected each once.")
+        raise DataError(f"{place}: the label {shown(twice)} stands there twice, expected each once.")
     return checked
 
 
@@ -334,18 +334,13 @@ def _checked_label(label: str, place: str) -> str:
         )
     if len(label) > MAX_NAME:
         raise DataError(
-            f"{place}: the label {_shown(label)} has {len(label):,} characters, expected at most {MAX_NAME}.",
+            f"{place}: the label {shown(label)} has {len(label):,} characters, expected at most {MAX_NAME}.",
             hint="Are the columns swapped, or is the separator another one?",
         )
     # A name is a line of labels.txt, up to a tab.
     if any(c < " " or "\x7f" <= c < "\xa0" or "\ud800" <= c < "\ue000" for c in label):
-        raise DataError(f"{place}: the label {_shown(label)} holds a control character, expected a name or an id.")
+        raise DataError(f"{place}: the label {shown(label)} holds a control character, expected a name or an id.")
     return label
-
-
-def _shown(label: str) -> str:
-    shown = label if len(label) <= 40 else f"{label[:40]}..."
-    return repr(shown) if shown.isprintable() else ascii(shown)
 
 
 # ------------------------------------------------------------------------- JSONL
@@ -374,7 +369,7 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise DataError(f"{path}:{number}: is not JSON ({reason[0].lower()}{reason[1:]}).", hint=hint) from None
         if not isinstance(value, dict):
             hint = "jq -c '.[]' makes lines of an array." if isinstance(value, list) else None
-            raise DataError(f"{path}:{number}: is {_kind(value)}, expected an object a line.", hint=hint)
+            raise DataError(f"{path}:{number}: is {json_kind(value)}, expected an object a line.", hint=hint)
         yield number, value
 
 
@@ -402,7 +397,7 @@ def _text_of(record: Mapping[str, Any], key: str, place: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError(f"{place}: {key!r} is {_kind(value)}, expected a string.")
+        raise DataError(f"{place}: {key!r} is {json_kind(value)}, expected a string.")
     return value
 
 
@@ -411,34 +406,18 @@ def _labels_of(record: Mapping[str, Any], key: str, place: str) -> tuple[str, ..
         raise DataError(f"{place}: has no key {key!r}.", hint="An instance without labels has an empty list: [].")
     values = record[key]
     if not isinstance(values, list):
-        raise DataError(f'{place}: {key!r} is {_kind(values)}, expected a list, such as ["a", "b"] or [3, 17].')
+        raise DataError(f'{place}: {key!r} is {json_kind(values)}, expected a list, such as ["a", "b"] or [3, 17].')
     for value in values:
         if isinstance(value, bool) or not isinstance(value, str | int):
-            raise DataError(f"{place}: {key!r} holds {_kind(value)}, expected numbers or strings.")
+            raise DataError(f"{place}: {key!r} holds {json_kind(value)}, expected numbers or strings.")
     labels = _checked_labels([str(value) for value in values], place)
     if key != _XMC_LABELS or _XMC_RELEVANCE not in record:
         return labels
     relevance = record[_XMC_RELEVANCE]
     if not isinstance(relevance, list) or len(relevance) != len(labels):
-        found = f"{len(relevance)} values" if isinstance(relevance, list) else _kind(relevance)
+        found = f"{len(relevance)} values" if isinstance(relevance, list) else json_kind(relevance)
         raise DataError(f"{place}: {_XMC_RELEVANCE!r} is {found}, expected one for each of {len(labels)} labels.")
     for value in relevance:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise DataError(f"{place}: {_XMC_RELEVANCE!r} holds {_kind(value)}, expected numbers from 0.")
+            raise DataError(f"{place}: {_XMC_RELEVANCE!r} holds {json_kind(value)}, expected numbers from 0.")
     return tuple(label for label, value in zip(labels, relevance, strict=True) if value > 0)
-
-
-def _kind(value: Any) -> str:
-    """What a JSON value is, for a message."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case int() | float():
-            return f"the number {str(value)[:40]}"
-        case str():
-            return f"the string {_shown(value)}"
-        case list():
-            return "a list"
-    return "an object"

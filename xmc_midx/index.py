@@ -73,6 +73,10 @@ class ExactIndex:
         excluded_L = self._excluded(allow, deny)
         return exact_topk(query_BD, self.label_table_LD, self.bias_L, k, excluded_L=excluded_L)
 
+    def add(self, top: TopK, query_BD: torch.Tensor, labels: csr_matrix) -> TopK:
+        """Nothing is missed."""
+        return top
+
     def _excluded(self, allow: torch.Tensor | None, deny: torch.Tensor | None) -> torch.Tensor | None:
         excluded_L = _excluded_of(self.num_labels, allow, deny)
         return None if excluded_L is None else excluded_L.to(self.bias_L.device)

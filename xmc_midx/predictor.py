@@ -311,9 +311,8 @@ class Predictor:
         if self.neighbors is not None:
             found = self.neighbors.search(features, self.interpolation.count)
             votes = keep_labels(self.neighbors.votes(*found, self.interpolation.temperature), allow, deny)
-            if isinstance(self.index, CellIndex):
-                # The last step asks for a hundred labels; the search promises the first five.
-                top = self.index.add(top, query_BD, votes)
+            # The last step asks for a hundred labels; a search by cells promises the first five.
+            top = self.index.add(top, query_BD, votes)
         margin_of = None if self.ranker is None else functools.partial(self.ranker.margins, features)
         return interpolate(top, votes, self.label_frequencies, self.interpolation, k, margin_of=margin_of)
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
+    from scipy.sparse import csr_matrix
 
 __all__ = [
     "Batch",
@@ -277,6 +278,10 @@ class LabelIndex(Protocol):
         allow: torch.Tensor | None = None,
         deny: torch.Tensor | None = None,
     ) -> TopK: ...
+
+    def add(self, top: TopK, query_BD: torch.Tensor, labels: csr_matrix) -> TopK:
+        """A search's result with those of other labels, the stored ones of (B, L), that it should have found."""
+        ...
 
 
 class Reporter(Protocol):

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 from torch import nn
 
+from xmc_midx.config import ModelConfig
 from xmc_midx.device import empty_table
-from xmc_midx.quantization import StoredTable
+from xmc_midx.quantization import StoredTable, dequantize
 from xmc_midx.rows import bag_rows, sparse_rows
 from xmc_midx.types import SparseRows
 
-__all__ = ["SparseEncoder", "StoredEncoder"]
+__all__ = ["SparseEncoder", "StoredEncoder", "stored_encoder"]
 
 
 _START_LENGTH = 3.0
 """Length of a feature's random start vector. Long ones keep more of the input's geometry while the table learns
 (EXPERIMENTS.md)."""
+_TABLE = "encoder.embedding"
 _ENCODE_CHUNK = 4096
 """Instances encoded at once outside training."""
 
@@ -134,6 +137,31 @@ class StoredEncoder(SparseEncoder):
     @property
     def num_features(self) -> int:
         return self.table.shape[0]
+
+
+def stored_encoder(
+    model: Mapping[str, np.ndarray], config: ModelConfig, device: torch.device | str = "cpu"
+) -> SparseEncoder:
+    """The encoder of a model's arrays, as they are stored; on the CPU its feature table stays so.
+
+    Parameters
+    ----------
+    model : holds `encoder.*` (`quantization.quantize`); a LookupError, ValueError or RuntimeError where it does not.
+    """
+    prefix, device = "encoder.", torch.device(device)
+    options = config.model_dump(include={"num_hidden_layers", "activation", "residual"})
+    table = StoredTable.take(model, _TABLE)
+    # All but the table is small.
+    others = {name: array for name, array in model.items() if name.startswith(prefix) and not name.startswith(_TABLE)}
+    state = {name.removeprefix(prefix): torch.from_numpy(array) for name, array in dequantize(others).items()}
+    if device.type == "cpu":
+        encoder: SparseEncoder = StoredEncoder(table, **options)
+        state["embedding"] = torch.empty(0, table.shape[1])
+    else:
+        encoder = SparseEncoder(*table.shape, **options)
+        state["embedding"] = torch.from_numpy(table.rows())
+    encoder.load_state_dict(state, assign=True)
+    return encoder.to(device)
 
 
 class _SeededDropout(nn.Module):

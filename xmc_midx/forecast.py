@@ -13,8 +13,8 @@ the positives, `u` and `p` the rows of the two tables that an average batch touc
   - start, 4096 x 4 D (Y / N + 4): the queries of a chunk, one for each positive
   - epoch, 12 u D + 32 p D + 32 B p + 100 MB + 4 min(L, 4096) C + 4 D min(L, 1024 C) where that is below L + 4 x 256 L,
     64 MB at most, + 8 L: gathered rows, their gradients, logits, fragments; refresh; validation
-  - neighbours, 12 nnz + 16 Y + 160 MB + 70 MB, and the tables again where there are several epochs: the index, the
-    shortlist, compiled code; the best model, read back; and 24 (Y + 50 x 30,000) + 50 MB for the linear ranker
+  - neighbours, 12 nnz + 16 Y + 160 MB + 70 MB: the index, the shortlist, compiled code; and 24 (Y + 50 x 30,000) +
+    50 MB for the linear ranker
 
 u is exact in expectation: the sum over the features of 1 - (1 - share of the instances that have it)^B, and likewise p,
 plus the draws. On CUDA, tables, optimiser, sampler and epoch count on the device instead, and the host keeps a copy of
@@ -172,7 +172,6 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     if config.neighbors.enabled and held_out:
         scores = min(4 * _SCORES_AT_ONCE, 4 * held_out * num_labels) * _SHORTLIST_CHUNKS // (64 * _MB)
         neighbors = 12 * data.num_values + 16 * data.num_positives + _NEIGHBOR_CODE + scores
-        neighbors += tables if _number(training.epochs) > 1 else 0
     if config.ranker.enabled and held_out:
         rivals = min(data.num_instances, _number(config.ranker.num_instances)) * min(
             config.ranker.num_rivals, num_labels

@@ -139,6 +139,10 @@ class CellIndex:
     ) -> None:
         self.table, self.bias_L, self.cells, self.effort, self.exact = table, bias_L, cells, effort, exact
 
+    def with_exact(self, exact: bool) -> CellIndex:
+        """The same index, that scans or does not."""
+        return CellIndex(self.table, self.bias_L, self.cells, self.effort, exact=exact)
+
     def as_arrays(self) -> dict[str, NDArray[Any]]:
         """Cells and effort: what `from_arrays` reads beside the table."""
         return self.cells.as_arrays() | {

@@ -18,12 +18,12 @@ from xmc_midx.calibration import BACKGROUND, Calibration, calibrate
 from xmc_midx.checkpoint import map_model, refuse_misfits
 from xmc_midx.data.features import normalize_rows, rows_from_pairs
 from xmc_midx.device import find_device
-from xmc_midx.encoder import SparseEncoder, StoredEncoder
+from xmc_midx.encoder import SparseEncoder, stored_encoder
 from xmc_midx.errors import DataError, UsageError
 from xmc_midx.index import CellIndex, build_index
 from xmc_midx.interpolation import SHORTLIST, Interpolation, interpolate, keep_labels
 from xmc_midx.neighbors import NeighborIndex
-from xmc_midx.quantization import StoredTable, dequantize
+from xmc_midx.quantization import StoredTable
 from xmc_midx.ranker import LinearRanker
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.threads import in_threads
@@ -39,7 +39,6 @@ Row = Mapping[int, float] | Sequence[tuple[int, float]]
 """Of features: `{id: value}` or `[(id, value), ...]`."""
 Instances = csr_matrix | str | Row | Sequence[str] | Sequence[Row] | np.ndarray
 """What `Predictor.predict` takes."""
-_FEATURE_TABLE = "encoder.embedding"
 Scores = Literal["logits", "probabilities"]
 """`logits`: what the ranking is made by, comparable within an instance; `probabilities`: the calibrated chance that the
 label applies (`xmc_midx.calibration`), comparable between instances."""
@@ -137,7 +136,7 @@ class Predictor:
                 f"{directory.path / 'labels.txt'}: holds {len(label_names)} names, expected {index.num_labels}."
             )
         return cls(
-            _build_encoder(directory, model, device),
+            stored_encoder(model, directory.config.model, device),
             index,
             normalize=directory.config.data.normalize,
             label_names=label_names,
@@ -349,22 +348,6 @@ class Predictor:
         if not texts:
             return rows_from_pairs([], self.num_features)
         return self.require_vocabulary().transform(texts)
-
-
-def _build_encoder(directory: RunDirectory, model: Mapping[str, np.ndarray], device: torch.device) -> SparseEncoder:
-    options = directory.config.model.model_dump(include={"num_hidden_layers", "activation", "residual"})
-    table = StoredTable.take(model, _FEATURE_TABLE)
-    # All but the table is small.
-    others = {n: a for n, a in model.items() if n.startswith("encoder.") and not n.startswith(_FEATURE_TABLE)}
-    state = {n.removeprefix("encoder."): torch.from_numpy(a) for n, a in dequantize(others).items()}
-    if device.type == "cpu":
-        encoder: SparseEncoder = StoredEncoder(table, **options)
-        state["embedding"] = torch.empty(0, table.shape[1])
-    else:
-        encoder = SparseEncoder(*table.shape, **options)
-        state["embedding"] = torch.from_numpy(table.rows())
-    encoder.load_state_dict(state, assign=True)
-    return encoder.to(device)
 
 
 def _is_pair(value: Any) -> bool:

@@ -26,6 +26,7 @@ from xmc_midx.data.batches import BatchStream
 from xmc_midx.data.dataset import Split
 from xmc_midx.data.features import normalize_rows
 from xmc_midx.device import find_device, keep_freed_memory, release_freed_memory
+from xmc_midx.encoder import SparseEncoder, stored_encoder
 from xmc_midx.errors import DataError, DivergedError
 from xmc_midx.index import CELLS_FROM, CellIndex, build_index, tune_effort
 from xmc_midx.interpolation import SHORTLIST, Interpolation, fit_interpolation, interpolate
@@ -38,7 +39,7 @@ from xmc_midx.rundir import RunDirectory
 from xmc_midx.signals import PendingSignal, deferred_signals
 from xmc_midx.topk import concatenate_topk
 from xmc_midx.trainer import Trainer
-from xmc_midx.types import DEFAULT_KS, EpochStats, LabelIndex, Reporter, TopK
+from xmc_midx.types import DEFAULT_KS, EpochStats, Reporter, TopK
 
 __all__ = ["TrainingSession"]
 
@@ -115,8 +116,8 @@ class TrainingSession:
         self.loss = float("nan")
         self.finished = False
         """Whether `run` came to the end, rather than to the deadline."""
-        self._index: CellIndex | None = None
-        """Of the finished model."""
+        self._stored: tuple[SparseEncoder, CellIndex] | None = None
+        """The finished model as it is stored, once it has cells: the tables that it was trained in are given back."""
         self._pending: EpochStats | None = None
         """An epoch whose steps are done and whose validation is not."""
         self._saves: list[list[int]] = []
@@ -198,8 +199,7 @@ class TrainingSession:
             # Into the trainer's own tables: a second model beside them would be the peak of the whole training.
             self.trainer.load_model(self.store.load("best", ["model"]).parts["model"])
         crash_point("model.begun")
-        tensors = self.trainer.model_tensors() | self._known
-        self._build_cells(run.write_model({name: _float32(tensor).cpu().numpy() for name, tensor in tensors.items()}))
+        self._build_cells(run.write_model(self._model_arrays()))
         release_freed_memory()
         if added and chosen is None:
             crash_point("neighbours.begun")
@@ -207,6 +207,10 @@ class TrainingSession:
         crash_point("model.unsealed")
         run.seal_model()
         self.seconds = time.perf_counter() - started
+
+    def _model_arrays(self) -> dict[str, np.ndarray]:
+        tensors = self.trainer.model_tensors() | self._known
+        return {name: _float32(tensor).cpu().numpy() for name, tensor in tensors.items()}
 
     def _build_cells(self, stored: Mapping[str, np.ndarray]) -> None:
         """Keep where a search for labels begins."""
@@ -227,8 +231,9 @@ class TrainingSession:
             f"label cells: a search reads {effort.depth:,} of {bias.shape[0]:,} labels and finds "
             f"{effort.recall:.2%} of the five best"
         )
-        if self.trainer.softmax.weight.device.type == "cpu":
-            self._index = index
+        if self.trainer.device.type == "cpu":
+            self._stored = stored_encoder(stored, self.config.model), index
+            self.trainer.release_tables()
 
     def _queries(self, features: csr_matrix) -> torch.Tensor:
         """(N, D) on the CPU, of all rows at once."""
@@ -286,7 +291,7 @@ class TrainingSession:
         order = np.random.default_rng((self.config.training.seed, 1)).permutation(features.shape[0])
         assert isinstance(self.config.ranker.num_instances, int), "the configuration is resolved"
         rows = np.sort(order[: self.config.ranker.num_instances])
-        top = self._predict(features[rows], self.config.ranker.num_rivals, stage="rivals", index=self._index)
+        top = self._predict(features[rows], self.config.ranker.num_rivals, stage="rivals", exact=False)
         release_freed_memory()
         self.reporter.start("ranker", None)
         found = top.label_ids >= 0
@@ -296,12 +301,9 @@ class TrainingSession:
         )
         return LinearRanker.fit(features, labels, rivals)
 
-    def _predict(
-        self, features: csr_matrix, k: int, *, stage: str | None = None, index: LabelIndex | None = None
-    ) -> TopK:
-        """The model's best labels, k or all, with a look at the signals now and again; `stage` reports; no `index`:
-        exactly."""
-        predictor, parts = self._predictor(index), []
+    def _predict(self, features: csr_matrix, k: int, *, stage: str | None = None, exact: bool = True) -> TopK:
+        """The model's best labels, k or all, with a look at the signals now and again; `stage` reports."""
+        predictor, parts = self._predictor(exact), []
         if stage is not None:
             self.reporter.start(stage, features.shape[0])
         for begin in range(0, features.shape[0], _VALIDATION_CHUNK):
@@ -353,13 +355,16 @@ class TrainingSession:
             return {}
         return self._metrics(self._predict(self.held_out[0], max(DEFAULT_KS)))
 
-    def _predictor(self, index: LabelIndex | None) -> Predictor:
+    def _predictor(self, exact: bool) -> Predictor:
         """The model as it stands; its rows come normalised already."""
+        if self._stored is not None:
+            encoder, cells = self._stored
+            return Predictor(encoder, cells.with_exact(exact), normalize="none")
         softmax = self.trainer.softmax
         # A faster search needs the table in float32, and takes half of it once more.
         weight_LD = softmax.weight.detach()
-        exact = weight_LD.dtype != torch.float32 or weight_LD.nbytes > _COPIED
-        index = index or build_index(weight_LD, softmax.bias.detach(), exact=exact)
+        whole = weight_LD.dtype != torch.float32 or weight_LD.nbytes > _COPIED
+        index = build_index(weight_LD, softmax.bias.detach(), exact=whole)
         return Predictor(self.trainer.encoder, index, normalize="none")
 
     def _metrics(self, top: TopK) -> dict[str, float]:

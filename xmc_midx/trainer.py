@@ -194,6 +194,13 @@ class Trainer:
         self.step = int(counters["step"])
         self._loss_sum, self._pool_sum = float(counters["loss_sum"]), int(counters["pool_sum"])
 
+    def release_tables(self) -> None:
+        """Give the tables, their optimiser and the sampler back. Nothing can be trained or saved any more."""
+        self.optimizer.state.clear()
+        self.softmax.sampler = None
+        for parameter in (*self.encoder.parameters(), *self.softmax.parameters()):
+            parameter.data = parameter.data.new_empty(0)
+
     def _dropout_generator(self) -> torch.Generator:
         generator = self.encoder.dropout.generator
         assert generator is not None

@@ -144,29 +144,32 @@ def fit_cells(table: StoredTable, bias: _Floats, query_ND: torch.Tensor, *, seed
     query_ND : (N, D) float32, queries as the model will meet them, some thousands.
     """
     mean_D, projection_DK, unprojection_DK = _directions(table, query_ND)
-    side_DK = torch.cat([unprojection_DK, mean_D[:, None]], dim=1)
-    # The sketches and, in the last column, `base`: (L, K+1), the largest of all; what follows changes it in place.
-    full_LK = torch.cat([rows_BD @ side_DK for rows_BD in _chunks(table)])
-    full_LK[:, -1] += torch.from_numpy(bias)
-    # What a sketch leaves out of the mean row is the same for all labels.
-    cell_L = _cluster(full_LK, torch.Generator().manual_seed(seed))
-    codes_LK = full_LK[:, :-1]
     # Half of a direction's weight on either side: then both round it alike.
-    weight_K = codes_LK.std(dim=0, correction=0).clamp(min=1e-12).sqrt()
-    codes_LK.div_(weight_K)
-    unit = torch.stack(codes_LK.aminmax()).abs().amax().clamp(min=1e-30) / _MAX_CODE
-    codes_LK.div_(unit).round_()
+    weight_K, largest_K = _weights(table, unprojection_DK)
+    unit = (largest_K / weight_K).amax().clamp(min=1e-20) / _MAX_CODE
+    # A label keeps its sketch in bytes from the beginning: in float32, all of them may be larger than the table.
+    points = _Points(table.shape[0], weight_K * unit)
+    for begin, rows_BD in _chunks(table):
+        part = slice(begin, begin + len(rows_BD))
+        points.codes_LK[part] = (rows_BD @ (unprojection_DK / points.scale_K)).round_()
+        # What a sketch leaves out of the mean row is the same for all labels.
+        points.base_L[part] = rows_BD @ mean_D + torch.from_numpy(bias[part])
+    cell_L = _cluster(points, torch.Generator().manual_seed(seed))
     projection_DK = projection_DK * (weight_K * unit)
     square_K = torch.zeros(len(weight_K))
     for query_BD in torch.split(query_ND, _CHUNK):
         square_K += ((query_BD - mean_D) @ projection_DK).square_().sum(dim=0)
     order = torch.argsort(cell_L, stable=True)
     count_C = torch.bincount(cell_L)
-    mean_CK = torch.zeros(len(count_C), full_LK.shape[1]).index_add_(0, cell_L, full_LK) / count_C[:, None]
+    sums_CK = torch.zeros(len(count_C), _SKETCH + 1)
+    for part in points.parts():
+        sums_CK.index_add_(0, cell_L[part], points.unscaled(part))
+    mean_CK = sums_CK / count_C[:, None]
     variance_C = torch.zeros(len(count_C))
-    weight_K = torch.cat([square_K / max(len(query_ND), 1), torch.ones(1)])
-    for rows_BK, cell_B in zip(torch.split(full_LK, _CHUNK_ROWS), torch.split(cell_L, _CHUNK_ROWS), strict=True):
-        variance_C.index_add_(0, cell_B, (rows_BK - mean_CK[cell_B]).square_() @ weight_K)
+    share_K = torch.cat([square_K / max(len(query_ND), 1), torch.ones(1)])
+    for part in points.parts():
+        cell_B = cell_L[part]
+        variance_C.index_add_(0, cell_B, (points.unscaled(part) - mean_CK[cell_B]).square_() @ share_K)
     return LabelCells(
         projection=projection_DK.numpy(),
         shift=-(mean_D @ projection_DK).numpy(),
@@ -174,15 +177,48 @@ def fit_cells(table: StoredTable, bias: _Floats, query_ND: torch.Tensor, *, seed
         cell_bias=(mean_CK[:, -1] + _DEVIATIONS * (variance_C / count_C).sqrt()).numpy(),
         offsets=np.concatenate([[0], np.cumsum(count_C.numpy())]),
         label_ids=order.int().numpy(),
-        sketches=codes_LK.to(torch.int8)[order].numpy(),
-        base=full_LK[order, -1].numpy(),
+        sketches=points.codes_LK[order].numpy(),
+        base=points.base_L[order].numpy(),
     )
 
 
-def _chunks(table: StoredTable) -> Iterator[torch.Tensor]:
-    """The rows, a block at a time: a table may be larger than memory."""
+class _Points:
+    """The labels as points: sketches in bytes, each number times its scale, and `base` as the last coordinate."""
+
+    def __init__(self, num_labels: int, scale_K: torch.Tensor) -> None:
+        self.codes_LK = torch.empty(num_labels, _SKETCH, dtype=torch.int8)
+        self.base_L = torch.empty(num_labels)
+        self.scale_K = scale_K
+        self.shape, self.device = torch.Size((num_labels, _SKETCH + 1)), scale_K.device
+
+    def __getitem__(self, index: torch.Tensor | slice) -> torch.Tensor:
+        return torch.cat([self.codes_LK[index] * self.scale_K, self.base_L[index, None]], dim=1)
+
+    def unscaled(self, part: slice) -> torch.Tensor:
+        return torch.cat([self.codes_LK[part].float(), self.base_L[part, None]], dim=1)
+
+    def parts(self) -> Iterator[slice]:
+        return (slice(begin, begin + _CHUNK_ROWS) for begin in range(0, self.shape[0], _CHUNK_ROWS))
+
+
+def _weights(table: StoredTable, unprojection_DK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(K,) the root of the standard deviation of each number of the sketches, and its largest size."""
+    sum_K, square_K = (torch.zeros(_SKETCH, dtype=torch.float64) for _ in range(2))
+    largest_K = torch.zeros(_SKETCH)
+    for _, rows_BD in _chunks(table):
+        sketch_BK = rows_BD @ unprojection_DK
+        sum_K += sketch_BK.sum(dim=0)
+        square_K += sketch_BK.square().sum(dim=0)
+        largest_K = torch.maximum(largest_K, sketch_BK.abs().amax(dim=0))
+    mean_K = sum_K / table.shape[0]
+    variance_K = (square_K / table.shape[0] - mean_K.square()).clamp(min=0.0)
+    return variance_K.sqrt().clamp(min=1e-12).sqrt().float(), largest_K
+
+
+def _chunks(table: StoredTable) -> Iterator[tuple[int, torch.Tensor]]:
+    """The rows, a block at a time, with the number of its first: a table may be larger than memory."""
     for begin in range(0, table.shape[0], _CHUNK_ROWS):
-        yield torch.from_numpy(table.rows(begin, begin + _CHUNK_ROWS))
+        yield begin, torch.from_numpy(table.rows(begin, begin + _CHUNK_ROWS))
 
 
 def _directions(table: StoredTable, query_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -195,9 +231,9 @@ def _directions(table: StoredTable, query_ND: torch.Tensor) -> tuple[torch.Tenso
     values, vectors = torch.linalg.eigh(moment_DD / max(len(query_ND), 1))
     # Directions in which the queries do not vary still count a little: others may come.
     length_D = values.clamp(min=1e-6 * values[-1].clamp(min=1e-12)).sqrt()
-    row_mean_D = torch.stack([rows_BD.sum(dim=0) for rows_BD in _chunks(table)]).sum(dim=0) / table.shape[0]
+    row_mean_D = torch.stack([rows_BD.sum(dim=0) for _, rows_BD in _chunks(table)]).sum(dim=0) / table.shape[0]
     gram_DD = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64)
-    for rows_BD in _chunks(table):
+    for _, rows_BD in _chunks(table):
         centered_BD = rows_BD - row_mean_D
         gram_DD += (centered_BD.T @ centered_BD).double()
     root = vectors * length_D
@@ -207,11 +243,11 @@ def _directions(table: StoredTable, query_ND: torch.Tensor) -> tuple[torch.Tenso
     return mean_D, ((vectors / length_D) @ best).float(), (root @ best).float()
 
 
-def _cluster(points_LK: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _cluster(points: _Points, generator: torch.Generator) -> torch.Tensor:
     """(L,) cells 0..C-1 without an empty one: k-means in groups, and in each group again."""
-    num_labels = len(points_LK)
+    num_labels = points.shape[0]
     wanted = max(1.0, min(_CELLS * math.sqrt(num_labels), num_labels / 4))
-    group_L = kmeans(points_LK, max(1, round(math.sqrt(wanted))), generator=generator, num_iterations=_ITERATIONS)[
+    group_L = kmeans(points, max(1, round(math.sqrt(wanted))), generator=generator, num_iterations=_ITERATIONS)[
         1
     ].long()
     cell_L = torch.empty(num_labels, dtype=torch.int64)
@@ -222,7 +258,7 @@ def _cluster(points_LK: torch.Tensor, generator: torch.Generator) -> torch.Tenso
             continue
         share = max(1, round(wanted * len(members) / num_labels))
         cell_L[members] = (
-            used + kmeans(points_LK[members], share, generator=generator, num_iterations=_ITERATIONS)[1].long()
+            used + kmeans(points[members], share, generator=generator, num_iterations=_ITERATIONS)[1].long()
         )
         used += share
     found: torch.Tensor = torch.unique(cell_L, return_inverse=True)[1]

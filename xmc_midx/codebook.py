@@ -7,10 +7,11 @@ both form a cell, numbered `code1 * C + code2`, and are stored together.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-__all__ = ["Codebook", "code_dtype", "fit_codebook", "kmeans"]
+__all__ = ["Codebook", "RowSource", "code_dtype", "fit_codebook", "kmeans"]
 
 _ASSIGN_CHUNK = {"cpu": 4096, "cuda": 65_536}
 """Rows assigned at once: bounds the (rows, C) distance matrix, whatever L is. On a CPU it stays in the cache: half the
@@ -110,6 +111,17 @@ def fit_codebook(
     return Codebook(quantizer=quantizer, codewords1=words1, codewords2=words2, codes1=codes1, codes2=codes2)
 
 
+class RowSource(Protocol):
+    """Rows that k-means asks for, a few at a time."""
+
+    shape: torch.Size
+    device: torch.device
+
+    def __getitem__(self, index: torch.Tensor | slice) -> torch.Tensor:
+        """(n, D) float32 or wider."""
+        ...
+
+
 class _Rows:
     """Rows of a table, float32 at the least, less a codeword each: made when they are read, so that neither a residual
     nor another dtype is a second table."""
@@ -128,7 +140,7 @@ class _Rows:
 
 @torch.no_grad()
 def kmeans(
-    rows_ND: torch.Tensor | _Rows,
+    rows_ND: torch.Tensor | RowSource,
     num_codewords: int,
     *,
     generator: torch.Generator,
@@ -153,7 +165,7 @@ def kmeans(
     return words_CD, _assign(rows_ND, words_CD)
 
 
-def _sample_rows(rows_ND: torch.Tensor | _Rows, count: int, generator: torch.Generator) -> torch.Tensor:
+def _sample_rows(rows_ND: torch.Tensor | RowSource, count: int, generator: torch.Generator) -> torch.Tensor:
     num_rows, device = rows_ND.shape[0], rows_ND.device
     if num_rows <= count:
         return rows_ND[:]
@@ -172,7 +184,7 @@ def _random_rows(rows_ND: torch.Tensor, count: int, generator: torch.Generator) 
     return picked_CD
 
 
-def _assign(rows_ND: torch.Tensor | _Rows, words_CD: torch.Tensor) -> torch.Tensor:
+def _assign(rows_ND: torch.Tensor | RowSource, words_CD: torch.Tensor) -> torch.Tensor:
     half_norms_C = words_CD.square().sum(1) / 2
     codes = torch.empty(rows_ND.shape[0], dtype=code_dtype(words_CD.shape[0]), device=rows_ND.device)
     size = _ASSIGN_CHUNK["cpu" if rows_ND.device.type == "cpu" else "cuda"]

@@ -13,8 +13,10 @@ the positives, `u` and `p` the rows of the two tables that an average batch touc
   - start, 4096 x 4 D (Y / N + 4): the queries of a chunk, one for each positive
   - epoch, 12 u D + 32 p D + 32 B p + 100 MB + 4 min(L, 4096) C + 4 D min(L, 1024 C) where that is below L + 4 x 256 L,
     64 MB at most, + 8 L: gathered rows, their gradients, logits, fragments; refresh; validation
+  - label cells, from 4,096 labels, the tables in int8 + 4 D (22,000 + 4 x 4,096) + 8 x 129 L + 24 D^2 + 100 MB: queries
+    of training instances, sketches, the directions, fragments
   - neighbours, 12 nnz + 16 Y + 160 MB + 70 MB: the index, the shortlist, compiled code; and 24 (Y + 50 x 30,000) +
-    50 MB for the linear ranker
+    50 MB for the linear ranker; where there are cells, tables, optimiser and sampler are gone and the int8 ones there
 
 u is exact in expectation: the sum over the features of 1 - (1 - share of the instances that have it)^B, and likewise p,
 plus the draws. On CUDA, tables, optimiser, sampler and epoch count on the device instead, and the host keeps a copy of
@@ -31,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xmc_midx.config import Config
+from xmc_midx.recipe import CELLS_FROM
 
 __all__ = ["Forecast", "Speed", "TrainingData", "cheaper_options", "forecast", "step_floor"]
 
@@ -45,6 +48,8 @@ _PAIR = 24
 _RANKER_BLOCKS = 50 * _MB
 _RANKER_LABEL = 700
 """Bytes of a label's linear classifier on disk, at the most of five sets (170 to 650)."""
+_CELL_QUERIES = 20_000, 2_000
+_CELL_LABEL = 8 * 129
 _ASSIGN_CHUNK = 4096
 _POINTS_PER_CODEWORD = 1024
 _ENCODE_CHUNK = 4096
@@ -181,7 +186,11 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
         device |= {"tables": tables, "epoch": int(max(start, epoch))}
         host["neighbours"] = int(neighbors)
     else:
-        stages = {"start": start, "epoch": epoch, "neighbours": neighbors}
+        stages: dict[str, float] = {"start": start, "epoch": epoch, "neighbours": neighbors}
+        if num_labels >= CELLS_FROM:
+            queries = sum(_CELL_QUERIES) + 4 * min(data.num_instances, _ENCODE_CHUNK)
+            stages["cells"] = tables // 4 + 4 * dim * (queries + 6 * dim) + _CELL_LABEL * num_labels + _FRAGMENTS
+            stages["neighbours"] += tables // 4 - tables - optimizer - sampler_state
         largest = max(stages, key=lambda stage: stages[stage])
         host[largest] = int(stages[largest])
     checkpoint = tables + optimizer + 16 * num_labels + 4 * codewords * dim

@@ -19,10 +19,7 @@ from xmc_midx.quantization import StoredTable, row_product
 from xmc_midx.topk import best_of, exact_topk, rescored_topk
 from xmc_midx.types import LabelIndex, TopK
 
-__all__ = ["CELLS_FROM", "CellIndex", "Effort", "ExactIndex", "HalfPrecisionIndex", "build_index", "tune_effort"]
-
-CELLS_FROM = 4096
-"""Labels from which cells are built with a model (EXPERIMENTS.md, "Label index")."""
+__all__ = ["CellIndex", "Effort", "ExactIndex", "HalfPrecisionIndex", "build_index", "tune_effort"]
 
 _MIN_LABELS = 16_384
 """Labels from which the rough scan is faster than the exact one (EXPERIMENTS.md, "Prediction time")."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from xmc_midx.config import Config
 
-__all__ = ["DataShape", "auto_num_codewords", "auto_num_draws", "resolve"]
+__all__ = ["CELLS_FROM", "DataShape", "auto_num_codewords", "auto_num_draws", "resolve"]
 
 _TARGET_STEPS = 1000
 """Optimiser steps of a whole default training, whatever the number of instances: small sets repeat, large sets take
@@ -20,6 +20,8 @@ larger batches. Fewer epochs keep the batch: it costs no quality, and half of it
 
 _FEW_LABELS = 4096
 """Up to so many the pool holds them all at every step."""
+CELLS_FROM = 4096
+"""Labels from which cells are built with a model (EXPERIMENTS.md, "Label index")."""
 
 
 @dataclass(frozen=True, slots=True)

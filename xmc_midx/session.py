@@ -28,13 +28,14 @@ from xmc_midx.data.features import normalize_rows
 from xmc_midx.device import find_device, keep_freed_memory, release_freed_memory
 from xmc_midx.encoder import SparseEncoder, stored_encoder
 from xmc_midx.errors import DataError, DivergedError
-from xmc_midx.index import CELLS_FROM, CellIndex, build_index, tune_effort
+from xmc_midx.index import CellIndex, build_index, tune_effort
 from xmc_midx.interpolation import SHORTLIST, Interpolation, fit_interpolation, interpolate
 from xmc_midx.metrics import evaluate_topk
 from xmc_midx.neighbors import NeighborIndex
 from xmc_midx.predictor import Predictor
 from xmc_midx.quantization import StoredTable
 from xmc_midx.ranker import LinearRanker
+from xmc_midx.recipe import CELLS_FROM
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.signals import PendingSignal, deferred_signals
 from xmc_midx.topk import concatenate_topk

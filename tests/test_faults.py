@@ -376,6 +376,31 @@ def test_a_signal_at_any_step_is_resumed(
     record_property("count", len(cases))
 
 
+@pytest.mark.soak
+@pytest.mark.fault("R3")
+@pytest.mark.parametrize("point", ["validation.begun", "refresh.begun", "save.manifest-written"])
+def test_twenty_signals_in_each_place_are_resumed(
+    topic_dir: Path, processes: Any, tmp_path: Path, record_property: Fault, point: str
+) -> None:
+    """At the end of each of twenty epochs, each of which is saved."""
+    options = [*OPTIONS[:-1], "training.save_every_steps=1000000", "training.epochs=21"]
+    whole = tmp_path / "whole"
+    assert run_child(processes, victims.work, str(topic_dir), str(whole), options, None, None, 0) == 0
+    run, log = tmp_path / "run", tmp_path / "log"
+    words = ["train", str(topic_dir), "--output", str(run), *sets(options)]
+    for passage in range(1, 21):
+        number = (signal.SIGTERM, signal.SIGINT)[passage % 2]
+        code = run_child(processes, victims.command, words, f"{point}:{passage}", number, str(log), False)
+        assert code == 128 + number, (point, passage)
+        # A signal in a refresh waits for the end of its step, the first of an epoch.
+        step = STEPS * (passage - 1) + 1 if point == "refresh.begun" else STEPS * passage
+        assert CheckpointStore(run / "checkpoints").step_of("latest") == step
+        assert run_child(processes, victims.command, [*words[:4], "--resume"], None, number, str(log), False) == 0
+        assert weights(run) == weights(whole) and strays(run) == []
+        shutil.rmtree(run)
+    record_property("count", 20)
+
+
 # ----------------------------------------------------------------- time limit, unfinished runs
 
 

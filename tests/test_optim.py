@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -273,3 +276,12 @@ def test_a_restored_bfloat16_state_goes_on_bit_for_bit() -> None:
     assert second.state[second_table]["second_moment"].dtype == torch.float32
     fit(second_table, second, steps[6:])
     assert torch.equal(second_table, table)
+
+
+def test_a_training_does_not_load_the_compiler(topic_dir: Path, tmp_path: Path) -> None:
+    """70 MB and two seconds, which torch's own optimisers take as they begin."""
+    words = [str(topic_dir), "--output", str(tmp_path / "run"), "--set", "training.epochs=1"]
+    script = "import sys; from xmc_midx.cli.app import run; code = run(['train', *sys.argv[1:]])\n"
+    script += "sys.exit(code or ('torch._dynamo' in sys.modules and 'the compiler is loaded'))"
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1219,9 +1219,9 @@ def test_a_compiled_model_draws_and_learns_as_the_eager_one(backend: str, option
         if step == 1:
             eager.head.refresh()
             model.head.refresh()
-    # One break, at the module, and one graph: the steps after the first compile nothing.
-    (reason,) = torch._dynamo.utils.counters["graph_break"]
-    assert "LabelSoftmax.forward" in reason
+    # Breaks at the module alone, and one graph before it: the steps after the first compile nothing.
+    at_the_module = ("LabelSoftmax._loss", "function `disable`")
+    assert all(any(name in why for name in at_the_module) for why in torch._dynamo.utils.counters["graph_break"])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 

@@ -3,7 +3,7 @@
 Memory on the CPU, each term in bytes, with F, L, D, C, B, N as in the shape legend, nnz the stored feature values, Y
 the positives, `u` and `p` the rows of the two tables that an average batch touches:
 
-- libraries, 450 MB: interpreter, torch, compiled code and products
+- libraries, 375 MB: interpreter, torch, compiled code and products
 - data, 1.7 x (8 (nnz + Y) + 8 N) of all splits: CSR matrices, and what reading them leaves
 - training rows, 4 nnz + 8 (nnz + Y): normalised values, and the rows that are not held out
 - tables, 4 (D + 1) (F + L): both, with the labels' bias; a bfloat16 label table half of its part
@@ -13,7 +13,7 @@ the positives, `u` and `p` the rows of the two tables that an average batch touc
   - start, 4096 x 4 D (Y / N + 4): the queries of a chunk, one for each positive
   - epoch, 12 u D + 32 p D + 32 B p + 100 MB + 4 min(L, 4096) C + 4 D min(L, 1024 C) where that is below L + 4 x 256 L,
     64 MB at most, + 8 L: gathered rows, their gradients, logits, fragments; refresh; validation
-  - label cells, from 4,096 labels, the tables in int8 + 4 D (22,000 + 4 x 4,096) + 8 x 129 L + 24 D^2 + 100 MB: queries
+  - label cells, from 4,096 labels, the tables in int8 + 4 D (22,000 + 4 x 4,096) + 440 L + 24 D^2 + 100 MB: queries
     of training instances, sketches, the directions, fragments
   - neighbours, 12 nnz + 16 Y + 160 MB + 70 MB: the index, the shortlist, compiled code; and 24 (Y + 50 x 30,000) +
     50 MB for the linear ranker; where there are cells, tables, optimiser and sampler are gone and the int8 ones there
@@ -38,7 +38,7 @@ from xmc_midx.recipe import CELLS_FROM
 __all__ = ["Forecast", "Speed", "TrainingData", "cheaper_options", "forecast", "step_floor"]
 
 _MB = 10**6
-_LIBRARIES = 450 * _MB
+_LIBRARIES = 375 * _MB
 _READING = 1.7
 _FRAGMENTS = 100 * _MB
 _SHORTLIST_CHUNKS = 160 * _MB
@@ -49,7 +49,7 @@ _RANKER_BLOCKS = 50 * _MB
 _RANKER_LABEL = 700
 """Bytes of a label's linear classifier on disk, at the most of five sets (170 to 650)."""
 _CELL_QUERIES = 20_000, 2_000
-_CELL_LABEL = 8 * 129
+_CELL_LABEL = 440
 _ASSIGN_CHUNK = 4096
 _POINTS_PER_CODEWORD = 1024
 _ENCODE_CHUNK = 4096
@@ -221,6 +221,7 @@ def cheaper_options(config: Config, data: TrainingData, *, cuda: bool = False) -
         f"model.dim={max(1, dim // 2)}": {"model": {"dim": max(1, dim // 2)}},
         f"training.batch_size={max(1, batch // 4)}": {"training": {"batch_size": max(1, batch // 4)}},
         f"sampler.num_draws={max(1, draws // 4)}": {"sampler": {"num_draws": max(1, draws // 4)}},
+        "model.label_precision=bfloat16": {"model": {"label_precision": "bfloat16"}},
         "model.label_init=random": {"model": {"label_init": "random"}},
         "neighbors.enabled=false": {"neighbors": {"enabled": False}},
         "ranker.enabled=false": {"ranker": {"enabled": False}},

@@ -6,6 +6,7 @@ row, so the state is D times smaller than Adam's and a step costs what its rows 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -40,6 +41,11 @@ class RowAdam(torch.optim.Optimizer):
     eps : added to the root of the second moment.
     moment : `"mean"` or `"sum"`, of the squares of sparse gradients.
     """
+
+    # torch hides these from its compiler, and loads the compiler for that: 70 MB, and 2 s of every training.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
 
     def __init__(
         self,
@@ -84,7 +90,7 @@ class RowAdam(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict()` returned."""
-        super().load_state_dict(state_dict)
+        inspect.unwrap(torch.optim.Optimizer.load_state_dict)(self, state_dict)
         # torch gives every state the parameter's dtype and device: bfloat16 would lose the moments, and a count on
         # the device is one more wait for it at each step.
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):

@@ -134,8 +134,6 @@ class LabelSoftmax(nn.Module):
 
     # ------------------------------------------------------------------- loss
 
-    # Draws, ragged targets and sparse gradients do not fit a graph: one clean break, instead of one at each of them.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, queries: torch.Tensor, positives: Positives) -> torch.Tensor:
         """The loss in nats per positive, a scalar of the table's dtype (float32 at the least), under autocast too.
 
@@ -150,6 +148,15 @@ class LabelSoftmax(nn.Module):
         ------
         ValueError : shapes that do not fit, or a label id outside 0..L-1.
         """
+        if torch.compiler.is_compiling():
+            # Draws, ragged targets and sparse gradients do not fit a graph: one clean break, instead of one at each of
+            # them. Not a decorator: that loads the compiler, 70 MB and two seconds, where nothing is compiled.
+            apart = torch.compiler.disable(self._loss)  # type: ignore[no-untyped-call]
+            loss: torch.Tensor = apart(queries, positives)
+            return loss
+        return self._loss(queries, positives)
+
+    def _loss(self, queries: torch.Tensor, positives: Positives) -> torch.Tensor:
         precision = self._product_dtype(queries.device.type)
         with without_autocast(queries):
             query_BD = self._typed(queries).reshape(-1, self.dim)

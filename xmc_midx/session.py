@@ -214,7 +214,7 @@ class TrainingSession:
         return {name: _float32(tensor).cpu().numpy() for name, tensor in tensors.items()}
 
     def _build_cells(self, stored: Mapping[str, np.ndarray]) -> None:
-        """Keep where a search for labels begins."""
+        """Keep where a search for labels begins; on the CPU, the stored model answers from now on."""
         table, bias = StoredTable.take(stored, "labels.weight"), stored["labels.bias"]
         if bias.shape[0] < CELLS_FROM:
             return
@@ -432,14 +432,14 @@ class TrainingSession:
     def _postpone(self) -> None:
         """Hold the best epoch in memory: a later one that is saved takes it along, a better one takes its place."""
         copies = {name: {key: tensor.clone() for key, tensor in part.items()} for name, part in self._parts().items()}
-        saves = self._saves_with(self.trainer.step)
-        self._postponed = _Postponed(self.trainer.step, copies, self._state(saves), saves)
+        state = self._state(self._saves_with(self.trainer.step))
+        self._postponed = _Postponed(step=self.trainer.step, parts=copies, state=state)
 
     def _write_postponed(self) -> None:
         held, self._postponed = self._postponed, None
         if held is not None:
             self.store.save(held.step, held.parts, held.state, ["best", "latest"])
-            self._saves = held.saves
+            self._saves = held.state["saves"]
 
     def _saves_with(self, step: int) -> list[list[int]]:
         """The checkpoints that are kept once that of a step is there."""
@@ -514,14 +514,13 @@ class TrainingSession:
             return None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Postponed:
     """A checkpoint in memory: that of the best epoch, where it is not on the disk yet."""
 
     step: int
     parts: dict[str, dict[str, torch.Tensor]]
     state: dict[str, Any]
-    saves: list[list[int]]
 
 
 class _DeadlinePassed(Exception):  # noqa: N818  # nothing is wrong

@@ -6,8 +6,10 @@ A guarded training has all of it (checks of every step and of the model, the sav
 metrics.jsonl), the other one nothing. Each is timed from the end of its first epoch, which compiles, to the end of the
 last, before what is added to the model; of a pair, which comes first changes from pair to pair.
 
-`waits`: what training stands still for, which is steady; the rest of a save goes on beside the validation. `more`: what
-a guarded training takes more than its neighbour, median and quartiles of the pairs; it needs an idle machine.
+`waits`: what training stands still for, which is steady. `beside`: processor time of the threads that write, sync and
+prune while training goes on, as part of the same seconds: with `waits` it bounds what the safety can cost, as if each
+of these threads stopped the training. `more`: what a guarded training takes more than its neighbour, median and
+quartiles of the pairs; it needs an idle machine, and many pairs.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xmc_midx import pipeline, session, trainer
+from xmc_midx import checkpoint, pipeline, session, trainer
 from xmc_midx.config import load_config
 from xmc_midx.rundir import RunDirectory
 
@@ -37,15 +40,17 @@ class Cost:
     wall: float
     processors: float
     waits: float
+    beside: float
+    """Of one processor."""
 
 
 class Guards:
     """Turns saves and checks on and off, and takes the times."""
 
     def __init__(self) -> None:
-        self.on, self.waited, self.saves = True, 0.0, 0
+        self.on, self.waited, self.beside, self.saves = True, 0.0, 0.0, 0
         self.started = (0.0, 0.0)
-        self._inside = False
+        self._inside, self._lock = False, threading.Lock()
         for owner, name, instead in (
             (trainer.Trainer, "_sums_of_gradients", []),
             (session.TrainingSession, "_after_step", None),
@@ -55,13 +60,21 @@ class Guards:
             (RunDirectory, "append_metrics", None),
         ):
             self._guard(owner, name, instead)
+        for place, name in (
+            (checkpoint, "_write_part"),
+            (checkpoint, "sync_file"),
+            (checkpoint, "sync_directory"),
+            (checkpoint.CheckpointStore, "_prune"),
+        ):
+            setattr(place, name, self._counted(getattr(place, name)))
         end_epoch = session.TrainingSession._end_epoch
 
         def timed_end(this: session.TrainingSession, *given: Any) -> None:
             end_epoch(this, *given)
             if len(this.history) == 1:
                 this.store.settle()
-                self.waited, self.saves, self.started = 0.0, 0, (time.perf_counter(), time.process_time())
+                self.waited, self.beside, self.saves = 0.0, 0.0, 0
+                self.started = (time.perf_counter(), time.process_time())
 
         def stop(*_: Any) -> None:
             raise Finished
@@ -85,6 +98,19 @@ class Guards:
             self.waited += time.perf_counter() - started
             self.saves += work.__name__ == "_save"
 
+    def _counted(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """Add up the processor time of the thread that does the work."""
+
+        def counted(*given: Any) -> Any:
+            started = time.thread_time()
+            try:
+                return work(*given)
+            finally:
+                with self._lock:
+                    self.beside += time.thread_time() - started
+
+        return counted
+
     def cost(self, data: Path, options: list[str], *, on: bool) -> Cost:
         """Train, guarded or not. The saves are over when `train` returns."""
         self.on = on
@@ -93,7 +119,7 @@ class Guards:
                 pipeline.train(data, output=f"{directory}/run", config=load_config(assignments=options))
             except Finished:
                 wall, processors = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
-        return Cost(wall=wall, processors=processors, waits=self.waited)
+        return Cost(wall=wall, processors=processors, waits=self.waited, beside=self.beside)
 
 
 def main() -> None:
@@ -103,8 +129,8 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="sets", metavar="key=value")
     arguments = parser.parse_args()
     guards = Guards()
-    print("| data | pairs | s | saves | waits % | more % | more processor time % |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("| data | pairs | s | saves | waits % | beside % | more % | more processor time % |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for data in arguments.data:
         pairs, saves = [], 0
         for pair in range(arguments.repeats):
@@ -121,9 +147,11 @@ def summary(name: str, pairs: list[tuple[Cost, Cost]], saves: int) -> str:
     wall = [100 * (on.wall / off.wall - 1) for on, off in pairs]
     processors = [100 * (on.processors / off.processors - 1) for on, off in pairs]
     waits = statistics.median(100 * on.waits / (on.wall - on.waits) for on, _ in pairs)
+    beside = statistics.median(100 * on.beside / (on.wall - on.waits) for on, _ in pairs)
     seconds = statistics.median(off.wall for _, off in pairs)
     return (
-        f"| {name} | {len(pairs)} | {seconds:.1f} | {saves} | {waits:.2f} | {_spread(wall)} | {_spread(processors)} |"
+        f"| {name} | {len(pairs)} | {seconds:.1f} | {saves} | {waits:.2f} | {beside:.2f} "
+        f"| {_spread(wall)} | {_spread(processors)} |"
     )
 
 

@@ -34,7 +34,7 @@ def test_the_overhead_of_saves_is_measured_in_pairs_of_trainings(topic_dir: Path
     command = [sys.executable, str(ROOT / "scripts" / "measure_overhead.py"), *words]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    name, pairs, seconds, saves, waits = (cell.strip() for cell in done.stdout.splitlines()[-1].split("|")[1:6])
+    name, pairs, seconds, saves, waits, beside = (cell.strip() for cell in done.stdout.splitlines()[-1].split("|")[1:7])
     assert (name, pairs) == (topic_dir.name, "2")
-    assert float(seconds) > 0 and int(saves) >= 1 and float(waits) > 0
+    assert float(seconds) > 0 and int(saves) >= 1 and float(waits) > 0 and float(beside) > 0
     assert list(tmp_path.iterdir()) == []

@@ -133,7 +133,13 @@ def _config(sampler: str, num_labels: int, options: argparse.Namespace) -> Confi
     }
     config = load_config(assignments=[*(f"{key}={value}" for key, value in given.items()), *options.set])
     num_instances = options.batch * (options.steps + 3)
-    return resolve(config, DataShape(num_instances=num_instances, num_features=NUM_FEATURES, num_labels=num_labels))
+    shape = DataShape(
+        num_instances=num_instances,
+        num_features=NUM_FEATURES,
+        num_labels=num_labels,
+        num_positives=num_instances * LABELS_PER_INSTANCE,
+    )
+    return resolve(config, shape)
 
 
 def _instances(

@@ -368,7 +368,12 @@ def _config(sampler: str, shape: Shape, options: argparse.Namespace) -> Config:
     config = load_config(assignments=[*(f"{key}={value}" for key, value in given.items()), *options.set])
     return resolve(
         config,
-        DataShape(num_instances=shape.instances, num_features=shape.features, num_labels=shape.labels),
+        DataShape(
+            num_instances=shape.instances,
+            num_features=shape.features,
+            num_labels=shape.labels,
+            num_positives=round(shape.instances * shape.labels_per_instance),
+        ),
     )
 
 

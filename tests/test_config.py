@@ -178,7 +178,7 @@ def test_values_are_read_as_people_write_them(assignment: str, value: object) ->
 )
 def test_a_written_configuration_reads_back_equal(tmp_path: Path, assignments: list[str]) -> None:
     config = load_config(assignments=assignments)
-    shape = DataShape(num_instances=1000, num_features=50, num_labels=20)
+    shape = DataShape(num_instances=1000, num_features=50, num_labels=20, num_positives=3000)
     for written in (config, resolve(config, shape)):
         assert load_config(write(tmp_path, dump_config(written))) == written
 

@@ -40,7 +40,8 @@ L, D, B = 60, 6, 40
 
 def make_config(*assignments: str) -> Config:
     options = ("sampler.num_codewords=4", f"training.batch_size={B}", f"model.dim={D}", *assignments)
-    return resolve(load_config(assignments=options), DataShape(num_instances=500, num_features=7, num_labels=L))
+    shape = DataShape(num_instances=500, num_features=7, num_labels=L, num_positives=1500)
+    return resolve(load_config(assignments=options), shape)
 
 
 def make_model(*assignments: str) -> TrainedModel:

@@ -20,7 +20,7 @@ COUNTS = np.array([90, 40, 3, 0, 1, 77], dtype=np.int64)
 DATA = TrainingData(
     num_instances=100, feature_counts=COUNTS, label_counts=np.array([5, 50, 0, 1], dtype=np.int64), loaded_bytes=10**6
 )
-SHAPE = DataShape(num_instances=100, num_features=6, num_labels=4)
+SHAPE = DataShape(num_instances=100, num_features=6, num_labels=4, num_positives=56)
 
 
 def resolved(*assignments: str):  # type: ignore[no-untyped-def]
@@ -53,7 +53,7 @@ def test_each_option_lowers_the_peak_and_the_most_useful_comes_first() -> None:
     )
     config = resolve(
         load_config(assignments=["training.batch_size=1024"]),
-        DataShape(num_instances=10**5, num_features=10**6, num_labels=10**6),
+        DataShape(num_instances=10**5, num_features=10**6, num_labels=10**6, num_positives=10**6),
     )
     peak = forecast(config, data).host_bytes
     options = cheaper_options(config, data)

@@ -18,6 +18,13 @@ def autos(tree: dict[str, Any]) -> set[str]:
     return {f"{section}.{key}" for section, keys in tree.items() for key, value in keys.items() if value == "auto"}
 
 
+def data(num_instances: int, num_labels: int, num_features: int = 100, positives: float = 3.0) -> DataShape:
+    num_positives = round(min(positives, num_labels) * num_instances)
+    return DataShape(
+        num_instances=num_instances, num_features=num_features, num_labels=num_labels, num_positives=num_positives
+    )
+
+
 UNTOUCHED = {"training.device", "training.precision"}
 """Not the data's to decide."""
 
@@ -31,7 +38,7 @@ def test_every_auto_is_resolved_to_a_valid_value(
 ) -> None:
     config = load_config(assignments=[f"sampler.estimator={estimator}", f"training.preset={preset}"])
     for num_features in (1, 10**7):
-        shape = DataShape(num_instances=num_instances, num_features=num_features, num_labels=num_labels)
+        shape = data(num_instances, num_labels, num_features)
         resolved = resolve(config, shape)
         tree = resolved.model_dump()
         assert autos(tree) == UNTOUCHED
@@ -72,11 +79,11 @@ def test_given_values_stay() -> None:
     config = load_config(assignments=[f"{key}={value}" for key, value in given.items()])
     assert autos(config.model_dump()) == UNTOUCHED
     for size in SIZES:
-        assert resolve(config, DataShape(num_instances=size, num_features=size, num_labels=size)) == config
+        assert resolve(config, data(size, size, size)) == config
 
 
 def test_one_given_value_leaves_the_others_open() -> None:
-    shape = DataShape(num_instances=5000, num_features=100, num_labels=100)
+    shape = data(5000, 100)
     plain = resolve(Config(), shape).model_dump()
     tree = resolve(load_config(assignments=["model.dim=9"]), shape).model_dump()
     assert tree["model"].pop("dim") == 9 and plain["model"].pop("dim") != 9
@@ -85,7 +92,7 @@ def test_one_given_value_leaves_the_others_open() -> None:
 
 def test_a_preset_costs_no_less_than_the_one_before_it_and_given_values_win() -> None:
     for size in SIZES:
-        shape = DataShape(num_instances=size, num_features=100, num_labels=size)
+        shape = data(size, size)
         efforts = []
         for preset in ("fast", "default", "best"):
             resolved = resolve(load_config(assignments=[f"training.preset={preset}"]), shape)
@@ -98,13 +105,13 @@ def test_a_preset_costs_no_less_than_the_one_before_it_and_given_values_win() ->
 
 
 def test_resolving_twice_changes_nothing() -> None:
-    shape = DataShape(num_instances=5000, num_features=100, num_labels=10_000)
+    shape = data(5000, 10_000)
     resolved = resolve(Config(), shape)
-    assert resolve(resolved, DataShape(num_instances=1, num_features=1, num_labels=1)) == resolved
+    assert resolve(resolved, data(1, 1, 1)) == resolved
 
 
 def test_larger_data_gets_no_smaller_batches_and_no_more_epochs() -> None:
-    shapes = [DataShape(num_instances=n, num_features=100, num_labels=100) for n in SIZES]
+    shapes = [data(n, 100) for n in SIZES]
     trainings = [resolve(Config(), shape).training for shape in shapes]
     assert [t.epochs for t in trainings] == sorted((t.epochs for t in trainings), reverse=True)  # type: ignore[type-var]
     assert [t.batch_size for t in trainings] == sorted(t.batch_size for t in trainings)  # type: ignore[type-var]
@@ -118,5 +125,28 @@ def test_a_pool_is_never_larger_than_the_label_set_and_grows_no_further(num_labe
 
 @pytest.mark.parametrize(("num_labels", "dim"), [(4096, 512), (4097, 1024)])
 def test_the_best_preset_is_wide_where_there_are_many_labels(num_labels: int, dim: int) -> None:
-    shape = DataShape(num_instances=10_000, num_features=500, num_labels=num_labels)
+    shape = data(10_000, num_labels)
     assert resolve(load_config(assignments=["training.preset=best"]), shape).model.dim == dim
+
+
+def label_rate(shape: DataShape, *assignments: str) -> float:
+    rate = resolve(load_config(assignments=assignments), shape).training.label_learning_rate
+    assert isinstance(rate, float)
+    return rate
+
+
+def test_the_label_rate_falls_with_the_share_of_the_labels_that_a_step_updates() -> None:
+    large = data(10**5, 40_000)
+    batch = "training.batch_size=256"
+    rates = [label_rate(large, batch, f"sampler.num_draws={n}") for n in (128, 2048, 10_000, 40_000)]
+    assert rates == sorted(rates, reverse=True) and len(set(rates)) == 4
+    assert rates[0] == 2e-2 and rates[-1] == 4e-3
+    # Every step updates all labels: how many there are does not matter.
+    assert label_rate(large, "sampler.name=full") == label_rate(data(5000, 100)) == 4e-3
+    # The positives of a batch are updated too, and drawn labels only where a sampler draws.
+    assert label_rate(data(10**5, 40_000, positives=30), batch, "sampler.num_draws=128") < rates[0]
+    assert label_rate(large, batch, "sampler.name=in-batch", "sampler.num_draws=40000") == 2e-2
+    # A number of labels for which a pool begins to be a sample is no border for the rate.
+    assert label_rate(data(5000, 4096)) == pytest.approx(label_rate(data(5000, 4097)), rel=0.5)
+    by_instance = "sampler.estimator=instance", "sampler.num_draws=64"
+    assert label_rate(large, batch, *by_instance) == pytest.approx(4e-3 / math.sqrt((64 * 256 + 3 * 256) / 40_000))

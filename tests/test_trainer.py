@@ -40,7 +40,7 @@ class Interruption(BaseException):
 
 def make_config(*assignments: str) -> Config:
     config = load_config(assignments=[*OPTIONS, *assignments])
-    return resolve(config, DataShape(num_instances=130, num_features=40, num_labels=23))
+    return resolve(config, DataShape(num_instances=130, num_features=40, num_labels=23, num_positives=400))
 
 
 def make_trainer(

@@ -354,7 +354,10 @@ def plan(
         del dataset
     num_labels = data.label_counts.shape[0]
     shape = DataShape(
-        num_instances=data.num_instances, num_features=data.feature_counts.shape[0], num_labels=num_labels
+        num_instances=data.num_instances,
+        num_features=data.feature_counts.shape[0],
+        num_labels=num_labels,
+        num_positives=int(data.label_counts.sum()),
     )
     resolved = resolve(config or Config(), shape)
     available = available_memory_bytes()
@@ -1202,6 +1205,7 @@ def _shape(dataset: XmcDataset, training: Split) -> DataShape:
         num_instances=training.features.shape[0],
         num_features=dataset.num_features,
         num_labels=dataset.num_labels,
+        num_positives=training.labels.nnz,
     )
 
 

@@ -1,13 +1,14 @@
 """Layer 3. What `"auto"` means: the configuration's open values, derived from the size and shape of the training data.
 
-Each rule is a smooth function of the data, chosen on validation splits of several datasets (EXPERIMENTS.md,
-"Recipe"); none knows a dataset by name.
+Each rule is a smooth function of the data, chosen on validation splits of several datasets (EXPERIMENTS.md); none
+knows a dataset by name.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from xmc_midx.config import Config
 
@@ -51,6 +52,8 @@ class DataShape:
     num_instances: int
     num_features: int
     num_labels: int
+    num_positives: int
+    """Of all instances."""
 
 
 def resolve(config: Config, shape: DataShape) -> Config:
@@ -68,7 +71,6 @@ def resolve(config: Config, shape: DataShape) -> Config:
     derive("training", "epochs", max(2, round(effort.epochs * passes)))
     batch_size = shape.num_instances * passes / _TARGET_STEPS
     derive("training", "batch_size", min(1024, max(32, 2 ** round(math.log2(max(batch_size, 1))))))
-    derive("training", "label_learning_rate", _label_learning_rate(shape))
     # Steps fall with the root of a row's gradients so far (`RowAdam`, moment "sum"): one rate for rare and common rows.
     derive("training", "encoder_learning_rate", 0.08)
     # More numbers than 512 gain nothing with few labels.
@@ -78,6 +80,7 @@ def resolve(config: Config, shape: DataShape) -> Config:
     derive("sampler", "num_codewords", auto_num_codewords(shape.num_labels))
     num_draws = auto_num_draws(shape.num_labels, effort.num_draws) if config.sampler.estimator == "pool" else 64
     derive("sampler", "num_draws", num_draws)
+    derive("training", "label_learning_rate", _label_learning_rate(_share_of_labels(tree, shape)))
     derive("ranker", "num_instances", effort.num_rivalled)
     return Config.model_validate(tree)
 
@@ -101,6 +104,19 @@ def _validation_fraction(num_instances: int) -> float:
     return min(0.05, 2000 / max(num_instances, 1))
 
 
-def _label_learning_rate(shape: DataShape) -> float:
-    """Rows that are updated at nearly every step need small steps, rows that are met a few times need large ones."""
-    return 4e-3 if shape.num_labels <= _FEW_LABELS else 2e-2
+def _share_of_labels(tree: dict[str, dict[str, Any]], shape: DataShape) -> float:
+    """Of all labels, those whose rows a step updates; repeated ones counted as often as they come, at most 1."""
+    sampler, batch_size = tree["sampler"], tree["training"]["batch_size"]
+    if sampler["name"] == "full":
+        return 1.0
+    num_draws: int = 0 if sampler["name"] == "in-batch" else sampler["num_draws"]
+    if sampler["estimator"] != "pool":
+        num_draws *= batch_size
+    positives: float = batch_size * shape.num_positives / max(shape.num_instances, 1)
+    return min(1.0, (num_draws + positives) / max(shape.num_labels, 1))
+
+
+def _label_learning_rate(share: float) -> float:
+    """Rows that are updated at every step need small steps, rows that are met a few times need large ones: the rate
+    falls with the root of the share of the labels that a step updates (EXPERIMENTS.md, "Label rates")."""
+    return min(2e-2, 4e-3 / math.sqrt(share)) if share > 0 else 2e-2

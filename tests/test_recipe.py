@@ -135,18 +135,20 @@ def label_rate(shape: DataShape, *assignments: str) -> float:
     return rate
 
 
-def test_the_label_rate_falls_with_the_share_of_the_labels_that_a_step_updates() -> None:
-    large = data(10**5, 40_000)
-    batch = "training.batch_size=256"
-    rates = [label_rate(large, batch, f"sampler.num_draws={n}") for n in (128, 2048, 10_000, 40_000)]
+def test_the_label_rate_falls_with_the_updates_of_a_row() -> None:
+    large = data(10**5, 40_000, positives=0.1)
+    thousand_steps = "training.batch_size=1000", "training.epochs=10"
+    rates = [label_rate(large, *thousand_steps, f"sampler.num_draws={n}") for n in (128, 2048, 5000, 40_000)]
     assert rates == sorted(rates, reverse=True) and len(set(rates)) == 4
     assert rates[0] == 2e-2 and rates[-1] == 4e-3
-    # Every step updates all labels: how many there are does not matter.
-    assert label_rate(large, "sampler.name=full") == label_rate(data(5000, 100)) == 4e-3
+    # A fourth of the steps, twice the rate.
+    short = "training.batch_size=4000", "training.epochs=10", "sampler.num_draws=40000"
+    assert label_rate(large, *short) == pytest.approx(8e-3)
+    # Where every step updates all labels, their number does not matter.
+    assert label_rate(large, *thousand_steps, "sampler.name=full") == 4e-3
+    assert label_rate(data(10**5, 100), *thousand_steps) == 4e-3
     # The positives of a batch are updated too, and drawn labels only where a sampler draws.
-    assert label_rate(data(10**5, 40_000, positives=30), batch, "sampler.num_draws=128") < rates[0]
-    assert label_rate(large, batch, "sampler.name=in-batch", "sampler.num_draws=40000") == 2e-2
-    # A number of labels for which a pool begins to be a sample is no border for the rate.
-    assert label_rate(data(5000, 4096)) == pytest.approx(label_rate(data(5000, 4097)), rel=0.5)
-    by_instance = "sampler.estimator=instance", "sampler.num_draws=64"
-    assert label_rate(large, batch, *by_instance) == pytest.approx(4e-3 / math.sqrt((64 * 256 + 3 * 256) / 40_000))
+    assert label_rate(data(10**5, 40_000, positives=30), *thousand_steps, "sampler.num_draws=128") == 1e-2
+    assert label_rate(large, *thousand_steps, "sampler.name=in-batch", "sampler.num_draws=40000") == 2e-2
+    by_instance = "sampler.estimator=instance", "sampler.num_draws=4"
+    assert label_rate(large, *thousand_steps, *by_instance) == pytest.approx(4e-3 / math.sqrt(4100 / 40_000))

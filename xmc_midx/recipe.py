@@ -80,7 +80,8 @@ def resolve(config: Config, shape: DataShape) -> Config:
     derive("sampler", "num_codewords", auto_num_codewords(shape.num_labels))
     num_draws = auto_num_draws(shape.num_labels, effort.num_draws) if config.sampler.estimator == "pool" else 64
     derive("sampler", "num_draws", num_draws)
-    derive("training", "label_learning_rate", _label_learning_rate(_share_of_labels(tree, shape)))
+    num_steps = tree["training"]["epochs"] * shape.num_instances / tree["training"]["batch_size"]
+    derive("training", "label_learning_rate", _label_learning_rate(_share_of_labels(tree, shape), num_steps))
     derive("ranker", "num_instances", effort.num_rivalled)
     return Config.model_validate(tree)
 
@@ -105,7 +106,8 @@ def _validation_fraction(num_instances: int) -> float:
 
 
 def _share_of_labels(tree: dict[str, dict[str, Any]], shape: DataShape) -> float:
-    """Of all labels, those whose rows a step updates; repeated ones counted as often as they come, at most 1."""
+    """Of all labels, those whose rows a step updates: positives and draws, repeated ones counted as often as they come,
+    at most 1."""
     sampler, batch_size = tree["sampler"], tree["training"]["batch_size"]
     if sampler["name"] == "full":
         return 1.0
@@ -116,7 +118,9 @@ def _share_of_labels(tree: dict[str, dict[str, Any]], shape: DataShape) -> float
     return min(1.0, (num_draws + positives) / max(shape.num_labels, 1))
 
 
-def _label_learning_rate(share: float) -> float:
-    """Rows that are updated at every step need small steps, rows that are met a few times need large ones: the rate
-    falls with the root of the share of the labels that a step updates (EXPERIMENTS.md, "Label rates")."""
-    return min(2e-2, 4e-3 / math.sqrt(share)) if share > 0 else 2e-2
+def _label_learning_rate(share: float, num_steps: float) -> float:
+    """Rows that are updated at every step of a long training need small steps, rows that are met a few times need
+    large ones: the rate falls with the root of a row's updates (EXPERIMENTS.md, "Label rates"). Below 0.01 nothing was
+    gained where labels are sampled."""
+    rate = 4e-3 * math.sqrt(1000 / max(share * num_steps, 1.0))
+    return min(2e-2, max(1e-3 if share == 1.0 else 1e-2, rate))

@@ -112,6 +112,12 @@ def test_a_label_has_the_same_probability_whatever_else_may_be_shown() -> None:
         assert (np.diff(found.scores[0]) <= 0).all()
 
 
+def test_labels_from_outside_the_background_keep_their_order() -> None:
+    background = TopK(label_ids=np.arange(100)[None], scores=np.linspace(5, 0, 100, dtype=np.float32)[None])
+    top = TopK(label_ids=np.array([[900, 500, 700, -1]]), scores=np.array([[3, 2, 1, -np.inf]], dtype=np.float32))
+    assert calibrate(top, LAW, background=background).label_ids.tolist() == [[900, 500, 700, -1]]
+
+
 @pytest.mark.parametrize("num_labels", [1, 2, 7, 10, 11, 12])
 def test_few_labels_do_no_harm(num_labels: int) -> None:
     rng = np.random.default_rng(num_labels)

@@ -22,6 +22,10 @@ def shortlist_of(logits: np.ndarray) -> TopK:
     return TopK(label_ids=order.astype(np.int64), scores=np.take_along_axis(logits, order, 1).astype(np.float32))
 
 
+def no_margin(instance: np.ndarray, label_ids: np.ndarray) -> np.ndarray:
+    return np.zeros(len(label_ids), dtype=np.float32)
+
+
 def formula(
     log_p: np.ndarray, votes: np.ndarray, outside: np.ndarray, settings: Interpolation, margins: np.ndarray
 ) -> np.ndarray:
@@ -115,6 +119,31 @@ def test_neighbours_that_know_the_answer_get_weight_and_useless_ones_none() -> N
     assert chosen.needs_neighbors and chosen.mixture + chosen.votes > 0.5
     right = shortlist_of(20.0 * labels.toarray())
     assert not fit(right, rows, labels[rng.permutation(num_rows)], rows, labels).needs_neighbors
+
+
+def test_a_choice_of_labels_filters_the_ranking_of_all() -> None:
+    rng = np.random.default_rng(14)
+    num_labels = 60
+    frequencies = rng.integers(1, 40, num_labels)
+    logits = rng.normal(size=(25, num_labels)) * 3
+    votes = sp.csr_matrix(rng.random((25, num_labels)) * (rng.random((25, num_labels)) < 0.2))
+    full = shortlist_of(logits)
+    reference = TopK(label_ids=full.label_ids[:, :20], scores=full.scores[:, :20])
+    ranked = interpolate(reference, votes, frequencies, SETTINGS, 30, margin_of=no_margin)
+    allowed = rng.choice(num_labels, 25, replace=False)
+    kept = np.where(np.isin(np.arange(num_labels), allowed), logits, -np.inf)
+    chosen = shortlist_of(kept)
+    chosen = TopK(
+        label_ids=np.where(np.isneginf(chosen.scores), -1, chosen.label_ids)[:, :20], scores=chosen.scores[:, :20]
+    )
+    found = interpolate(
+        chosen, keep_labels(votes, allowed, None), frequencies, SETTINGS, 3, margin_of=no_margin, reference=reference
+    )
+    for row in range(25):
+        score = dict(zip(ranked.label_ids[row].tolist(), ranked.scores[row].tolist(), strict=True))
+        for label, value in zip(found.label_ids[row].tolist(), found.scores[row].tolist(), strict=True):
+            if label in set(reference.label_ids[row].tolist()):
+                assert value == pytest.approx(score[label], rel=1e-5), "what it has among all labels"
 
 
 def test_more_votes_never_lower_a_score() -> None:

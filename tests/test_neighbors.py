@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from xmc_midx import neighbors as module
 from xmc_midx.data.features import normalize_rows
-from xmc_midx.neighbors import NeighborIndex, save_rows
+from xmc_midx.neighbors import NeighborIndex, save_rows, tune_budget
 
 
 def random_rows(
@@ -66,7 +66,7 @@ def test_votes_are_the_weighted_share_of_neighbours_with_a_label() -> None:
 
 def test_a_feature_of_most_rows_is_left_out_of_large_collections_only(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.zeros((40, 3), dtype=np.float32)
-    values[:, 0] = 1.0
+    values[:, 0] = 0.1
     values[5, 1] = values[6, 1] = 1.0
     rows, labels = sp.csr_matrix(values), sp.csr_matrix(np.ones((40, 1)))
     query = sp.csr_matrix(np.array([[1.0, 1.0, 0.0]], dtype=np.float32))
@@ -75,20 +75,81 @@ def test_a_feature_of_most_rows_is_left_out_of_large_collections_only(monkeypatc
     assert NeighborIndex(rows, labels).search(query, 3)[0].tolist() == [[5, 6, -1]]
 
 
-def test_a_small_budget_still_finds_most_neighbours_and_their_exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_budget_still_finds_most_neighbours_and_their_exact_products() -> None:
     rows = normalize_rows(random_rows(3000, 200, 0.05, seed=8))
     queries = normalize_rows(random_rows(40, 200, 0.05, seed=9, empty=(5,)))
     index = NeighborIndex(rows, random_rows(3000, 5, 0.3, seed=3))
-    exact, exact_scores = index.search(queries, 10, exact=True)
-    monkeypatch.setattr(module, "_BUDGET", 700)
-    found, scores = index.search(queries, 10)
+    exact, exact_scores = index.search(queries, 10)
+    found, scores = index.search(queries, 10, budget=700)
     truth = (queries @ rows.T).toarray()
     hit = [np.isin(a[a >= 0], b).mean() for a, b in zip(exact, found, strict=True) if (a >= 0).any()]
     assert not np.array_equal(found, exact), "the budget is felt"
     assert np.mean(hit) > 0.8
     kept = found >= 0
     np.testing.assert_allclose(scores[kept], truth[np.nonzero(kept)[0], found[kept]], rtol=1e-5)
-    np.testing.assert_array_equal(index.search(queries, 10, exact=True)[1], exact_scores)
+    np.testing.assert_array_equal(index.search(queries, 10, budget=10**6)[1], exact_scores)
+
+
+def test_equal_values_are_read_as_far_as_the_budget_goes_rare_features_first() -> None:
+    rng = np.random.default_rng(12)
+    # Binary rows of one length: all entries are on one level. Features of falling frequency, as words are.
+    rows = np.zeros((3000, 400), dtype=np.float32)
+    for row in rows:
+        row[rng.choice(400, 20, replace=False, p=np.arange(400, 0, -1) / 80_200)] = 1.0
+    features = normalize_rows(sp.csr_matrix(rows))
+    index, queries = NeighborIndex(features, random_rows(3000, 5, 0.3, seed=3)), features[:50]
+    exact = index.search(queries, 10)[1]
+    recalls = []
+    for budget in (150, 600, 1500, 2500):
+        found, scores = index.search(queries, 10, budget=budget)
+        assert (found >= 0).any(axis=1).all(), "something is always read"
+        assert (found[:, 0] == np.arange(50)).all() or budget < 600, "a row is its own nearest"
+        recalls.append((scores >= exact[:, -1:] - 1e-6).mean())
+    assert min(recalls) > 0.3 and recalls[-1] > 0.9, recalls
+
+
+def test_the_budget_is_the_least_that_finds_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = normalize_rows(random_rows(3000, 200, 0.05, seed=8))
+    queries = normalize_rows(random_rows(40, 200, 0.05, seed=9, empty=(5,)))
+    index = NeighborIndex(rows, random_rows(3000, 5, 0.3, seed=3))
+    monkeypatch.setattr(module, "_BUDGETS", (50, 400, 1600, 6400))
+    assert tune_budget(index, queries, 10) == 6400, "of few rows all are read"
+    monkeypatch.setattr(module, "_SMALL", 10)
+    chosen = tune_budget(index, queries, 10)
+    exact = index.search(queries, 10)[1]
+    recall = {
+        budget: ((index.search(queries, 10, budget=budget)[1] >= exact[:, -1:] - 1e-6) & (exact > 0)).sum()
+        / (exact > 0).sum()
+        for budget in module._BUDGETS
+    }
+    assert chosen == min(budget for budget, found in recall.items() if found >= 0.95), recall
+    assert 50 < chosen < 6400
+
+
+def test_dense_rows_have_the_neighbours_of_a_full_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SMALL", 10)
+    rng = np.random.default_rng(6)
+    rows = normalize_rows(sp.csr_matrix(rng.normal(size=(500, 24)).astype(np.float32)))
+    queries = normalize_rows(sp.csr_matrix(rng.normal(size=(30, 24)).astype(np.float32)))
+    labels = random_rows(500, 5, 0.3, seed=3)
+    found, scores = NeighborIndex(rows, labels).search(queries, 7, budget=100)
+    truth = (queries @ rows.T).toarray()
+    np.testing.assert_array_equal(found, np.argsort(-truth, axis=1, kind="stable")[:, :7])
+    np.testing.assert_allclose(scores, -np.sort(-truth, axis=1)[:, :7], rtol=1e-5)
+    save_rows(tmp_path / "rows.safetensors", rows, labels)
+    again = NeighborIndex.load(tmp_path / "rows.safetensors").search(queries, 7)
+    np.testing.assert_allclose(again[1], scores, atol=0.02)
+
+
+def test_no_feature_is_left_out_where_the_rows_would_lose_most_of_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SMALL", 10)
+    values = np.zeros((200, 40), dtype=np.float32)
+    rng = np.random.default_rng(7)
+    for row in values:
+        row[rng.choice(40, 8, replace=False)] = 1.0
+    rows, labels = normalize_rows(sp.csr_matrix(values)), random_rows(200, 5, 0.3, seed=3)
+    found, _ = NeighborIndex(rows, labels).search(rows[:20], 3)
+    np.testing.assert_array_equal(found[:, 0], np.arange(20))
 
 
 def test_saved_rows_give_the_same_votes(tmp_path: Path) -> None:
@@ -123,6 +184,7 @@ def test_rows_are_read_back_to_half_a_step(tmp_path: Path, num_features: int, mo
     assert (tmp_path / "rows.safetensors").stat().st_size < 4 * rows.nnz + 8 * labels.nnz + 4000
 
     monkeypatch.setattr(module, "_SMALL", 10)
+    monkeypatch.setattr(module, "_MIN_MASS", 0.0)
     often = np.bincount(rows.indices, minlength=num_features) > 5
     save_rows(tmp_path / "rows.safetensors", rows, labels)
     found, _ = module._read_rows(load_file(tmp_path / "rows.safetensors"))

@@ -148,7 +148,15 @@ def test_the_label_rate_falls_with_the_updates_of_a_row() -> None:
     assert label_rate(large, *thousand_steps, "sampler.name=full") == 4e-3
     assert label_rate(data(10**5, 100), *thousand_steps) == 4e-3
     # The positives of a batch are updated too, and drawn labels only where a sampler draws.
-    assert label_rate(data(10**5, 40_000, positives=30), *thousand_steps, "sampler.num_draws=128") == 1e-2
+    assert label_rate(data(10**5, 40_000, positives=30), *thousand_steps, "sampler.num_draws=128") == pytest.approx(
+        1e-3 + 9e-3 * (1 - (30_128 / 40_000) ** 2)
+    )
     assert label_rate(large, *thousand_steps, "sampler.name=in-batch", "sampler.num_draws=40000") == 2e-2
     by_instance = "sampler.estimator=instance", "sampler.num_draws=4"
     assert label_rate(large, *thousand_steps, *by_instance) == pytest.approx(4e-3 / math.sqrt(4100 / 40_000))
+
+
+def test_the_label_rate_has_no_jumps() -> None:
+    rates = [label_rate(data(1_186_000, num_labels, 204_000, positives=5.04)) for num_labels in range(4000, 20_000, 50)]
+    assert max(after / before for before, after in itertools.pairwise(rates)) < 1.1
+    assert max(before / after for before, after in itertools.pairwise(rates)) < 1.1

@@ -581,6 +581,17 @@ def test_wrong_shapes_and_options_are_refused() -> None:
     for wrong in (-1, -100, L):
         with pytest.raises(ValueError, match=f"expected label ids 0 to {L - 1}"):
             softmax(make_queries(2), torch.tensor([wrong, 3]))
+    for offsets in ([0, 1], [1, 2], [0, 3]):
+        with pytest.raises(ValueError, match="expected 0 to 2, the positives"):
+            softmax(make_queries(1), (torch.tensor([1, 2]), torch.tensor(offsets)))
+    for options, message in (
+        ({"num_draws": 0}, "num_draws is 0"),
+        ({"num_codewords": 0}, "num_codewords is 0"),
+        ({"label_frequencies": torch.ones(8)}, r"shape \(8,\): expected \(9,\)"),
+        ({"label_frequencies": torch.ones(9), "num_instances": 0}, "num_instances is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MIDXSoftmax(9, 4, **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="estimator 'both'"):
         LabelSoftmax(3, 2, sampler=None, estimator="both")
     with pytest.raises(ValueError, match="weighting 'max'"):

@@ -103,14 +103,13 @@ def calibrate(top: TopK, settings: Calibration, *, background: TopK | None = Non
 
     Returns
     -------
-    TopK : (B, K) probabilities in [0, 1], falling, ties to the smaller id where `background` changes the order; pads
-    keep -1 and -inf.
+    TopK : (B, K) probabilities in [0, 1], falling, ties in the order of `top`; pads keep -1 and -inf.
     """
     scores = top.scores.astype(np.float64)
     ids = top.label_ids
     if background is not None:
         scores = _scores_in(background, ids, scores)
-        order = np.lexsort((ids, -scores), axis=1)
+        order = np.argsort(-scores, axis=1, kind="stable")
         ids, scores = np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
     _, total, tail = _terms(top if background is None else background)
     logits = settings.score * scores + (settings.total * total + settings.tail * tail)[:, :1] + settings.offset

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from xmc_midx.codebook import kmeans
-from xmc_midx.neighbors import insert_best
+from xmc_midx.neighbors import insert_best, least_of_best
 from xmc_midx.quantization import StoredTable, row_product
 from xmc_midx.threads import in_threads
 from xmc_midx.types import TopK
@@ -305,7 +305,7 @@ def _search(
         unit = largest / np.float32(_MAX_QUERY)
         for column in range(short_BK.shape[1]):
             whole[column] = np.int16(np.rint(short_BK[row, column] / unit))
-        least = _least_of_best(cells_BC[row], sizes, depth, num_labels)
+        least = least_of_best(cells_BC[row], sizes, depth, num_labels)
         count = 0
         for cell in range(num_cells):
             if cells_BC[row, cell] >= least:
@@ -314,34 +314,9 @@ def _search(
                 for position in range(first, last):
                     places[count] = position
                     count += 1
-        least = _least_of_best(score[:count], once, width, count)
+        least = least_of_best(score[:count], once, width, count)
         for place in range(count):
             if score[place] >= least:
                 label = label_ids[places[place]]
                 logit = row_product(query_BD[row], codes, scales, label) + bias[label]
                 insert_best(found_BK[row], score_BK[row], label, logit)
-
-
-@numba.njit(nogil=True, cache=True)
-def _least_of_best(values: Any, weights: Any, wanted: Any, total: Any) -> Any:
-    """A value that entries of about `wanted` of the `total` weight reach, never less, by a histogram; without weights
-    each counts 1."""
-    count = values.shape[0]
-    low = high = values[0] if count else np.float32(0.0)
-    for index in range(count):
-        low, high = min(low, values[index]), max(high, values[index])
-    if wanted >= total or not 0.0 < high - low < np.inf:
-        return np.float32(-np.inf)
-    num_bins = 1024
-    counts = np.zeros(num_bins + 1, dtype=np.int64)
-    scale = np.float32(num_bins) / (high - low)
-    for index in range(count):
-        # Scores that are not finite have no bin of their own.
-        bin_ = min(max(int((values[index] - low) * scale), 0), num_bins)
-        counts[bin_] += weights[index] if weights.shape[0] else 1
-    bin_, reached = num_bins, counts[num_bins]
-    while reached < wanted and bin_ > 0:
-        bin_ -= 1
-        reached += counts[bin_]
-    # One bin less, for the rounding of the division.
-    return low + np.float32(bin_ - 1) / scale

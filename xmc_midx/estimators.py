@@ -45,6 +45,11 @@ class Targets:
         label_ids, offsets = positives[0].long().contiguous(), positives[1].long()
         if offsets.shape[0] != num_rows + 1:
             raise ValueError(f"{offsets.shape[0]} offsets for {num_rows} queries: expected one more than queries")
+        # On another device a look would wait for it.
+        if offsets.device.type == "cpu" and (offsets[0] != 0 or offsets[-1] != label_ids.shape[0]):
+            raise ValueError(
+                f"the offsets go from {offsets[0]} to {offsets[-1]}: expected 0 to {label_ids.shape[0]}, the positives"
+            )
         counts = offsets.diff()
         instance = torch.repeat_interleave(
             torch.arange(num_rows, device=device), counts, output_size=label_ids.shape[0]

@@ -10,13 +10,15 @@ the positives, `u` and `p` the rows of the two tables that an average batch touc
 - optimiser, 4 F + 16 L: a second moment of each row, and of each label's row and bias a count
 - sampler, 24 L + 28 C^2 + 8 C D: codes, places, cumulative mass, frequencies; codebooks
 - the largest of three stages, as each gives back what it took:
-  - start, 4096 x 4 D (Y / N + 4): the queries of a chunk, one for each positive
+  - start, 4 D (4 x 4096 + min(y, L) + min(y, 65536)), y = 4096 Y / N: the queries of a chunk, a sum for each of its
+    labels, a query for each positive of a part
   - epoch, 12 u D + 32 p D + 32 B p + 100 MB + 4 min(L, 4096) C + 4 D min(L, 1024 C) where that is below L + 4 x 256 L,
     64 MB at most, + 8 L: gathered rows, their gradients, logits, fragments; refresh; validation
   - label cells, from 4,096 labels, the tables in int8 + 4 D (22,000 + 4 x 4,096) + 440 L + 24 D^2 + 100 MB: queries
     of training instances, sketches, the directions, fragments
-  - neighbours, 12 nnz + 16 Y + 160 MB + 70 MB: the index, the shortlist, compiled code; and 24 (Y + 50 x 30,000) +
-    50 MB for the linear ranker; where there are cells, tables, optimiser and sampler are gone and the int8 ones there
+  - neighbours, 12 nnz + 164 F + 16 Y + 160 MB + 70 MB: the index, the shortlist, compiled code; and
+    24 (Y + 50 x 30,000) + 50 MB for the linear ranker; where there are cells, tables, optimiser and sampler are gone
+    and the int8 ones there
 
 u is exact in expectation: the sum over the features of 1 - (1 - share of the instances that have it)^B, and likewise p,
 plus the draws. On CUDA, tables, optimiser, sampler and epoch count on the device instead, and the host keeps a copy of
@@ -43,6 +45,8 @@ _READING = 1.7
 _FRAGMENTS = 100 * _MB
 _SHORTLIST_CHUNKS = 160 * _MB
 _NEIGHBOR_CODE = 70 * _MB
+_FEATURE_LEVELS = 164
+_START_POSITIVES = 1 << 16
 _PAIR = 24
 """Bytes of a pair of an instance and a label that the linear ranker trains on."""
 _RANKER_BLOCKS = 50 * _MB
@@ -172,11 +176,14 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     start = 0.0
     if model.label_init == "mean-instance":
         chunk = min(data.num_instances, _ENCODE_CHUNK)
-        start = 4 * chunk * dim * (data.num_positives / max(data.num_instances, 1) + 4)
+        positives = chunk * data.num_positives / max(data.num_instances, 1)
+        start = 4 * dim * (4 * chunk + min(positives, num_labels) + min(positives, _START_POSITIVES))
     neighbors = 0
     if config.neighbors.enabled and held_out:
         scores = min(4 * _SCORES_AT_ONCE, 4 * held_out * num_labels) * _SHORTLIST_CHUNKS // (64 * _MB)
-        neighbors = 12 * data.num_values + 16 * data.num_positives + _NEIGHBOR_CODE + scores
+        neighbors = (
+            12 * data.num_values + _FEATURE_LEVELS * num_features + 16 * data.num_positives + _NEIGHBOR_CODE + scores
+        )
     if config.ranker.enabled and held_out:
         rivals = min(data.num_instances, _number(config.ranker.num_instances)) * min(
             config.ranker.num_rivals, num_labels

@@ -82,6 +82,8 @@ class Interpolation:
     """Of the softmax over the neighbours' cosines."""
     count: int = 50
     """Neighbours of an instance."""
+    budget: int = 8192
+    """Entries of the neighbours' lists that an instance reads (`xmc_midx.neighbors.tune_budget`)."""
 
     @property
     def coefficients(self) -> _Floats:
@@ -95,9 +97,10 @@ class Interpolation:
     def from_dict(cls, values: Mapping[str, Any]) -> Interpolation:
         """What `as_dict` gave; anything else is a DataError."""
         try:
-            # Runs of before the ranker have no margin.
-            typed = {field.name: float(({"margin": 0.0} | dict(values))[field.name]) for field in fields(cls)}
-            return cls(**typed | {"count": int(values["count"])})  # type: ignore[arg-type]
+            # Older runs have no ranker, and the budget of their time.
+            known = {"margin": 0.0, "budget": 8192} | dict(values)
+            typed = {field.name: float(known[field.name]) for field in fields(cls)}
+            return cls(**typed | {name: int(known[name]) for name in ("count", "budget")})  # type: ignore[arg-type]
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"interpolation.json: {error!r}; expected what `train` wrote.") from None
 
@@ -132,6 +135,7 @@ def interpolate(
     k: int,
     *,
     margin_of: MarginOf | None = None,
+    reference: TopK | None = None,
 ) -> TopK:
     """Rescore a shortlist together with the neighbours' labels.
 
@@ -142,12 +146,15 @@ def interpolate(
     label_frequencies : (L,) of the training split.
     k : results.
     margin_of : of the ranker for the same instances; None where the settings do not need it.
+    reference : the (B, S) shortlist of all labels where `shortlist` is of chosen ones only: their probabilities, and
+        which are outside, are what they are there, so that a choice of labels changes no order.
 
     Returns
     -------
     TopK : (B, k); scores in nats, ties to the smaller id.
     """
     num_rows, width = shortlist.label_ids.shape
+    reference = reference or shortlist
     if votes is None or not settings.needs_neighbors:
         votes = csr_matrix((num_rows, label_frequencies.shape[0]))
     offsets = votes.indptr.astype(np.int64)
@@ -156,6 +163,7 @@ def interpolate(
     used = _score(
         shortlist.label_ids,
         shortlist.scores.astype(np.float64),
+        np.where(reference.label_ids >= 0, reference.scores, -np.inf).astype(np.float64),
         (offsets, votes.indices.astype(np.int64), votes.data.astype(np.float64)),
         label_frequencies,
         settings.coefficients,
@@ -178,6 +186,7 @@ def interpolate(
 def _score(
     shortlist_BS: Any,
     logits_BS: Any,
+    reference_BS: Any,
     votes: Any,
     label_frequencies: Any,
     coefficients: Any,
@@ -197,26 +206,29 @@ def _score(
         for entry in range(begin, end):
             vote_of[vote_ids[entry]] += vote_values[entry]
         peak, smallest = -np.inf, np.inf
-        for place in range(width):
-            if shortlist_BS[row, place] >= 0:
-                peak, smallest = max(peak, logits_BS[row, place]), min(smallest, logits_BS[row, place])
+        for place in range(reference_BS.shape[1]):
+            if reference_BS[row, place] > -np.inf:
+                peak, smallest = max(peak, reference_BS[row, place]), min(smallest, reference_BS[row, place])
         mass = 0.0
-        for place in range(width):
-            if shortlist_BS[row, place] >= 0:
-                mass += math.exp(logits_BS[row, place] - peak)
+        for place in range(reference_BS.shape[1]):
+            if reference_BS[row, place] > -np.inf:
+                mass += math.exp(reference_BS[row, place] - peak)
         shift = peak + math.log(mass) if mass > 0.0 else 0.0
         floor = smallest - shift - 1.0 if mass > 0.0 else -1.0
         first = used
         best_ids[:], best_scores[:] = -1, -np.inf
         # The shortlist first; its labels' votes are then used up, and what is left is outside of it.
         for place in range(width + end - begin):
-            inside = place < width
-            label = shortlist_BS[row, place] if inside else vote_ids[begin + place - width]
-            if label < 0 or (not inside and vote_of[label] < 0.0):
+            listed = place < width
+            label = shortlist_BS[row, place] if listed else vote_ids[begin + place - width]
+            if label < 0 or (not listed and vote_of[label] < 0.0):
                 continue
+            inside = listed and logits_BS[row, place] >= smallest
             vote = max(vote_of[label], 0.0)
             vote_of[label] = -1.0
-            log_p = logits_BS[row, place] - shift if inside else floor
+            log_p = floor
+            if listed:
+                log_p = logits_BS[row, place] - shift if inside else min(floor, logits_BS[row, place] - shift)
             score = model * log_p + frequency * math.log1p(label_frequencies[label])
             if mixture != 0.0:
                 score += mixture * math.log(math.exp(log_p) + vote + 1e-300)

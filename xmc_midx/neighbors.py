@@ -5,10 +5,11 @@ What an encoder of D numbers must forget (a rare word that names a rare label), 
 are not in too many rows.
 
 A list is sorted by falling size of its values, to a level (`_LEVELS`), so that a query reads its lists only as far as
-their entries matter: the largest products, `_BUDGET` of them at most, nominate candidates, and the best `_CANDIDATES` a
+their entries matter: the largest products, as many as its budget, nominate candidates, and the best `_CANDIDATES` a
 neighbour get their exact inner product (score-at-a-time ranking, arXiv 1505.06690, with rescoring). A query whose lists
-hold no more entries than that is answered exactly, as every query is with `exact=True`. What this misses is measured in
-EXPERIMENTS.md, "Prediction time".
+hold no more entries than that is answered exactly. How many have to be read depends on the features: `tune_budget` asks
+held-out instances. What is missed is measured in EXPERIMENTS.md, "Prediction time". Rows that are not sparse
+(`_DENSE`) have no lists: all products are computed.
 """
 
 from __future__ import annotations
@@ -21,23 +22,35 @@ from typing import Any
 
 import numba
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from scipy.sparse import csr_matrix
 
 from xmc_midx.tensorfile import write_arrays
-from xmc_midx.threads import in_threads, zeros
+from xmc_midx.threads import in_threads, touch, zeros
+from xmc_midx.topk import exact_topk
 
-__all__ = ["NeighborIndex", "insert_best", "save_rows"]
+__all__ = ["NeighborIndex", "insert_best", "least_of_best", "save_rows", "tune_budget"]
 
 _MAX_SHARE = 0.1
 """A feature of more than this share of the rows is left out: such lists are long and say little (EXPERIMENTS.md,
 "Neighbours")."""
 _SMALL = 20_000
 """Up to so many rows no feature is left out."""
-_BUDGET = 8192
-"""Entries of the inverted lists that a query reads."""
-_CANDIDATES = 4
+_MIN_MASS = 0.5
+"""Of the rows' squares: none is left out either where less than this would remain."""
+_DENSE = 0.25
+"""Share of values that are stored from which all of them are: a matrix product is then faster than lists."""
+_FEW_FEATURES = 16
+"""Fewer are sparse in any case: which rows share a feature then says something."""
+_BUDGETS = (4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144)
+"""Entries of the inverted lists that a query may read: the least with which held-out instances find `_TARGET_RECALL` of
+their `_TARGET_COUNT` nearest, or the most."""
+_TARGET_RECALL, _TARGET_COUNT = 0.95, 10
+_ASKED = 200
+"""Held-out instances that are asked."""
+_CANDIDATES = 3
 """Rows that are rescored for each neighbour asked for."""
 _LEVELS = 40
 """Of the sizes of a list's values, each 2^(-1/2) of the one before: how far a list is read is looked up by level."""
@@ -60,6 +73,9 @@ class NeighborIndex:
         self.labels = csr_matrix(
             (np.ones(labels.nnz, dtype=np.float32), labels.indices, labels.indptr), shape=labels.shape
         )
+        self._dense = _dense(features) if _is_dense(features) else None
+        if self._dense is not None:
+            return
         self._kept = _kept_features(features)
         self._local = threading.local()
         self._offsets, self._rows, self._values, self._prefixes = _inverted_lists(features, self._kept)
@@ -79,13 +95,13 @@ class NeighborIndex:
         return cls(*_read_rows(load_file(path)))
 
     def search(
-        self, features: csr_matrix, count: int, *, exact: bool = False
+        self, features: csr_matrix, count: int, *, budget: int | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """The `count` nearest training rows of each of B rows.
 
         Parameters
         ----------
-        exact : whether every entry of every list is read.
+        budget : entries of the lists that are read for a row, at most; None: all.
 
         Returns
         -------
@@ -94,17 +110,20 @@ class NeighborIndex:
         """
         assert features.shape[1] == self.num_features, "queries and training rows have the same features"
         num_rows = features.shape[0]
+        if self._dense is not None:
+            top = exact_topk(_dense(features), self._dense, None, count)
+            return top.label_ids, np.where(top.label_ids < 0, np.float32(0.0), top.scores)
         rows_BK = np.full((num_rows, count), -1, dtype=np.int64)
         scores_BK = np.zeros((num_rows, count), dtype=np.float32)
         queries = (features.indptr.astype(np.int64), features.indices, features.data.astype(np.float32))
         lists = (self._offsets, self._rows, self._values, self._prefixes)
-        budget = np.iinfo(np.int64).max if exact else _BUDGET
+        most_read = np.iinfo(np.int64).max if budget is None else budget
 
         def run(begin: int, end: int) -> None:
             total, dense = self._workspace()
             most = _CANDIDATES * count
             _search(
-                queries, lists, self._forward, self._kept, total, dense, budget, most, begin, end, rows_BK, scores_BK
+                queries, lists, self._forward, self._kept, total, dense, most_read, most, begin, end, rows_BK, scores_BK
             )
 
         in_threads(run, num_rows)
@@ -135,6 +154,24 @@ class NeighborIndex:
         ids, values = np.empty(room, dtype=self.labels.indices.dtype), np.empty(room)
         used = _votes(rows_BK, weight_BK, lists, zeros(num_labels, np.float64), offsets, ids, values)
         return csr_matrix((values[:used], ids[:used], offsets), shape=(rows_BK.shape[0], num_labels))
+
+
+def tune_budget(index: NeighborIndex, features: csr_matrix, count: int) -> int:
+    """The least budget with which held-out rows (N, F) find nearly all of their nearest neighbours.
+
+    A neighbour counts if it is as near as the last of those that a full search finds. Of few rows all are read.
+    """
+    if index.num_instances <= _SMALL:
+        return _BUDGETS[-1]
+    asked = features[:_ASKED]
+    exact_BK = index.search(asked, count)[1][:, :_TARGET_COUNT]
+    last_B1 = np.min(exact_BK, axis=1, where=exact_BK > 0.0, initial=np.inf, keepdims=True)
+    wanted = (exact_BK > 0.0).sum()
+    for budget in _BUDGETS[:-1]:
+        found_BK = index.search(asked, count, budget=budget)[1][:, :_TARGET_COUNT]
+        if (found_BK >= last_B1 * (1.0 - 1e-5)).sum() >= _TARGET_RECALL * wanted:
+            return budget
+    return _BUDGETS[-1]
 
 
 def save_rows(path: Path, features: csr_matrix, labels: csr_matrix) -> str:
@@ -197,21 +234,29 @@ def _offsets(counts: NDArray[Any]) -> NDArray[np.int64]:
 
 def _inverted_lists(features: csr_matrix, kept: NDArray[np.bool_]) -> tuple[NDArray[Any], ...]:
     """The kept features' lists one after the other: offsets (F+1,), rows and values (nnz,), and how many entries of a
-    list (F, levels) are at least as large as each level. In a list, the levels fall and the rows of a level rise."""
+    list (F, levels) are at least as large as each level, in the last column all. In a list, the levels fall and the
+    rows of a level rise."""
     num_rows, num_features = features.shape
     mask = kept[features.indices]
     ids, level = features.indices[mask], _levels(features.data[mask])
-    counts = np.zeros(num_features * (_LEVELS + 1), dtype=np.int64)
-    for begin in range(0, len(ids), _CHUNK):
-        part = slice(begin, begin + _CHUNK)
-        counts += np.bincount(ids[part].astype(np.int64) * (_LEVELS + 1) + level[part], minlength=len(counts))
-    prefixes = np.cumsum(counts.reshape(num_features, _LEVELS + 1), axis=1)
+    prefixes = np.zeros((num_features, _LEVELS + 1), dtype=np.int32)
+    _count_levels(ids, level, prefixes)
     # Keys of 16 bits at most: a radix sort each.
     order = np.lexsort((level, (ids & 0xFFFF).astype(np.uint16), (ids >> 16).astype(np.uint16)))
     del ids, level
     values = features.data[mask].astype(np.float32, copy=False)[order]
     rows = np.repeat(np.arange(num_rows, dtype=np.int32), np.diff(features.indptr))[mask][order]
-    return _offsets(prefixes[:, -1]), rows, values, prefixes[:, :_LEVELS].astype(np.int32)
+    return _offsets(prefixes[:, -1]), rows, values, prefixes
+
+
+@numba.njit(nogil=True, cache=True)
+def _count_levels(ids: Any, level: Any, prefixes: Any) -> None:
+    """How many entries of a feature are of a level or a lower one, into `prefixes` (F, levels)."""
+    for entry in range(ids.shape[0]):
+        prefixes[ids[entry], level[entry]] += 1
+    for feature in range(prefixes.shape[0]):
+        for column in range(1, prefixes.shape[1]):
+            prefixes[feature, column] += prefixes[feature, column - 1]
 
 
 def _levels(values: NDArray[Any]) -> NDArray[np.uint8]:
@@ -227,7 +272,20 @@ def _levels(values: NDArray[Any]) -> NDArray[np.uint8]:
 def _kept_features(features: csr_matrix) -> NDArray[np.bool_]:
     """(F,): False for a feature that is in so many rows that its list is left out."""
     counts = np.bincount(features.indices, minlength=features.shape[1])
-    return np.asarray((counts <= _MAX_SHARE * features.shape[0]) | (features.shape[0] <= _SMALL))
+    kept = np.asarray(counts <= _MAX_SHARE * features.shape[0])
+    squares = np.square(features.data, dtype=np.float64)
+    if features.shape[0] <= _SMALL or squares[kept[features.indices]].sum() < _MIN_MASS * squares.sum():
+        kept[:] = True
+    return kept
+
+
+def _dense(features: csr_matrix) -> torch.Tensor:
+    return torch.from_numpy(features.toarray().astype(np.float32, copy=False))
+
+
+def _is_dense(features: csr_matrix) -> bool:
+    num_rows, num_features = features.shape
+    return bool(num_features >= _FEW_FEATURES and features.nnz > 0 and features.nnz >= _DENSE * num_rows * num_features)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -238,15 +296,20 @@ def _level(weight: float) -> int:
 
 
 @numba.njit(nogil=True, cache=True)
-def _cut(query: Any, lists: Any, budget: int, begin: int, end: int) -> int:
-    """The last level of products of which all entries can be read within the budget; -1 where every entry can."""
+def _plan(query: Any, lists: Any, budget: int, begin: int, end: int, lengths: Any) -> bool:
+    """How many entries of each list of the query are read, into `lengths`, and whether that is all of them.
+
+    Within the budget the largest products are read: all those to a level, and of the next the shortest lists first,
+    which are those of the rarest features. Of equal values all entries are on one level.
+    """
     ids, weights = query[1], query[2]
     offsets, prefixes = lists[0], lists[3]
     total = 0
     for entry in range(begin, end):
-        total += offsets[ids[entry] + 1] - offsets[ids[entry]]
+        lengths[entry - begin] = offsets[ids[entry] + 1] - offsets[ids[entry]]
+        total += lengths[entry - begin]
     if total <= budget:
-        return -1
+        return True
     counts = np.zeros(2 * _LEVELS, dtype=np.int64)
     for entry in range(begin, end):
         shift = _level(weights[entry])
@@ -254,10 +317,27 @@ def _cut(query: Any, lists: Any, budget: int, begin: int, end: int) -> int:
             counts[level] += prefixes[ids[entry], level - shift]
         for level in range(shift + _LEVELS, 2 * _LEVELS):
             counts[level] += prefixes[ids[entry], _LEVELS - 1]
-    cut = 0
+    cut = -1
     while cut + 1 < 2 * _LEVELS and counts[cut + 1] <= budget:
         cut += 1
-    return cut
+    left = budget - (counts[cut] if cut >= 0 else 0)
+    for entry in range(begin, end):
+        lengths[entry - begin] = _prefix(prefixes, ids[entry], cut - _level(weights[entry]))
+    longest = np.int64(1)
+    while left > 0 and longest < 2 * budget:
+        for entry in range(begin, end):
+            more = _prefix(prefixes, ids[entry], cut + 1 - _level(weights[entry])) - lengths[entry - begin]
+            if longest // 2 < more <= longest:
+                lengths[entry - begin] += min(more, left)
+                left -= min(more, left)
+        longest *= 2
+    return False
+
+
+@numba.njit(nogil=True, cache=True)
+def _prefix(prefixes: Any, feature: int, level: int) -> int:
+    """Entries of a list to a level of its values."""
+    return 0 if level < 0 else prefixes[feature, min(level, _LEVELS - 1)]
 
 
 @numba.njit(nogil=True, cache=True)
@@ -274,53 +354,61 @@ def _search(
     end: int,
     found_BK: Any,
     score_BK: Any,
-) -> None:
+) -> float:
     """For the queries begin..end: `scores = queries @ training.T`, the best K of each row, without the matrix.
 
     `total` (N,) holds NaN, `dense` (F,) zeros; both are left so.
     """
     query_offsets, query_ids, query_values = queries
-    offsets, rows, values, prefixes = lists
+    offsets, rows, values = lists[:3]
     row_offsets, row_ids, row_values = forward
-    touched = np.empty(total.shape[0], dtype=np.int32)
+    # One more place than rows: the last entry of a list is noted before it is known whether its row is new.
+    touched = np.empty(total.shape[0] + 1, dtype=np.int32)
+    score = np.empty(total.shape[0], dtype=np.float32)
+    once = np.empty(0, dtype=np.int32)
+    lengths = np.empty(np.diff(query_offsets[begin : end + 1]).max(), dtype=np.int64)
+    fetched = 0.0
     for query in range(begin, end):
         first, last = query_offsets[query], query_offsets[query + 1]
-        cut = _cut(queries, lists, budget, first, last)
+        everything = _plan(queries, lists, budget, first, last, lengths)
         num_touched = 0
         for entry in range(first, last):
             feature, weight = query_ids[entry], query_values[entry]
-            stop = offsets[feature + 1]
-            if cut >= 0:
-                level = min(cut - _level(weight), prefixes.shape[1] - 1)
-                stop = offsets[feature] + (prefixes[feature, level] if level >= 0 else 0)
-            for position in range(offsets[feature], stop):
+            for position in range(offsets[feature], offsets[feature] + lengths[entry - first]):
                 row = rows[position]
                 before = total[row]
-                if np.isnan(before):
-                    touched[num_touched] = row
-                    num_touched += 1
-                    total[row] = weight * values[position]
-                else:
-                    total[row] = before + weight * values[position]
-        if cut < 0:
+                # No branch: whether a row is new is a coin toss, and the processor would guess wrong.
+                touched[num_touched] = row
+                is_new = np.isnan(before)
+                num_touched += is_new
+                total[row] = weight * values[position] + (np.float32(0.0) if is_new else before)
+        for index in range(num_touched):
+            score[index] = total[touched[index]]
+            total[touched[index]] = np.nan
+        if everything:
             for index in range(num_touched):
-                insert_best(found_BK[query], score_BK[query], touched[index], total[touched[index]])
-                total[touched[index]] = np.nan
+                insert_best(found_BK[query], score_BK[query], touched[index], score[index])
             continue
         for entry in range(first, last):
             if kept[query_ids[entry]]:
                 dense[query_ids[entry]] += query_values[entry]
-        least = _least_of_best(total, touched, num_touched, num_candidates)
+        least = least_of_best(score[:num_touched], once, num_candidates, num_touched)
+        # A row's place in memory is anyone's guess: asked for together, the rows are fetched side by side.
         for index in range(num_touched):
-            row = touched[index]
-            if total[row] >= least:
-                score = np.float32(0.0)
+            if score[index] >= least:
+                row = touched[index]
+                fetched += touch(row_ids, row_offsets[row], row_offsets[row + 1])
+                fetched += touch(row_values, row_offsets[row], row_offsets[row + 1])
+        for index in range(num_touched):
+            if score[index] >= least:
+                row = touched[index]
+                product = np.float32(0.0)
                 for entry in range(row_offsets[row], row_offsets[row + 1]):
-                    score += dense[row_ids[entry]] * row_values[entry]
-                insert_best(found_BK[query], score_BK[query], row, score)
-            total[row] = np.nan
+                    product += dense[row_ids[entry]] * row_values[entry]
+                insert_best(found_BK[query], score_BK[query], row, product)
         for entry in range(first, last):
             dense[query_ids[entry]] = 0.0
+    return fetched
 
 
 @numba.njit(nogil=True, cache=True)
@@ -348,26 +436,28 @@ def _votes(rows_BK: Any, weight_BK: Any, lists: Any, total: Any, offsets: Any, i
 
 
 @numba.njit(nogil=True, cache=True)
-def _least_of_best(total: Any, touched: Any, num_touched: int, wanted: int) -> Any:
-    """A score that about `wanted` of the touched rows reach, never fewer (where there are so many): a histogram."""
-    if num_touched <= wanted:
-        return -np.inf
-    low = high = total[touched[0]]
-    for index in range(num_touched):
-        low, high = min(low, total[touched[index]]), max(high, total[touched[index]])
-    if not high > low:
-        return -np.inf
+def least_of_best(values: Any, weights: Any, wanted: Any, total: Any) -> Any:
+    """A value that entries of about `wanted` of the `total` weight reach, never less, by a histogram; without weights
+    each counts 1."""
+    count = values.shape[0]
+    low = high = values[0] if count else np.float32(0.0)
+    for index in range(count):
+        low, high = min(low, values[index]), max(high, values[index])
+    if wanted >= total or not 0.0 < high - low < np.inf:
+        return np.float32(-np.inf)
     num_bins = 1024
     counts = np.zeros(num_bins + 1, dtype=np.int64)
     scale = np.float32(num_bins) / (high - low)
-    for index in range(num_touched):
-        counts[int((total[touched[index]] - low) * scale)] += 1
+    for index in range(count):
+        # Scores that are not finite have no bin of their own.
+        bin_ = min(max(int((values[index] - low) * scale), 0), num_bins)
+        counts[bin_] += weights[index] if weights.shape[0] else 1
     bin_, reached = num_bins, counts[num_bins]
-    while reached < wanted:
+    while reached < wanted and bin_ > 0:
         bin_ -= 1
         reached += counts[bin_]
     # One bin less, for the rounding of the division.
-    return low + (bin_ - 1) / scale
+    return low + np.float32(bin_ - 1) / scale
 
 
 @numba.njit(nogil=True, cache=True)

@@ -71,6 +71,8 @@ __all__ = [
     "train",
 ]
 
+_MANY_LABELS, _RAREST = 10_000_000, 100
+"""More labels than this, of which fewer than one in a hundred could occur, are ids with gaps."""
 _DEFAULT_PROPENSITY = (0.55, 1.5)
 """A and B of datasets that the registry does not know: the XMC repository's for all but Wikipedia and Amazon."""
 
@@ -432,6 +434,13 @@ def _memory_failures(config: Config, dataset: XmcDataset, training: Split) -> It
 def _training_data(dataset: XmcDataset, training: Split) -> TrainingData:
     from xmc_midx.forecast import TrainingData
 
+    positives, num_labels = training.labels.nnz, dataset.num_labels
+    if num_labels > _MANY_LABELS and _RAREST * positives < num_labels:
+        raise DataError(
+            f"{dataset.name} has {num_labels:,} labels, one more than the largest id, but only {positives:,} "
+            "positives.",
+            hint="Ids count from 0 and leave no large gaps: renumber them. `xmc-midx prepare` does that for raw text.",
+        )
     matrices = [
         m for split in (dataset.train, dataset.test) if split is not None for m in (split.features, split.labels)
     ]
@@ -611,7 +620,8 @@ def _check_labels(predictor: Predictor, dataset: XmcDataset, k: int) -> None:
 
 
 def _check_k(k: int, num_labels: int) -> None:
-    if not 1 <= k <= num_labels:
+    # Of fewer labels than that, the default is all of them.
+    if not 1 <= k <= max(num_labels, *DEFAULT_KS):
         raise UsageError(f"k is {k}; expected 1 to {num_labels}, the number of labels.")
 
 
@@ -713,7 +723,15 @@ def predict_stream(
         "deny": None if deny is None else _read_label_ids(Path(deny), predictor),
     }
     return PredictionStream(
-        predictor, input, options, text=text, shard=shard, live=live, reporter=reporter, model=_model_digest(Path(run))
+        predictor,
+        input,
+        options,
+        exact=exact,
+        text=text,
+        shard=shard,
+        live=live,
+        reporter=reporter,
+        model=_model_digest(Path(run)),
     )
 
 
@@ -737,6 +755,7 @@ class PredictionStream:
         source: str | Path | BinaryIO | Sequence[str] | csr_matrix,
         options: Mapping[str, Any],
         *,
+        exact: bool,
         text: bool | None,
         shard: tuple[int, int],
         live: bool,
@@ -744,6 +763,7 @@ class PredictionStream:
         model: str,
     ) -> None:
         self._predictor, self._source, self._options, self._text = predictor, source, options, text
+        self._exact = exact
         self._shard, self._live, self._reporter, self._model = shard, live, reporter, model
         self._next, self._input_sha256 = 0, ""
         self._num_answered, self._seconds = 0, 0.0
@@ -759,6 +779,7 @@ class PredictionStream:
         return {
             "model": self._model,
             "index": type(self._predictor.index).__name__,
+            "exact": self._exact,
             **self._options,
             **{name: None if ids is None else _digest_of(ids) for name, ids in lists.items()},
             "text": self._text,

@@ -286,11 +286,14 @@ class Predictor:
         if plain:
             return top
         result = TopK.empty(features.shape[0], k)
+        reference = top if allow is None and deny is None else self.index.search(query_BD, SHORTLIST)
 
         def rank(first: int, last: int) -> None:
             rows = slice(first, last)
             chunk = features if last - first == features.shape[0] else features[rows]
-            part = self._interpolate(top.rows(rows), query_BD[rows], chunk, k, allow, deny)
+            mine = top.rows(rows)
+            theirs = mine if reference is top else reference.rows(rows)
+            part = self._interpolate(mine, theirs, query_BD[rows], chunk, k, allow, deny)
             result.label_ids[rows], result.scores[rows] = part.label_ids, part.scores
 
         in_threads(rank, features.shape[0])
@@ -299,6 +302,7 @@ class Predictor:
     def _interpolate(
         self,
         top: TopK,
+        reference: TopK,
         query_BD: torch.Tensor,
         features: csr_matrix,
         k: int,
@@ -308,12 +312,18 @@ class Predictor:
         assert self.label_frequencies is not None, "an interpolation comes with the label frequencies"
         votes = None
         if self.neighbors is not None:
-            found = self.neighbors.search(features, self.interpolation.count)
-            votes = keep_labels(self.neighbors.votes(*found, self.interpolation.temperature), allow, deny)
+            settings = self.interpolation
+            found = self.neighbors.search(features, settings.count, budget=settings.budget)
+            votes = self.neighbors.votes(*found, settings.temperature)
             # The last step asks for a hundred labels; a search by cells promises the first five.
-            top = self.index.add(top, query_BD, votes)
+            is_all = reference is top
+            reference = self.index.add(reference, query_BD, votes)
+            votes = keep_labels(votes, allow, deny)
+            top = reference if is_all else self.index.add(top, query_BD, votes)
         margin_of = None if self.ranker is None else functools.partial(self.ranker.margins, features)
-        return interpolate(top, votes, self.label_frequencies, self.interpolation, k, margin_of=margin_of)
+        return interpolate(
+            top, votes, self.label_frequencies, self.interpolation, k, margin_of=margin_of, reference=reference
+        )
 
     def _features(self, instances: Instances) -> csr_matrix:
         features = self._read(instances)

@@ -30,7 +30,10 @@ _PASSES = 6
 _TOLERANCE = 0.1
 """Largest projected gradient at which a label is done."""
 _SMALLEST = 0.2
-"""Smaller weights are dropped: a fifth are left, and rank as well (EXPERIMENTS.md, "Linear ranker")."""
+"""Smaller weights are dropped, for rows of length 1 with `_VALUES` values: a fifth are left, and rank as well
+(EXPERIMENTS.md, "Linear ranker")."""
+_VALUES = 100
+"""Of a row: more of them make up a margin by smaller weights."""
 _BLOCK = 1 << 21
 """Weights held at once, before the small ones are dropped."""
 
@@ -218,11 +221,12 @@ def _train(
             if largest < tolerance:
                 break
         start = used
+        least = smallest * _weight_size(row_offsets, squares, instances[first : first + count], diagonal)
         for place in range(count):
             row = instances[first + place]
             for entry in range(row_offsets[row], row_offsets[row + 1]):
                 feature = row_ids[entry]
-                if weight[feature] != 0.0 and abs(weight[feature]) >= smallest:
+                if weight[feature] != 0.0 and abs(weight[feature]) >= least:
                     found_ids[used] = feature
                     found_weights[used] = weight[feature]
                     used += 1
@@ -230,6 +234,18 @@ def _train(
         sizes[label - begin] = used - start
         bias[label - begin] = offset
     return used
+
+
+@numba.njit(nogil=True, cache=True)
+def _weight_size(row_offsets: Any, squares: Any, instances: Any, diagonal: Any) -> Any:
+    """About how large the weights of these rows come out, to those of rows of length 1 with `_VALUES` values or fewer:
+    of a single row x with n values, they are x_j / (|x|^2 + diagonal), and x_j is |x| / sqrt(n)."""
+    square, values = 0.0, 0
+    for row in instances:
+        square += squares[row] / instances.shape[0]
+        values += row_offsets[row + 1] - row_offsets[row]
+    length = np.sqrt(square) * (1.0 + diagonal) / (square + diagonal)
+    return length * np.sqrt(min(1.0, _VALUES * instances.shape[0] / max(values, 1)))
 
 
 @numba.njit(nogil=True, cache=True)

@@ -120,7 +120,7 @@ def _share_of_labels(tree: dict[str, dict[str, Any]], shape: DataShape) -> float
 
 def _label_learning_rate(share: float, num_steps: float) -> float:
     """Rows that are updated at every step of a long training need small steps, rows that are met a few times need
-    large ones: the rate falls with the root of a row's updates (EXPERIMENTS.md, "Label rates"). Where labels are
-    sampled, less than 0.01 was no better."""
+    large ones: the rate falls with the root of a row's updates (EXPERIMENTS.md, "Label rates"). Where a part of the
+    labels is sampled, less than 0.01 was no better; the bound falls to 0.001 where all of them are."""
     rate = 4e-3 * math.sqrt(1000 / max(share * num_steps, 1.0))
-    return min(2e-2, max(1e-3 if share == 1.0 else 1e-2, rate))
+    return min(2e-2, max(1e-3 + 9e-3 * (1.0 - share * share), rate))

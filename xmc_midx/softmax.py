@@ -439,6 +439,16 @@ class MIDXSoftmax(LabelSoftmax):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        for name, size in (("num_labels", num_labels), ("num_codewords", num_codewords), ("num_draws", num_draws)):
+            if not isinstance(size, str) and size < 1:
+                raise ValueError(f"{name} is {size}: expected at least 1")
+        if num_instances is not None and num_instances < 1:
+            raise ValueError(f"num_instances is {num_instances}: expected at least 1")
+        if label_frequencies is not None:
+            label_frequencies = torch.as_tensor(label_frequencies)
+            if label_frequencies.shape != (num_labels,):
+                shape = tuple(label_frequencies.shape)
+                raise ValueError(f"label_frequencies has the shape {shape}: expected ({num_labels},), a count a label")
         codewords = auto_num_codewords(num_labels) if isinstance(num_codewords, str) else num_codewords
         if isinstance(num_draws, str):
             num_draws = auto_num_draws(num_labels) if estimator == "pool" else 64

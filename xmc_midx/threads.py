@@ -1,4 +1,4 @@
-"""Layer 1. Compiled code in several threads, and memory that a thread keeps for it."""
+"""Layer 1. Compiled code in several threads; memory that a thread keeps for it, or asks for ahead."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["in_threads", "zeros"]
+__all__ = ["in_threads", "touch", "zeros"]
 
 _PARALLEL = 8
 """Rows from which threads are worth their start."""
 _PARTS = 4
 """Of the rows for each thread: some take longer than others."""
+_LINE = 64
+"""Bytes of a cache line."""
 _LOCAL = threading.local()
 
 
@@ -54,3 +56,16 @@ def zeros(size: int, dtype: type[np.number[Any]]) -> NDArray[Any]:
         found = _LOCAL.zeros[dtype] = np.zeros(size, dtype=dtype)
     view: NDArray[Any] = found[:size]
     return view
+
+
+@numba.njit(nogil=True, cache=True)
+def touch(values: Any, first: int, last: int) -> float:
+    """Read an entry of each cache line of `values[first:last]`; their sum, which the caller has to return.
+
+    Compiled code that is to read many places, each anyone's guess, touches them all first: the processor then waits
+    for them side by side, and not for one after the other. Without a use of the sum the compiler would leave it out.
+    """
+    total = 0.0
+    for place in range(first, last, max(1, _LINE // values.itemsize)):
+        total += values[place]
+    return total

@@ -24,6 +24,9 @@ from xmc_midx.types import Batch, EpochStats, Reporter
 
 __all__ = ["Trainer"]
 
+_START_POSITIVES = 1 << 16
+"""Copies of queries at once, where the label rows start from the mean of their instances."""
+
 
 class Trainer:
     """Trains an encoder and a label softmax on a stream of batches.
@@ -240,7 +243,10 @@ def _start_from_mean_instances(encoder: SparseEncoder, softmax: LabelSoftmax, st
         label_ids, which, counts = torch.unique(
             torch.from_numpy(labels.col).long().to(device), return_inverse=True, return_counts=True
         )
-        sums = query_BD.new_zeros(label_ids.shape[0], query_BD.shape[1]).index_add_(0, which, query_BD[instances])
+        sums = query_BD.new_zeros(label_ids.shape[0], query_BD.shape[1])
+        # A part at a time: of instances with many labels, the copies would be larger than the model.
+        for part in torch.split(torch.arange(len(which), device=device), _START_POSITIVES):
+            sums.index_add_(0, which[part], query_BD[instances[part]])
         add_to_rows(weight_LD, label_ids, sums, seed=rows.start)
         counts_L.index_add_(0, label_ids, counts.to(counts_L.dtype))
     weight_LD.div_(counts_L.clamp(min=1)[:, None])

@@ -37,7 +37,8 @@ _BATCH_BYTES = 16 * 2**20
 _MAX_SIZE = 2**31 - 1
 _LOOK_BYTES = 65536
 """Of the first line: what is looked at."""
-_ROW = re.compile(rb"[\d\s.,+-]*|.*\d:[\d.+-].*", re.DOTALL)
+_NUMBERS = re.compile(rb"[\d\s.,+-]*")
+_FEATURE = re.compile(rb"\d+:[\d.+-].*")
 _HEADER = re.compile(rb"[ \t]*\d+[ \t]+\d+(?:[ \t]+\d+)?[ \t]*\r?")
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
 """How gzip, bzip2 and xz streams begin."""
@@ -46,9 +47,13 @@ _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
 def looks_like_text(line: bytes) -> bool:
     """Whether a first line is neither a header nor sparse features.
 
-    In doubt it is not: rows that were taken for text would be answered, and wrongly, without a complaint.
+    In doubt it is not: rows that were taken for text would be answered, and wrongly, without a complaint. A time of
+    day or a ratio in a sentence leaves no doubt: of a row, half of the words at least are features.
     """
-    return not line.startswith(_COMPRESSED) and not _ROW.fullmatch(line.strip())
+    if line.startswith(_COMPRESSED) or _NUMBERS.fullmatch(line):
+        return False
+    words = line.split()
+    return 2 * sum(_FEATURE.fullmatch(word) is not None for word in words) < len(words)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,6 +219,8 @@ class InstanceReader:
             if self._is_never_text and looks_like_text(text.partition(b"\n")[0][:_LOOK_BYTES]):
                 hint = "Is this raw text? The model has no vocabulary, so it reads rows of features alone."
                 raise DataError(error.message, hint=hint) from None
+            if self.is_text is False and not self._is_never_text and error.hint is None:
+                raise DataError(error.message, hint="Are the lines raw text? --text says so.") from None
             raise
         return rows_matrix(rows, self._num_features)
 

@@ -84,6 +84,8 @@ class Interpolation:
     """Neighbours of an instance."""
     budget: int = 8192
     """Entries of the neighbours' lists that an instance reads (`xmc_midx.neighbors.tune_budget`)."""
+    idf_power: float = 0.0
+    """Of the neighbours' features (`xmc_midx.neighbors.choose_idf_power`)."""
 
     @property
     def coefficients(self) -> _Floats:
@@ -98,7 +100,7 @@ class Interpolation:
         """What `as_dict` gave; anything else is a DataError."""
         try:
             # Older runs have no ranker, and the budget of their time.
-            known = {"margin": 0.0, "budget": 8192} | dict(values)
+            known = {"margin": 0.0, "budget": 8192, "idf_power": 0.0} | dict(values)
             typed = {field.name: float(known[field.name]) for field in fields(cls)}
             return cls(**typed | {name: int(known[name]) for name in ("count", "budget")})  # type: ignore[arg-type]
         except (KeyError, TypeError, ValueError) as error:

@@ -27,11 +27,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from scipy.sparse import csr_matrix
 
+from xmc_midx.data.features import normalize_rows
 from xmc_midx.tensorfile import write_arrays
 from xmc_midx.threads import in_threads, touch, zeros
 from xmc_midx.topk import exact_topk
 
-__all__ = ["NeighborIndex", "insert_best", "least_of_best", "save_rows", "tune_budget"]
+__all__ = ["NeighborIndex", "choose_idf_power", "insert_best", "least_of_best", "save_rows", "tune_budget"]
 
 _MAX_SHARE = 0.1
 """A feature of more than this share of the rows is left out: such lists are long and say little (EXPERIMENTS.md,
@@ -50,6 +51,10 @@ their `_TARGET_COUNT` nearest, or the most."""
 _TARGET_RECALL, _TARGET_COUNT = 0.95, 10
 _ASKED = 200
 """Held-out instances that are asked."""
+_IDF_POWERS = (0.0, 0.5)
+_COMPARED, _COMPARED_QUERIES = 30_000, 1000
+"""Rows and queries by which they are compared, at most."""
+_TEMPERATURE = 0.1
 _CANDIDATES = 3
 """Rows that are rescored for each neighbour asked for."""
 _LEVELS = 40
@@ -65,10 +70,14 @@ class NeighborIndex:
     ----------
     features : (N, F) float, rows of unit length: the inner product is the cosine.
     labels : (N, L); a stored value is a label of the row.
+    idf_power : values, of rows and queries, are multiplied by this power of log((N + 1) / (n + 1)) + 1 for a feature of
+        n rows, and scaled to unit length again; 0: as they are.
     """
 
-    def __init__(self, features: csr_matrix, labels: csr_matrix) -> None:
+    def __init__(self, features: csr_matrix, labels: csr_matrix, *, idf_power: float = 0.0) -> None:
         assert features.shape[0] == labels.shape[0], "features and labels are rows of the same instances"
+        self._weights = _feature_weights(features, idf_power) if idf_power else None
+        features = self._weighted(features)
         self.num_features = int(features.shape[1])
         self.labels = csr_matrix(
             (np.ones(labels.nnz, dtype=np.float32), labels.indices, labels.indptr), shape=labels.shape
@@ -90,9 +99,15 @@ class NeighborIndex:
         return int(self.labels.shape[0])
 
     @classmethod
-    def load(cls, path: Path) -> NeighborIndex:
+    def load(cls, path: Path, *, idf_power: float = 0.0) -> NeighborIndex:
         """The index over what `save_rows` wrote; a ValueError, LookupError or SafetensorError where it is not that."""
-        return cls(*_read_rows(load_file(path)))
+        return cls(*_read_rows(load_file(path)), idf_power=idf_power)
+
+    def _weighted(self, features: csr_matrix) -> csr_matrix:
+        if self._weights is None:
+            return features
+        values = features.data * self._weights[features.indices]
+        return normalize_rows(csr_matrix((values, features.indices, features.indptr), shape=features.shape))
 
     def search(
         self, features: csr_matrix, count: int, *, budget: int | None = None
@@ -109,7 +124,7 @@ class NeighborIndex:
         where fewer rows share a feature with the query. The inner products are exact in any case.
         """
         assert features.shape[1] == self.num_features, "queries and training rows have the same features"
-        num_rows = features.shape[0]
+        num_rows, features = features.shape[0], self._weighted(features)
         if self._dense is not None:
             top = exact_topk(_dense(features), self._dense, None, count)
             return top.label_ids, np.where(top.label_ids < 0, np.float32(0.0), top.scores)
@@ -172,6 +187,39 @@ def tune_budget(index: NeighborIndex, features: csr_matrix, count: int) -> int:
         if (found_BK >= last_B1 * (1.0 - 1e-5)).sum() >= _TARGET_RECALL * wanted:
             return budget
     return _BUDGETS[-1]
+
+
+def choose_idf_power(features: csr_matrix, labels: csr_matrix, count: int, *, seed: int = 0) -> float:
+    """The power with which the neighbours' votes are best: P@1, P@3 and P@5 of some rows by all others.
+
+    Parameters
+    ----------
+    features, labels : as of `NeighborIndex`; of many rows, a random part is looked at.
+    count : neighbours that vote.
+    """
+    order = np.random.default_rng((seed, 3)).permutation(features.shape[0])
+    part = np.sort(order[:_COMPARED])
+    features, labels = features[part], labels[part]
+    asked = np.sort(np.random.default_rng((seed, 4)).permutation(len(part))[:_COMPARED_QUERIES])
+    quality = []
+    for power in _IDF_POWERS:
+        index = NeighborIndex(features, labels, idf_power=power)
+        rows_BK, scores_BK = index.search(features[asked], count + 1, budget=_BUDGETS[-1])
+        # A row is its own nearest.
+        rows_BK[rows_BK == asked[:, None]] = -1
+        votes = index.votes(rows_BK, scores_BK, _TEMPERATURE)
+        quality.append(np.mean([_precision(votes, labels[asked], k) for k in (1, 3, 5)]))
+    return _IDF_POWERS[int(np.argmax(quality))]
+
+
+def _precision(votes: csr_matrix, labels: csr_matrix, k: int) -> float:
+    """P@k of the most voted labels."""
+    hits = 0
+    for row in range(votes.shape[0]):
+        mine = slice(votes.indptr[row], votes.indptr[row + 1])
+        best = votes.indices[mine][np.lexsort((votes.indices[mine], -votes.data[mine]))[:k]]
+        hits += np.isin(best, labels.indices[labels.indptr[row] : labels.indptr[row + 1]]).sum()
+    return float(hits) / (k * max(votes.shape[0], 1))
 
 
 def save_rows(path: Path, features: csr_matrix, labels: csr_matrix) -> str:
@@ -267,6 +315,13 @@ def _levels(values: NDArray[Any]) -> NDArray[np.uint8]:
         with np.errstate(divide="ignore"):
             found[part] = np.clip(np.ceil(-2.0 * np.log2(np.abs(values[part], dtype=np.float32))), 0, _LEVELS)
     return found
+
+
+def _feature_weights(features: csr_matrix, power: float) -> NDArray[np.float32]:
+    """(F,): of a feature that is left out, or in no row, 0."""
+    counts = np.bincount(features.indices, minlength=features.shape[1])
+    idf = np.log((features.shape[0] + 1.0) / (counts + 1.0)) + 1.0
+    return np.where((counts > 0) & _kept_features(features), idf**power, 0.0).astype(np.float32)
 
 
 def _kept_features(features: csr_matrix) -> NDArray[np.bool_]:

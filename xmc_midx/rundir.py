@@ -11,6 +11,7 @@ interpolation.json   what is added to the model: neighbors.safetensors (training
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
@@ -349,11 +350,12 @@ class RunDirectory:
         if not (self.path / _INTERPOLATION).exists():
             return None
         values = self.read_json(_INTERPOLATION)
-        neighbors = self._read_added(values, _NEIGHBORS, "neighbors_sha256", NeighborIndex.load, verify)
+        settings = Interpolation.from_dict(values)
+        read_rows = functools.partial(NeighborIndex.load, idf_power=settings.idf_power)
+        neighbors = self._read_added(values, _NEIGHBORS, "neighbors_sha256", read_rows, verify)
         ranker = self._read_added(
             values, _RANKER, "ranker_sha256", lambda path: LinearRanker.from_arrays(load_file(path)), verify
         )
-        settings = Interpolation.from_dict(values)
         if (settings.needs_neighbors and neighbors is None) or (settings.needs_ranker and ranker is None):
             raise DataError(f"{self.path / _INTERPOLATION}: names no file of what it needs.", hint="It was edited.")
         return settings, neighbors, ranker

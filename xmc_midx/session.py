@@ -31,7 +31,7 @@ from xmc_midx.errors import DataError, DivergedError
 from xmc_midx.index import CellIndex, build_index, tune_effort
 from xmc_midx.interpolation import SHORTLIST, Interpolation, fit_interpolation, interpolate
 from xmc_midx.metrics import evaluate_topk
-from xmc_midx.neighbors import NeighborIndex, tune_budget
+from xmc_midx.neighbors import NeighborIndex, choose_idf_power, tune_budget
 from xmc_midx.predictor import Predictor
 from xmc_midx.quantization import StoredTable
 from xmc_midx.ranker import LinearRanker
@@ -250,12 +250,14 @@ class TrainingSession:
         features, labels = self.held_out
         shortlist = self._predict(features, SHORTLIST, stage="shortlist")
         release_freed_memory()
-        neighbors, found, budget, ranker, margin_of = None, None, None, None, None
+        neighbors, found, ranker, margin_of = None, None, None, None
         if self.config.neighbors.enabled:
             self.reporter.start("neighbours", None)
-            neighbors = NeighborIndex(self.trainer.stream.features, self.trainer.stream.labels)
-            budget = tune_budget(neighbors, features, self.config.neighbors.count)
-            found = neighbors.search(features, self.config.neighbors.count, budget=budget)
+            known, count = (self.trainer.stream.features, self.trainer.stream.labels), self.config.neighbors.count
+            idf_power = choose_idf_power(*known, count, seed=self.config.training.seed)
+            neighbors = NeighborIndex(*known, idf_power=idf_power)
+            budget = tune_budget(neighbors, features, count)
+            found = neighbors.search(features, count, budget=budget)
         if self.config.ranker.enabled:
             ranker = self._train_ranker()
             margin_of = functools.partial(ranker.margins, features)
@@ -269,8 +271,8 @@ class TrainingSession:
         chosen = fit_interpolation(
             shortlist, neighbors, found, labels, self.frequencies, num_train, margin_of=margin_of
         )
-        if budget is not None:
-            chosen = dataclasses.replace(chosen, budget=budget)
+        if neighbors is not None:
+            chosen = dataclasses.replace(chosen, budget=budget, idf_power=idf_power)
         votes = None
         if neighbors is not None and found is not None:
             votes = neighbors.votes(*found, chosen.temperature)

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from xmc_midx import neighbors as module
 from xmc_midx.data.features import normalize_rows
-from xmc_midx.neighbors import NeighborIndex, save_rows, tune_budget
+from xmc_midx.neighbors import NeighborIndex, choose_idf_power, save_rows, tune_budget
 
 
 def random_rows(
@@ -124,6 +124,53 @@ def test_the_budget_is_the_least_that_finds_the_nearest(monkeypatch: pytest.Monk
     }
     assert chosen == min(budget for budget, found in recall.items() if found >= 0.95), recall
     assert 50 < chosen < 6400
+
+
+def words(num_rows: int, *, topic_weight: int, seed: int) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+    """Binary rows of common words, and one or more rare ones that name the label."""
+    rng = np.random.default_rng(seed)
+    values = np.zeros((num_rows, 300), dtype=np.float32)
+    classes = rng.integers(50, size=num_rows)
+    for row, label in zip(values, classes, strict=True):
+        row[rng.choice(50, 20, replace=False)] = 1.0
+        row[50 + 5 * label + rng.choice(5, topic_weight, replace=False)] = 1.0
+    labels = sp.csr_matrix((np.ones(num_rows), (np.arange(num_rows), classes)), shape=(num_rows, 50))
+    return normalize_rows(sp.csr_matrix(values)), labels
+
+
+def test_rare_features_count_more_where_that_makes_better_neighbours() -> None:
+    rows, labels = words(1500, topic_weight=2, seed=1)
+    assert choose_idf_power(rows, labels, 20) == 0.5
+    # Rare words that say nothing, common ones that name the label.
+    rng = np.random.default_rng(2)
+    values = np.zeros((1500, 700), dtype=np.float32)
+    classes = rng.integers(20, size=1500)
+    values[np.arange(1500), classes] = 1.0
+    for row in values:
+        row[20 + rng.choice(680, 12, replace=False)] = 1.0
+    labels = sp.csr_matrix((np.ones(1500), (np.arange(1500), classes)), shape=(1500, 20))
+    assert choose_idf_power(normalize_rows(sp.csr_matrix(values)), labels, 20) == 0.0
+
+
+@pytest.mark.parametrize("small", [10, 20_000])
+def test_weighted_neighbours_are_those_of_weighted_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: int
+) -> None:
+    monkeypatch.setattr(module, "_SMALL", small)
+    monkeypatch.setattr(module, "_MIN_MASS", 0.0)
+    rows, labels = words(400, topic_weight=2, seed=3)
+    queries, _ = words(30, topic_weight=2, seed=4)
+    counts = np.bincount(rows.indices, minlength=300)
+    weights = np.sqrt(np.log(401 / (counts + 1)) + 1.0) * (counts > 0)
+    if small == 10:
+        weights *= counts <= 40
+    dense, asked = (part.toarray().astype(np.float64) * weights for part in (rows, queries))
+    truth = (asked / np.linalg.norm(asked, axis=1)[:, None]) @ (dense / np.linalg.norm(dense, axis=1)[:, None]).T
+    _, scores = NeighborIndex(rows, labels, idf_power=0.5).search(queries, 9)
+    np.testing.assert_allclose(scores, -np.sort(-truth, axis=1)[:, :9], atol=1e-5)
+    save_rows(tmp_path / "rows.safetensors", rows, labels)
+    _, again = NeighborIndex.load(tmp_path / "rows.safetensors", idf_power=0.5).search(queries, 9)
+    np.testing.assert_allclose(again, scores, atol=0.02)
 
 
 def test_dense_rows_have_the_neighbours_of_a_full_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

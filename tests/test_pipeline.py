@@ -487,6 +487,31 @@ def test_more_results_than_labels_or_none_are_refused(trained: TrainResult, topi
         evaluate(trained.run, data=topic_dir, ks=(1, k))
 
 
+@pytest.mark.parametrize("num_labels", [1, 3])
+def test_the_defaults_work_with_fewer_than_five_labels(tmp_path: Path, num_labels: int) -> None:
+    rng = np.random.default_rng(num_labels)
+    for split, rows in (("train", 60), ("test", 20)):
+        lines = [f"{rng.integers(num_labels)} {rng.integers(6)}:1.0" for _ in range(rows)]
+        write_xmc(tmp_path / f"{split}.txt", f"{rows} 6 {num_labels}\n" + "\n".join(lines) + "\n")
+    run = train(tmp_path, output=tmp_path / "run", config=make_config()).run
+    top = predict(run, input=tmp_path / "test.txt").top
+    assert top.label_ids.shape == (20, num_labels) and (np.sort(top.label_ids) == np.arange(num_labels)).all()
+    metrics = evaluate(run, data=tmp_path).report.metrics
+    assert metrics["P@5"] == pytest.approx(1 / 5), "each instance has one label, and all are among the five best"
+    with pytest.raises(UsageError, match=f"k is 6; expected 1 to {num_labels}"):
+        predict(run, input=tmp_path / "test.txt", k=6)
+
+
+def test_label_ids_with_huge_gaps_are_refused_before_the_memory_is_gone(tmp_path: Path) -> None:
+    lines = [f"{label} 0:1.0 1:0.5" for label in (0, 7, 1_499_999_999)] * 20
+    write_xmc(tmp_path / "train.svm", "\n".join(lines) + "\n")
+    with pytest.raises(
+        DataError, match="has 1,500,000,000 labels, one more than the largest id, but only 60"
+    ) as caught:
+        train(tmp_path, output=tmp_path / "run", config=make_config())
+    assert caught.value.hint is not None and "renumber" in caught.value.hint
+
+
 def test_a_model_of_other_data_is_refused(trained: TrainResult, tmp_path: Path) -> None:
     other_features = write_xmc(tmp_path / "features.txt", "1 7 23\n2 0:1.0\n")
     with pytest.raises(DataError, match="7 features; the model was trained with 40"):

@@ -321,6 +321,7 @@ def test_going_on_with_other_options_or_another_input_is_refused(
         (["--threshold", "1"], "threshold"),
         (["--deny", str(lists)], "deny"),
         (["--text"], "text"),
+        (["--exact"], "exact"),
         (["--shard", "1/2"], "shard"),
     ):
         assert call(run, big, "-o", out, "--resume", *options) == 2

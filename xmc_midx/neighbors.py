@@ -76,7 +76,8 @@ class NeighborIndex:
 
     def __init__(self, features: csr_matrix, labels: csr_matrix, *, idf_power: float = 0.0) -> None:
         assert features.shape[0] == labels.shape[0], "features and labels are rows of the same instances"
-        self._weights = _feature_weights(features, idf_power) if idf_power else None
+        self._kept = _kept_features(features)
+        self._weights = _feature_weights(features, self._kept, idf_power) if idf_power else None
         features = self._weighted(features)
         self.num_features = int(features.shape[1])
         self.labels = csr_matrix(
@@ -85,7 +86,6 @@ class NeighborIndex:
         self._dense = _dense(features) if _is_dense(features) else None
         if self._dense is not None:
             return
-        self._kept = _kept_features(features)
         self._local = threading.local()
         self._offsets, self._rows, self._values, self._prefixes = _inverted_lists(features, self._kept)
         self._forward = (
@@ -317,11 +317,11 @@ def _levels(values: NDArray[Any]) -> NDArray[np.uint8]:
     return found
 
 
-def _feature_weights(features: csr_matrix, power: float) -> NDArray[np.float32]:
+def _feature_weights(features: csr_matrix, kept: NDArray[np.bool_], power: float) -> NDArray[np.float32]:
     """(F,): of a feature that is left out, or in no row, 0."""
     counts = np.bincount(features.indices, minlength=features.shape[1])
     idf = np.log((features.shape[0] + 1.0) / (counts + 1.0)) + 1.0
-    return np.where((counts > 0) & _kept_features(features), idf**power, 0.0).astype(np.float32)
+    return np.where((counts > 0) & kept, idf**power, 0.0).astype(np.float32)
 
 
 def _kept_features(features: csr_matrix) -> NDArray[np.bool_]:

@@ -716,7 +716,7 @@ def predict_stream(
         # Someone may wait for the first answer: what is loaded at first use is loaded before it.
         predictor.warm_up()
     options = {
-        "k": k,
+        "k": min(k, predictor.num_labels),
         "scores": scores,
         "threshold": threshold,
         "allow": None if allow is None else _read_label_ids(Path(allow), predictor),

@@ -22,7 +22,6 @@ from typing import Any
 
 import numba
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from scipy.sparse import csr_matrix
@@ -30,7 +29,7 @@ from scipy.sparse import csr_matrix
 from xmc_midx.data.features import normalize_rows
 from xmc_midx.tensorfile import write_arrays
 from xmc_midx.threads import in_threads, touch, zeros
-from xmc_midx.topk import exact_topk
+from xmc_midx.types import DEFAULT_KS
 
 __all__ = ["NeighborIndex", "choose_idf_power", "insert_best", "least_of_best", "save_rows", "tune_budget"]
 
@@ -126,8 +125,7 @@ class NeighborIndex:
         assert features.shape[1] == self.num_features, "queries and training rows have the same features"
         num_rows, features = features.shape[0], self._weighted(features)
         if self._dense is not None:
-            top = exact_topk(_dense(features), self._dense, None, count)
-            return top.label_ids, np.where(top.label_ids < 0, np.float32(0.0), top.scores)
+            return _dense_search(_dense(features), self._dense, count)
         rows_BK = np.full((num_rows, count), -1, dtype=np.int64)
         scores_BK = np.zeros((num_rows, count), dtype=np.float32)
         queries = (features.indptr.astype(np.int64), features.indices, features.data.astype(np.float32))
@@ -208,18 +206,20 @@ def choose_idf_power(features: csr_matrix, labels: csr_matrix, count: int, *, se
         # A row is its own nearest.
         rows_BK[rows_BK == asked[:, None]] = -1
         votes = index.votes(rows_BK, scores_BK, _TEMPERATURE)
-        quality.append(np.mean([_precision(votes, labels[asked], k) for k in (1, 3, 5)]))
+        quality.append(_mean_precision(votes, labels[asked]))
     return _IDF_POWERS[int(np.argmax(quality))]
 
 
-def _precision(votes: csr_matrix, labels: csr_matrix, k: int) -> float:
-    """P@k of the most voted labels."""
-    hits = 0
+def _mean_precision(votes: csr_matrix, labels: csr_matrix) -> float:
+    """The mean of P@1, P@3 and P@5 of the most voted labels."""
+    weight_K = np.array([1 / k for k in DEFAULT_KS]) @ (np.arange(max(DEFAULT_KS)) < np.array(DEFAULT_KS)[:, None])
+    total = 0.0
     for row in range(votes.shape[0]):
         mine = slice(votes.indptr[row], votes.indptr[row + 1])
-        best = votes.indices[mine][np.lexsort((votes.indices[mine], -votes.data[mine]))[:k]]
-        hits += np.isin(best, labels.indices[labels.indptr[row] : labels.indptr[row + 1]]).sum()
-    return float(hits) / (k * max(votes.shape[0], 1))
+        best = votes.indices[mine][np.lexsort((votes.indices[mine], -votes.data[mine]))[: len(weight_K)]]
+        hits = np.isin(best, labels.indices[labels.indptr[row] : labels.indptr[row + 1]])
+        total += float(weight_K[: len(hits)] @ hits)
+    return total / (len(DEFAULT_KS) * max(votes.shape[0], 1))
 
 
 def save_rows(path: Path, features: csr_matrix, labels: csr_matrix) -> str:
@@ -334,8 +334,28 @@ def _kept_features(features: csr_matrix) -> NDArray[np.bool_]:
     return kept
 
 
-def _dense(features: csr_matrix) -> torch.Tensor:
-    return torch.from_numpy(features.toarray().astype(np.float32, copy=False))
+def _dense(features: csr_matrix) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = features.toarray().astype(np.float32, copy=False)
+    return found
+
+
+def _dense_search(
+    query_BF: NDArray[np.float32], row_NF: NDArray[np.float32], count: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """As `NeighborIndex.search`, from all products."""
+    num_rows, most = query_BF.shape[0], min(count, row_NF.shape[0])
+    rows_BK = np.full((num_rows, count), -1, dtype=np.int64)
+    scores_BK = np.zeros((num_rows, count), dtype=np.float32)
+    step = max(1, _CHUNK // row_NF.shape[0])
+    for begin in range(0, num_rows, step):
+        part = slice(begin, begin + step)
+        products = query_BF[part] @ row_NF.T
+        best = np.argpartition(-products, most - 1, axis=1)[:, :most]
+        score = np.take_along_axis(products, best, axis=1)
+        order = np.lexsort((best, -score), axis=1)
+        rows_BK[part, :most] = np.take_along_axis(best, order, axis=1)
+        scores_BK[part, :most] = np.take_along_axis(score, order, axis=1)
+    return rows_BK, scores_BK
 
 
 def _is_dense(features: csr_matrix) -> bool:

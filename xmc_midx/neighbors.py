@@ -51,7 +51,7 @@ _TARGET_RECALL, _TARGET_COUNT = 0.95, 10
 _ASKED = 200
 """Held-out instances that are asked."""
 _IDF_POWERS = (0.0, 0.5)
-_COMPARED, _COMPARED_QUERIES = 30_000, 1000
+_COMPARED, _COMPARED_QUERIES = 20_000, 500
 """Rows and queries by which they are compared, at most."""
 _TEMPERATURE = 0.1
 _CANDIDATES = 3

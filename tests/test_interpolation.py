@@ -256,6 +256,11 @@ def test_settings_survive_their_dictionary_and_a_damaged_one_is_a_data_error() -
     assert Interpolation.from_dict(settings.as_dict()) == settings
     with pytest.raises(DataError, match=r"interpolation\.json"):
         Interpolation.from_dict(settings.as_dict() | {"votes": "many"})
+    old = {name: value for name, value in settings.as_dict().items() if name not in ("margin", "budget", "idf_power")}
+    assert Interpolation.from_dict(old) == settings
+    for wrong in ({"idf_power": 11.0}, {"idf_power": float("nan")}, {"budget": 0}, {"votes": float("inf")}):
+        with pytest.raises(DataError, match="out of range"):
+            Interpolation.from_dict(settings.as_dict() | wrong)
 
 
 def test_exact_search_and_interpolation_agree_on_pads() -> None:

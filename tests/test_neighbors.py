@@ -250,6 +250,8 @@ def test_counts_that_lie_are_refused(tmp_path: Path) -> None:
         {"labels.ids": np.full_like(arrays["labels.ids"], 6)},
         {"features.ids": np.full_like(arrays["features.ids"], 12)},
         {"features.scale": arrays["features.scale"][:-1]},
+        {"features.scale": np.full_like(arrays["features.scale"], np.nan)},
+        {"features.scale": np.full_like(arrays["features.scale"], np.inf)},
         {"features.values": arrays["features.values"][:-1]},
         {"num_features_and_labels": np.array([2**40, 6])},
     ):
@@ -264,3 +266,13 @@ def test_the_rows_have_unit_length_and_empty_ones_stay() -> None:
     has_features = np.diff(rows.indptr) > 0
     np.testing.assert_allclose(lengths[has_features], 1.0, rtol=1e-6)
     assert not lengths[~has_features].any()
+
+
+def test_sums_that_are_no_numbers_do_not_lead_out_of_bounds() -> None:
+    rows = random_rows(40, 60, 0.2, seed=4)
+    rows.data[:] = np.where(np.arange(rows.nnz) % 2, 3e38, -3e38)
+    queries = random_rows(9, 60, 0.5, seed=6)
+    queries.data[:] = 1e3
+    # Infinity less infinity: such a row looks new at each of its entries, of which there are far more than rows.
+    found, _ = NeighborIndex(rows, random_rows(40, 5, 0.3, seed=5)).search(queries, 5)
+    assert ((found >= -1) & (found < 40)).all()

@@ -57,6 +57,7 @@ _WORTH = 5e-4
 """What neighbours or ranker must add to the mean of P and PSP to be kept: they cost space and time."""
 _ENOUGH = 1000
 """Held-out instances from which that can be told; fewer keep all that is there, and the fit weighs it."""
+_ADDED_LATER = ("margin", "budget", "idf_power")
 _NAMES = ("model", "mixture", "votes", "frequency", "outside", "margin")
 _BOUNDS = ((0.0, None), (0.0, None), (0.0, None), (None, None), (None, 0.0), (0.0, None))
 """Of the coefficients: more mass, votes or margin never lower a score, absence from the shortlist never raises it."""
@@ -99,9 +100,11 @@ class Interpolation:
     def from_dict(cls, values: Mapping[str, Any]) -> Interpolation:
         """What `as_dict` gave; anything else is a DataError."""
         try:
-            # Older runs have no ranker, and the budget of their time.
-            known = {"margin": 0.0, "budget": 8192, "idf_power": 0.0} | dict(values)
+            # What older runs do not say has its default.
+            known = {name: getattr(cls(), name) for name in _ADDED_LATER} | dict(values)
             typed = {field.name: float(known[field.name]) for field in fields(cls)}
+            if not (np.isfinite([*typed.values()]).all() and typed["budget"] >= 1 and abs(typed["idf_power"]) <= 10):
+                raise ValueError("a number that is out of range")
             return cls(**typed | {name: int(known[name]) for name in ("count", "budget")})  # type: ignore[arg-type]
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"interpolation.json: {error!r}; expected what `train` wrote.") from None

@@ -58,6 +58,8 @@ _CANDIDATES = 3
 """Rows that are rescored for each neighbour asked for."""
 _LEVELS = 40
 """Of the sizes of a list's values, each 2^(-1/2) of the one before: how far a list is read is looked up by level."""
+_LARGEST = 1e30
+"""Of a stored row's values, in units of a 127th."""
 _CHUNK = 1 << 22
 """Entries at once, where the lists are made."""
 
@@ -130,7 +132,7 @@ class NeighborIndex:
         scores_BK = np.zeros((num_rows, count), dtype=np.float32)
         queries = (features.indptr.astype(np.int64), features.indices, features.data.astype(np.float32))
         lists = (self._offsets, self._rows, self._values, self._prefixes)
-        most_read = np.iinfo(np.int64).max if budget is None else budget
+        most_read = np.iinfo(np.int64).max if budget is None else min(budget, np.iinfo(np.int64).max)
 
         def run(begin: int, end: int) -> None:
             total, dense = self._workspace()
@@ -259,6 +261,8 @@ def _read_rows(arrays: Mapping[str, NDArray[Any]]) -> tuple[csr_matrix, csr_matr
         raise ValueError("counts and ids of the features do not fit together")
     if arrays["labels.counts"].sum(dtype=np.int64) != arrays["labels.ids"].shape[0]:
         raise ValueError("counts and ids of the labels do not fit together")
+    if not (np.abs(scale) < _LARGEST).all():
+        raise ValueError("a value of the features is not finite")
     per_row = counts.reshape(-1, blocks).sum(axis=1)
     place = np.repeat(np.tile(np.arange(blocks, dtype=np.int32) << 16, scale.shape[0]), counts)
     values = arrays["features.values"].astype(np.float32) * np.repeat(scale, per_row)
@@ -453,10 +457,12 @@ def _search(
                 row = rows[position]
                 before = total[row]
                 # No branch: whether a row is new is a coin toss, and the processor would guess wrong.
-                touched[num_touched] = row
+                touched[min(num_touched, total.shape[0])] = row
                 is_new = np.isnan(before)
                 num_touched += is_new
                 total[row] = weight * values[position] + (np.float32(0.0) if is_new else before)
+        # A row whose sum is no number stays new.
+        num_touched = min(num_touched, total.shape[0])
         for index in range(num_touched):
             score[index] = total[touched[index]]
             total[touched[index]] = np.nan

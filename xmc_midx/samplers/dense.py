@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from xmc_midx.samplers.draws import draw, draw_pool
+from xmc_midx.samplers.draws import distinct, draw, draw_pool
 from xmc_midx.types import LabelSample
 
 __all__ = ["DenseSampler", "SoftmaxSampler"]
@@ -42,7 +42,8 @@ class DenseSampler:
         sums_L = torch.stack([log_law.exp_().sum(0) for log_law in self._log_laws(query_BD)]).sum(0)
         mean_L = sums_L / query_BD.shape[0]
         cumulative = torch.cumsum(mean_L, 0, dtype=torch.float64)
-        return draw_pool(lambda count: draw(cumulative, count, generator), mean_L.__getitem__, num_draws, certain)
+        drawn = distinct(lambda count: draw(cumulative, count, generator), mean_L.__getitem__)
+        return draw_pool(drawn, mean_L.__getitem__, num_draws, certain)
 
     @torch.no_grad()
     def sample(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:

@@ -14,19 +14,19 @@ import torch
 
 from xmc_midx.types import LabelSample
 
-__all__ = ["draw", "draw_pool", "log_inclusion"]
+__all__ = ["distinct", "draw", "draw_and_rest", "draw_pool", "log_inclusion"]
 
 _MAX_OVERDRAW = 8
 """Draws made for each draw asked for, at most: a batch whose positives hold all of the proposal ends somewhere."""
 
 
 def draw_pool(
-    draw_labels: Callable[[int], torch.Tensor],
+    draw_labels: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
     probability: Callable[[torch.Tensor], torch.Tensor],
     num_draws: int,
     certain: torch.Tensor | None,
 ) -> LabelSample:
-    """The distinct labels of i.i.d. draws from one law, without those that are in the pool anyway.
+    """The labels of i.i.d. draws from one law, each once, without those that are in the pool anyway.
 
     A draw of the batch's own positives adds nothing, and the better the proposal, the more of its draws are such: so
     many draws are made that `num_draws` of them are expected to be of other labels. The inclusion probability of a
@@ -34,7 +34,7 @@ def draw_pool(
 
     Parameters
     ----------
-    draw_labels : M -> (M,) labels, i.i.d. from the law.
+    draw_labels : M -> the distinct labels (P,) of M i.i.d. draws from the law, and the Q(i) (P,) of each; `distinct`.
     probability : (P,) labels -> (P,) Q(i), normalised over all labels.
     num_draws : draws that are to count.
     certain : (U,) rising labels that the pool holds with certainty; None for none.
@@ -43,10 +43,23 @@ def draw_pool(
     if certain is not None:
         elsewhere = max(1.0 - float(probability(certain).sum()), 1.0 / _MAX_OVERDRAW)
         num_made = math.ceil(num_draws / elsewhere)
-    label_ids: torch.Tensor = torch.unique(draw_labels(num_made))
+    label_ids, probability_P = draw_labels(num_made)
     if certain is not None:
-        label_ids = label_ids[~torch.isin(label_ids, certain, assume_unique=True)]
-    return LabelSample(label_ids=label_ids, log_weight=log_inclusion(probability(label_ids), num_made))
+        others = ~torch.isin(label_ids, certain, assume_unique=True)
+        label_ids, probability_P = label_ids[others], probability_P[others]
+    return LabelSample(label_ids=label_ids, log_weight=log_inclusion(probability_P, num_made))
+
+
+def distinct(
+    draw_labels: Callable[[int], torch.Tensor], probability: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:
+    """Of draws with repeats, what `draw_pool` asks for: each label once, with its probability."""
+
+    def draw_distinct(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        label_ids: torch.Tensor = torch.unique(draw_labels(count))
+        return label_ids, probability(label_ids)
+
+    return draw_distinct
 
 
 def log_inclusion(probability: torch.Tensor, num_draws: int) -> torch.Tensor:
@@ -58,23 +71,34 @@ def log_inclusion(probability: torch.Tensor, num_draws: int) -> torch.Tensor:
     return torch.log(-torch.expm1(missed))
 
 
-def draw(cumulative: torch.Tensor, num_draws: int, generator: torch.Generator, *, rising: bool = False) -> torch.Tensor:
+def draw(cumulative: torch.Tensor, num_draws: int, generator: torch.Generator) -> torch.Tensor:
     """`num_draws` indices from each unnormalised cumulative law (..., C) float64 -> (..., num_draws) int64.
-
-    `rising` gives them in this order, for draws whose order means nothing: what is then looked up for one lies near
-    what was looked up for the last.
 
     Never an index of zero mass: the search is for the first cumulative value above the uniform draw.
     """
-    uniform = torch.rand(
-        (*cumulative.shape[:-1], num_draws),
-        dtype=torch.float64,
-        generator=generator,
-        device=cumulative.device,
-    )
-    if rising:
-        uniform = torch.sort(uniform, dim=-1).values
-    position = torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True)
+    shape = (*cumulative.shape[:-1], num_draws)
+    uniform = torch.rand(shape, dtype=torch.float64, generator=generator, device=cumulative.device)
+    return _search(cumulative, uniform * cumulative[..., -1:])
+
+
+def draw_and_rest(
+    cumulative: torch.Tensor, num_draws: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`num_draws` indices from one cumulative law (C,), rising, and how far into its index each draw fell.
+
+    That share, in [0, 1], is uniform whatever the index: a draw inside of what the index stands for needs no random
+    number of its own. The draws of an index rise too, so that what is read for one lies near what was read before.
+    """
+    uniform = torch.rand(num_draws, dtype=torch.float64, generator=generator, device=cumulative.device)
+    target = torch.sort(uniform).values * cumulative[-1]
+    index = _search(cumulative, target)
+    below = torch.where(index > 0, cumulative[(index - 1).clamp(min=0)], 0.0)
+    return index, ((target - below) / (cumulative[index] - below)).clamp_(0.0, 1.0)
+
+
+def _search(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The first index whose cumulative value is above each target, or the last one with mass."""
+    position = torch.searchsorted(cumulative, target, right=True)
     last = torch.searchsorted(cumulative, cumulative[..., -1:].contiguous())
     # The clamp matters for a law of NaN alone: the loss will be NaN and say so, where an index error would not.
     return torch.minimum(position, last).clamp_(max=cumulative.shape[-1] - 1)

@@ -12,7 +12,7 @@ import math
 import torch
 
 from xmc_midx.samplers.dense import DenseSampler
-from xmc_midx.samplers.draws import draw, draw_pool
+from xmc_midx.samplers.draws import distinct, draw, draw_pool
 from xmc_midx.types import LabelSample
 
 __all__ = ["QuadraticKernelSampler", "RandomFeatureSampler"]
@@ -141,7 +141,10 @@ class RandomFeatureSampler:
         def draw_labels(count: int) -> torch.Tensor:
             return self._draw_labels(draw(cumulative_R, count, generator), generator)
 
-        return draw_pool(draw_labels, lambda label_ids: features_LR[label_ids] @ gate_R, num_draws, certain)
+        def probability(label_ids: torch.Tensor) -> torch.Tensor:
+            return features_LR[label_ids] @ gate_R
+
+        return draw_pool(distinct(draw_labels, probability), probability, num_draws, certain)
 
     @torch.no_grad()
     def sample(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:

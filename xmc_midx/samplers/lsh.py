@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from xmc_midx.samplers.draws import draw_pool
+from xmc_midx.samplers.draws import distinct, draw_pool
 from xmc_midx.types import LabelSample
 
 __all__ = ["LshSampler"]
@@ -116,7 +116,7 @@ class LshSampler:
             mixed_P: torch.Tensor = (1.0 - self.uniform_share) * share_P + spread / codes_TL.shape[1]
             return mixed_P.to(self._projections.dtype)
 
-        return draw_pool(draw_labels, probability, num_draws, certain)
+        return draw_pool(distinct(draw_labels, probability), probability, num_draws, certain)
 
     @torch.no_grad()
     def sample(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:

@@ -16,7 +16,7 @@ import math
 import torch
 
 from xmc_midx.codebook import Codebook, code_dtype, fit_codebook
-from xmc_midx.samplers.draws import draw, draw_pool
+from xmc_midx.samplers.draws import draw, draw_and_rest, draw_pool
 from xmc_midx.types import LabelSample
 
 __all__ = ["MidxSampler"]
@@ -24,7 +24,7 @@ __all__ = ["MidxSampler"]
 _SCORE_RANGE = 30.0
 """Nats. exp(-30) for each codebook: the product with a cell mass of 1e-10 is still a normal float32."""
 _COLD_ITERATIONS = 10
-_MEAN_QUERIES = 128
+_MEAN_QUERIES = 32
 """Queries of a batch that its mean proposal is taken over: more give a pool of the same variance (EXPERIMENTS.md,
 "Pools") and cost a longer set-up."""
 _LABEL_CHUNK = 1 << 18
@@ -106,11 +106,10 @@ class MidxSampler:
         num_codewords, dtype = codebook.num_codewords, codebook.codewords1.dtype
         self.codebook = codebook
         self._labels_by_cell, counts = _sort_by_cell(codebook)
-        self._cell_ends = torch.cumsum(counts, 0)
+        self._cell_starts = torch.cat([counts.new_zeros(1), torch.cumsum(counts, 0)])
         self._cumulative_mass, self._log_total = self._accumulate(self._labels_by_cell)
-        ends = torch.cat([self._cell_ends.new_zeros(1), self._cell_ends])
-        before = self._cumulative_mass[(ends - 1).clamp(min=0)]
-        self._mass_before_cell = torch.where(ends > 0, before, 0.0)
+        before = self._cumulative_mass[(self._cell_starts - 1).clamp(min=0)]
+        self._mass_before_cell = torch.where(self._cell_starts > 0, before, 0.0)
         self._cell_mass_CC = self._mass_before_cell.diff().to(dtype).view(num_codewords, num_codewords)
 
     def _accumulate(self, label_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,20 +146,25 @@ class MidxSampler:
     def sample_pool(
         self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator, certain: torch.Tensor | None = None
     ) -> LabelSample:
-        """Distinct labels drawn from the mean proposal of the batch's first 128 instances, `Q(i) = mean_b Q(i|z_b)`
+        """Distinct labels drawn from the mean proposal of the batch's first 32 instances, `Q(i) = mean_b Q(i|z_b)`
         (`draw_pool`).
 
         The mean over the queries of a cell's probability is one (C, B) x (B, C) product, so neither the set-up nor the
         weights need a (B, P) matrix, and the inclusion probability is exact.
         """
-        ratio_CC = self._mean_ratio(query_BD)
-        cumulative = torch.cumsum((ratio_CC * self._cell_mass_CC).flatten(), 0, dtype=torch.float64)
+        ratio = self._mean_ratio(query_BD).flatten()
+        cumulative = torch.cumsum(ratio * self._cell_mass_CC.flatten(), 0, dtype=torch.float64)
 
-        def draw_labels(count: int) -> torch.Tensor:
-            return self._draw_in_cells(draw(cumulative, count, generator, rising=True), generator)
+        def draw_labels(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+            cells, inside = draw_and_rest(cumulative, count, generator)
+            places = self._place(cells, inside)
+            is_new = places.diff(prepend=places.new_full((1,), -1)) != 0
+            places, cells = places[is_new], cells[is_new]
+            return self._labels_by_cell[places].long(), self._mass_at(places) * ratio[cells]
 
         def probability(label_ids: torch.Tensor) -> torch.Tensor:
-            return self._log_mass(label_ids).exp() * ratio_CC[self._codes(label_ids)]
+            codes1, codes2 = self._codes(label_ids)
+            return self._log_mass(label_ids).exp() * ratio[codes1 * self.num_codewords + codes2]
 
         return draw_pool(draw_labels, probability, num_draws, certain)
 
@@ -221,11 +225,20 @@ class MidxSampler:
 
     def _draw_in_cells(self, cells: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """One label from the prior inside each given (non-empty) cell; same shape as `cells`."""
-        low, high = self._mass_before_cell[cells], self._mass_before_cell[cells + 1]
         uniform = torch.rand(cells.shape, dtype=torch.float64, generator=generator, device=cells.device)
-        position = torch.searchsorted(self._cumulative_mass, low + uniform * (high - low), right=True)
-        first = torch.where(cells > 0, self._cell_ends[(cells - 1).clamp(min=0)], 0)
-        return self._labels_by_cell[torch.minimum(torch.maximum(position, first), self._cell_ends[cells] - 1)].long()
+        return self._labels_by_cell[self._place(cells, uniform)].long()
+
+    def _place(self, cells: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+        """The place, in the order of the cells, of the label at a share `inside` (0 to 1) of the mass of each given
+        (non-empty) cell."""
+        low, high = self._mass_before_cell[cells], self._mass_before_cell[cells + 1]
+        position = torch.searchsorted(self._cumulative_mass, low + inside * (high - low), right=True)
+        return torch.minimum(torch.maximum(position, self._cell_starts[cells]), self._cell_starts[cells + 1] - 1)
+
+    def _mass_at(self, places: torch.Tensor) -> torch.Tensor:
+        """pi of the labels at these places, in the codewords' dtype: two numbers that the search has just read."""
+        before = torch.where(places > 0, self._cumulative_mass[(places - 1).clamp(min=0)], 0.0)
+        return (self._cumulative_mass[places] - before).to(self._cell_mass_CC.dtype)
 
     # ------------------------------------------------------------------- state
 

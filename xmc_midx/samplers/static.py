@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from xmc_midx.samplers.draws import draw, draw_pool
+from xmc_midx.samplers.draws import distinct, draw, draw_pool
 from xmc_midx.types import LabelSample
 
 __all__ = ["FrequencySampler", "InBatchSampler", "UniformSampler"]
@@ -32,7 +32,8 @@ class UniformSampler:
         def probability(label_ids: torch.Tensor) -> torch.Tensor:
             return self._probability(label_ids).to(query_BD.dtype)
 
-        return draw_pool(lambda count: self._draw((count,), generator), probability, num_draws, certain)
+        drawn = distinct(lambda count: self._draw((count,), generator), probability)
+        return draw_pool(drawn, probability, num_draws, certain)
 
     def sample(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
         label_ids = self._draw((query_BD.shape[0], num_draws), generator)

@@ -52,15 +52,19 @@ class Model:
         self.facts, self.num_candidates = document["model"], document["index"]["num_candidates"]
         self.tensors, self.idf, self.feature = read_tensors(directory / "model.safetensors"), {}, {}
         if "vocabulary.txt" in names:
-            for line in (directory / "vocabulary.txt").read_text("utf-8").splitlines()[1:]:
+            rule, *lines = (directory / "vocabulary.txt").read_text("utf-8").splitlines()
+            self.most_words = int((re.search(r"tokens 1 to (\d) times", rule) or (0, 1))[1])
+            for line in lines:
                 token, idf = line.split("\t")
                 self.feature[token], self.idf[token] = len(self.feature), float(idf)
 
     def read(self, line: str) -> dict[int, float]:
-        """A line of sparse features, or a text: (1 + ln tf) * idf of the tokens that the model knows."""
+        """A line of sparse features, or a text: (1 + ln tf) * idf of the words, and words in a row, that are known."""
         if not self.idf or re.fullmatch(r"[\d,]*\s*(\d+:\S+\s*)*", line):
             return {int(f): float(v) for f, colon, v in (pair.partition(":") for pair in line.split()) if colon}
-        counts = Counter(token for token in re.findall(r"[^\W_]{2,}", line.lower()) if token in self.idf)
+        words = re.findall(r"[^\W_]{2,}", line.lower())
+        tokens = (" ".join(words[i : i + n]) for n in range(1, self.most_words + 1) for i in range(len(words) - n + 1))
+        counts = Counter(token for token in tokens if token in self.idf)
         return {self.feature[token]: (1 + math.log(n)) * self.idf[token] for token, n in counts.items()}
 
     def encode(self, row: dict[int, float]) -> np.ndarray:

@@ -49,6 +49,7 @@ class FakeTraining:
     best: str = "checkpoints/20"
     validation: dict[str, float] = field(default_factory=lambda: {"P@1": 0.5, "P@3": 0.4})
     test: MetricReport | None = None
+    propensity: tuple[float, float] = (0.55, 1.5)
     model_bytes: int = 1_234_567
     peak_memory_bytes: int = 512_000_000
     loss: float = float("nan")
@@ -654,12 +655,12 @@ def test_train_prints_exactly_one_document(cli: Any, pipeline: Any, tmp_path: Pa
     assert document == {"run": str(tmp_path / "r"), "seconds": 16.2, "best": "checkpoints/20", "loss": None}
 
 
-def test_resume_takes_the_run_alone(cli: Any, pipeline: Any, calls: Any) -> None:
+def test_resume_takes_the_run_and_where_its_data_is(cli: Any, pipeline: Any, calls: Any) -> None:
     assert cli("train", "d", "--output", "r", "--resume").code == 0
     assert cli("train", "d", "--output", "r", "--resume", "--no-verify", "--max-time", "1h30m").code == 0
     assert calls == [
-        {"name": "resume", "run": Path("r"), "max_seconds": None, "verify": True},
-        {"name": "resume", "run": Path("r"), "max_seconds": 5400.0, "verify": False},
+        {"name": "resume", "run": Path("r"), "data": "d", "max_seconds": None, "verify": True},
+        {"name": "resume", "run": Path("r"), "data": "d", "max_seconds": 5400.0, "verify": False},
     ]
 
 
@@ -667,13 +668,14 @@ def test_force_replaces_a_run_only_when_the_new_one_has_a_checkpoint(cli: Any, p
     run = tmp_path / "r"
     run.mkdir()
     (run / "config.yaml").write_text("old")
-    (run / "old").write_text("old")
+    (run / "run.json").write_text("{}")
+    (run / "metrics.jsonl").write_text("old")
     pipeline.failure = DataError("No such dataset.")
     assert cli("train", "d", "--output", run, "--force").code == 3
-    assert (run / "config.yaml").read_text() == "old" and (run / "old").exists()
+    assert (run / "config.yaml").read_text() == "old" and (run / "metrics.jsonl").exists()
     pipeline.failure = None
     assert cli("train", "d", "--output", run, "--force").code == 0
-    assert (run / "config.yaml").read_text() == "new" and not (run / "old").exists()
+    assert (run / "config.yaml").read_text() == "new" and not (run / "metrics.jsonl").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["r"], "nothing is left beside the run"
 
 
@@ -711,10 +713,16 @@ def test_force_puts_an_old_run_back_that_a_killed_replacement_left_aside(
     assert [path.name for path in tmp_path.iterdir()] == ["r"]
 
 
-def test_force_deletes_nothing_that_is_no_run(cli: Any, pipeline: Any, tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
-    assert cli("train", "d", "--output", tmp_path, "--force").code == 0
-    assert (tmp_path / "thesis.tex").exists()
+@pytest.mark.parametrize("beside", [[], ["config.yaml"], ["config.yaml", "run.json"]])
+def test_force_deletes_nothing_that_is_not_of_a_run(beside: list[str], cli: Any, pipeline: Any, tmp_path: Path) -> None:
+    """Other programs have a config.yaml too, and predictions may lie in a run directory."""
+    for name in ["thesis.tex", *beside]:
+        (tmp_path / name).write_text("years of work")
+    shown = cli("train", "d", "--output", tmp_path, "--force")
+    problem = "holds thesis.tex, which is not of the run" if len(beside) == 2 else "is not empty"
+    assert shown.code == 2 and problem in " ".join(shown.err.split())
+    assert {path.name for path in tmp_path.iterdir()} >= {"thesis.tex", *beside}
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
 # ------------------------------------------------------------------ evaluate

@@ -396,6 +396,45 @@ def test_a_file_fetched_by_hand_is_installed_and_held_to_its_hash(server: Drive,
         download(toy(), from_file=tmp_path / "none.zip")
 
 
+FOLDS = {
+    "Toy/Toy_data.txt": b"4 4 3\n0,1 0:1 2:0.5\n1 0:1\n2 1:1\n0 3:2\n",
+    "Toy/toy_trSplit.txt": b"1 2\n3 3\n4 4\n",
+    "Toy/toy_tstSplit.txt": b"2 1\n",
+}
+
+
+def test_an_archive_of_one_file_and_row_numbers_becomes_two_splits(server: Drive, tmp_path: Path) -> None:
+    """As the repository has its smallest sets; the first column of the row numbers is the division."""
+    by_hand = tmp_path / "Toy.zip"
+    by_hand.write_bytes(make_zip(FOLDS))
+    result = download(toy(), from_file=by_hand)
+    directory = tmp_path / "cache" / "Toy"
+    assert (directory / "train.txt").read_bytes() == TRAIN and (directory / "test.txt").read_bytes() == TEST
+    assert result.files == ("test.txt", "train.txt") and not list(directory.rglob("*Split*"))
+    assert download(toy()).was_there, "the manifest is that of the two files"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("Toy/toy_trSplit.txt", b"1\n3\n5\n", r"toy_trSplit\.txt:3: row 5, expected a number from 1 to 4"),
+        ("Toy/toy_trSplit.txt", b"0\n", r"toy_trSplit\.txt:1: row 0, expected"),
+        ("Toy/toy_tstSplit.txt", b"\nx\n", r"toy_tstSplit\.txt:2: row x, expected"),
+        ("Toy/toy_tstSplit.txt", b"3\n", r"toy_tstSplit\.txt:1: row 3 stands in toy_trSplit\.txt:2 already"),
+        ("Toy/Toy_data.txt", b"5 4 3\n0 0:1\n", r"Toy_data\.txt:1: expected a header of three numbers"),
+        ("Toy/Toy_data.txt", b"", r"Toy_data\.txt:1: expected a header of three numbers"),
+    ],
+)
+def test_row_numbers_that_divide_nothing_are_refused(
+    name: str, text: bytes, message: str, server: Drive, tmp_path: Path
+) -> None:
+    by_hand = tmp_path / "Toy.zip"
+    by_hand.write_bytes(make_zip(FOLDS | {name: text}))
+    with pytest.raises(DownloadError, match=message):
+        download(toy(), from_file=by_hand, directory=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_offline_fetches_nothing(server: Drive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     play = server.plays["a"] = Play()
     with pytest.raises(DownloadError, match="offline"):

@@ -111,6 +111,44 @@ def reader() -> SimpleNamespace:
     return SimpleNamespace(**runpy.run_path(str(READER)))
 
 
+def test_the_reader_makes_n_grams_as_the_vocabulary_says(tmp_path: Path, run: Path) -> None:
+    tokens = ("big", "big tree", "house", "red big tree", "tree")
+    vocabulary = Vocabulary(tokens=tokens, idf=np.linspace(1, 3, 5, dtype=np.float32), max_ngram=3)
+    export(run, output=tmp_path / "out")
+    vocabulary.save(tmp_path / "out" / "vocabulary.txt")
+    sums = (tmp_path / "out" / "SHA256SUMS").read_text().splitlines()
+    digest = hashlib.sha256((tmp_path / "out" / "vocabulary.txt").read_bytes()).hexdigest()
+    lines = [f"{digest}  vocabulary.txt" if line.endswith("  vocabulary.txt") else line for line in sums]
+    (tmp_path / "out" / "SHA256SUMS").write_text("\n".join(lines) + "\n")
+    model = reader().Model(tmp_path / "out")
+    for text in ("Red big tree, BIG tree house", "house", "tree big"):
+        row = model.read(text)
+        expected = vocabulary.transform([text])
+        assert sorted(row) == expected.indices.tolist() and row
+        values = np.array([row[feature] for feature in sorted(row)])
+        np.testing.assert_allclose(values / np.linalg.norm(values), expected.data, rtol=1e-5)
+
+
+def test_an_export_says_what_its_model_lacks(run: Path, tmp_path: Path, capsys: Any) -> None:
+    result = export(run, output=tmp_path / "api")
+    assert result.validation is not None
+    best = max(read_lines(run / "metrics.jsonl"), key=lambda line: (score_of(line["validation"]), line["step"]))
+    assert dict(result.validation[0]) == best["validation"]
+    assert dict(result.validation[1]) == json.loads((run / "interpolation.json").read_text())["validation"]
+    assert app.run(["export", str(run), str(tmp_path / "cli")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    alone, whole = (f"{100 * metrics['P@1']:.2f}%" for metrics in result.validation)
+    assert f"the model alone has a P@1 of {alone}, and predict" in shown and whole in shown
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def score_of(validation: dict[str, float]) -> float:
+    return sum(validation[f"P@{k}"] for k in (1, 3, 5))
+
+
 ALONE = """
 import runpy, sys
 for name in ("xmc_midx", "torch", "scipy", "safetensors", "sklearn", "numba", "faiss"):

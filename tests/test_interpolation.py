@@ -5,12 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.sparse as sp
+import torch
 
 from xmc_midx import interpolation
+from xmc_midx.data.features import normalize_rows
+from xmc_midx.encoder import SparseEncoder
 from xmc_midx.errors import DataError
+from xmc_midx.index import ExactIndex
 from xmc_midx.interpolation import Interpolation, fit_interpolation, interpolate, keep_labels
 from xmc_midx.metrics import evaluate_topk, instance_scores
 from xmc_midx.neighbors import NeighborIndex
+from xmc_midx.predictor import Predictor
 from xmc_midx.topk import exact_topk
 from xmc_midx.types import TopK
 
@@ -251,6 +256,19 @@ def test_p_is_never_paid_for_psp_where_another_fit_has_more_of_it() -> None:
     assert (top.label_ids[:, 0] == classes).mean() > best - 0.01
 
 
+def test_of_many_votes_the_largest_take_part_in_the_fit() -> None:
+    rng = np.random.default_rng(11)
+    dense = rng.permuted(np.tile(np.arange(1.0, 701.0), (4, 1)), axis=1)
+    dense[1, rng.permutation(700)[:500]] = 0.0
+    dense[2] = 0.0
+    dense[3] = 1.0
+    kept = interpolation._most_voted(sp.csr_matrix(dense)).toarray()
+    assert (kept[kept > 0] == dense[kept > 0]).all()
+    assert sorted(kept[0][kept[0] > 0]) == list(range(401, 701))
+    np.testing.assert_array_equal(kept[1:3], dense[1:3])
+    assert np.flatnonzero(kept[3]).tolist() == list(range(300)), "of equal votes the smaller labels"
+
+
 def test_settings_survive_their_dictionary_and_a_damaged_one_is_a_data_error() -> None:
     settings = Interpolation(model=0.8, votes=0.5, outside=-0.2, temperature=0.05, count=30)
     assert Interpolation.from_dict(settings.as_dict()) == settings
@@ -270,3 +288,26 @@ def test_exact_search_and_interpolation_agree_on_pads() -> None:
     merged = interpolate(top, None, FREQUENCIES[:3], Interpolation(), 5)
     assert (merged.label_ids[:, 3:] == -1).all()
     assert np.isneginf(merged.scores[:, 3:]).all()
+
+
+def test_the_best_labels_do_not_depend_on_how_many_are_asked_for() -> None:
+    """The coefficients are fitted to a shortlist of a hundred, and mean something else for a longer one."""
+    rng = np.random.default_rng(12)
+    table, bias = torch.from_numpy(rng.normal(size=(400, 8)).astype(np.float32)), torch.zeros(400)
+    encoder = SparseEncoder(num_features=12, dim=8, activation="none", dropout=0.0)
+    encoder.reset_parameters(torch.Generator().manual_seed(0))
+    rows = sp.random(300, 12, density=0.5, format="csr", dtype=np.float32, random_state=1)
+    labels = sp.csr_matrix((np.ones(600), rng.integers(400, size=600), np.arange(0, 601, 2)), shape=(300, 400))
+    predictor = Predictor(
+        encoder,
+        ExactIndex(table, bias),
+        label_frequencies=rng.integers(1, 50, 400),
+        num_train=300,
+        interpolation=Interpolation(model=0.5, mixture=0.3, votes=0.4, outside=-1.0, temperature=0.1, count=5),
+        neighbors=NeighborIndex(normalize_rows(rows), labels),
+    )
+    few = predictor.predict(rows[:60], k=5)
+    for k in (100, 101, 300):
+        many = predictor.predict(rows[:60], k=k)
+        np.testing.assert_array_equal(many.label_ids[:, :5], few.label_ids)
+        np.testing.assert_allclose(many.scores[:, :5], few.scores, atol=1e-5)

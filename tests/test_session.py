@@ -5,15 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.sparse as sp
 from test_pipeline import STEPS, TOTAL, Interruption, StopAfter, history, make_config, model_bytes
 
 from xmc_midx import session
 from xmc_midx.checkpoint import CheckpointStore
+from xmc_midx.data.registry import find_spec
 from xmc_midx.errors import DivergedError
 from xmc_midx.pipeline import resume, train
 from xmc_midx.session import TrainingSession
 from xmc_midx.trainer import Trainer
+from xmc_midx.types import SilentReporter
 
 EACH_EPOCH = "training.save_every_steps=1000000"
 
@@ -149,3 +153,89 @@ def test_an_interruption_at_the_end_of_the_best_epoch_saves_it_once(
     assert begun == [STEPS, 2 * STEPS]
     store = CheckpointStore(tmp_path / "run" / "checkpoints")
     assert (store.step_of("best"), store.step_of("latest")) == (2 * STEPS, 2 * STEPS)
+
+
+# ---------------------------------------------------------------------- what is held out, and what it decides
+
+
+def held_out(features: np.ndarray, labels: np.ndarray, fraction: float, seed: int = 0) -> tuple[list[int], list[int]]:
+    kept, out = session._hold_out(sp.csr_matrix(features), sp.csr_matrix(labels), fraction, seed)
+    assert sorted([*kept, *out]) == list(range(len(features)))
+    assert (np.diff(kept) > 0).all() and (np.diff(out) > 0).all()
+    return kept.tolist(), out.tolist()
+
+
+def test_an_instance_and_its_copies_are_held_out_together() -> None:
+    rng = np.random.default_rng(0)
+    features = rng.random((100, 6), dtype=np.float32)
+    labels = rng.integers(0, 2, (100, 4)).astype(np.float32)
+    twice, labels_twice = np.vstack([features, features]), np.vstack([labels, labels])
+    for seed in range(5):
+        kept, out = held_out(twice, labels_twice, 0.1, seed)
+        assert len(out) == 20 and {row % 100 for row in kept}.isdisjoint({row % 100 for row in out})
+    # Two instances that look alike but have other labels are two instances, and so is a row of chance.
+    others = np.vstack([labels, 1 - labels])
+    together = [len({row % 100 for row in held_out(twice, others, 0.1, seed)[1]}) for seed in range(5)]
+    assert max(together) == 20, "most are held out without the one that looks alike"
+    # Without copies it is the first tenth of a random order.
+    order = np.random.default_rng((3, 0)).permutation(100)
+    assert held_out(features, labels, 0.1, 3)[1] == sorted(order[:10].tolist())
+
+
+def test_an_instance_of_many_copies_is_trained_on() -> None:
+    features = np.vstack([np.eye(60, dtype=np.float32), np.zeros((240, 60), dtype=np.float32)])
+    labels = np.ones((300, 1), dtype=np.float32)
+    assert max(held_out(features, labels, 0.1)[1]) < 60 and len(held_out(features, labels, 0.1)[1]) == 30
+    for rows in ([0] * 40, [0, 1] * 20, list(range(13)) * 3):
+        same = np.eye(20, dtype=np.float32)[rows]
+        kept, out = held_out(same, labels[: len(rows)], 0.1)
+        assert len(out) <= 4 and len(kept) >= 36, "as many as asked for, or none"
+    assert held_out(features[:5], labels[:5], 0.1)[1] == [] == held_out(features[:0], labels[:0], 0.1)[1]
+
+
+def test_of_epochs_that_are_equal_the_last_is_kept(
+    topic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a label an instance each, nothing of what is held out was ever seen: all epochs have 0."""
+    monkeypatch.setattr(
+        TrainingSession, "_metrics", lambda *_: dict.fromkeys(("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5"), 0.0)
+    )
+    result = train(topic_dir, output=tmp_path / "run", config=make_config())
+    assert result.best_epoch == result.epochs == 4
+    stopped = train(topic_dir, output=tmp_path / "patient", config=make_config("training.patience=2"))
+    assert stopped.epochs == 3, "an equal score is no rise"
+
+
+def test_propensities_of_a_known_dataset_hold_for_the_held_out_instances_too(
+    topic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = find_spec("Amazon-670K")
+    monkeypatch.setattr("xmc_midx.pipeline.match_spec", lambda *_: spec)
+    seen: list[tuple[float, float]] = []
+    fit = session.fit_interpolation
+
+    def noted(*given: Any, **named: Any) -> Any:
+        seen.append(named["propensity"])
+        return fit(*given, **named)
+
+    monkeypatch.setattr(session, "fit_interpolation", noted)
+    known = train(topic_dir, output=tmp_path / "known", config=make_config("ranker.enabled=true"))
+    monkeypatch.setattr("xmc_midx.pipeline.match_spec", lambda *_: None)
+    unknown = train(topic_dir, output=tmp_path / "unknown", config=make_config("ranker.enabled=true"))
+    assert seen == [known.propensity, unknown.propensity] == [(0.6, 2.6), (0.55, 1.5)]
+    first = [history(tmp_path / name)[0]["validation"] for name in ("known", "unknown")]
+    assert first[0]["P@1"] == first[1]["P@1"] and first[0]["PSP@1"] != first[1]["PSP@1"]
+
+
+def test_a_training_that_holds_nothing_out_says_what_it_does_without(topic_dir: Path, tmp_path: Path) -> None:
+    class Messages(SilentReporter):
+        def __init__(self) -> None:
+            self.found: list[str] = []
+
+        def message(self, text: str) -> None:
+            self.found.append(text)
+
+    messages = Messages()
+    config = make_config("data.validation_fraction=0", "neighbors.enabled=true")
+    train(topic_dir, output=tmp_path / "run", config=config, reporter=messages)
+    assert any("no instances are held out" in text for text in messages.found)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numba
@@ -42,7 +42,7 @@ _MAX_CODE = 127
 _MAX_QUERY = 2047
 """Sizes of a sketch's and a query's whole numbers: a sketch's products together fit in 32 bits."""
 _CHUNK = 1024
-"""Queries at once: bounds the (queries, cells) scores."""
+"""Queries at once."""
 _CHUNK_ROWS = 1 << 12
 
 _Floats = NDArray[np.float32]
@@ -56,8 +56,8 @@ class LabelCells:
     """(D, K): query -> its side of a sketch's product."""
     shift: _Floats
     """(K,): what is added to the projected query."""
-    cell_means: _Floats
-    """(C, K): the mean sketch of a cell."""
+    cell_means: NDArray[np.int8]
+    """(C, K): the mean sketch of a cell, rounded as sketches are."""
     cell_bias: _Floats
     """(C,): the mean `base` of a cell and its deviations."""
     offsets: NDArray[np.int64]
@@ -81,11 +81,14 @@ class LabelCells:
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], num_labels: int, dim: int) -> LabelCells:
         """The cells of `as_arrays`; a ValueError or LookupError where it is not those of a (num_labels, dim) table."""
         cells = cls(**{field.name: arrays[field.name] for field in fields(cls)})
+        if cells.cell_means.dtype == np.float32:
+            # Earlier runs keep the means as they are.
+            cells = replace(cells, cell_means=np.rint(cells.cell_means).astype(np.int8))
         count, size = cells.cell_means.shape
         expected = {
             "projection": ((dim, size), "float32"),
             "shift": ((size,), "float32"),
-            "cell_means": ((count, size), "float32"),
+            "cell_means": ((count, size), "int8"),
             "cell_bias": ((count,), "float32"),
             "offsets": ((count + 1,), "int64"),
             "label_ids": ((num_labels,), "int32"),
@@ -99,6 +102,7 @@ class LabelCells:
             or cells.offsets[0] != 0
             or cells.offsets[-1] != num_labels
             or bool((np.diff(cells.offsets) < 0).any())
+            or size != _SKETCH
             or not np.array_equal(np.sort(cells.label_ids), np.arange(num_labels))
         ):
             raise ValueError("cells, sketches and labels do not fit together")
@@ -118,20 +122,15 @@ class LabelCells:
         width : labels that get an exact logit, at least.
         """
         found = TopK.empty(query_BD.shape[0], k)
-        arrays = (self.offsets, self.label_ids, self.sketches, self.base)
-        means, cell_bias = torch.from_numpy(self.cell_means), torch.from_numpy(self.cell_bias)
-        for begin in range(0, query_BD.shape[0], _CHUNK):
-            rows = slice(begin, begin + _CHUNK)
-            short_BK = torch.addmm(torch.from_numpy(self.shift), query_BD[rows], torch.from_numpy(self.projection))
-            cells_BC = torch.addmm(cell_bias, short_BK, means.T)
-            queries = (query_BD[rows].contiguous().numpy(), short_BK.numpy(), cells_BC.numpy())
-            results = (found.label_ids[rows], found.scores[rows])
-            in_threads(
-                lambda first, last, q=queries, r=results: _search(  # type: ignore[misc]
-                    q, arrays, table.arrays, bias, depth, width, first, last, *r
-                ),
-                len(queries[0]),
-            )
+        cells = (self.cell_means, self.cell_bias, self.offsets, self.label_ids, self.sketches, self.base)
+        short_BK = torch.addmm(torch.from_numpy(self.shift), query_BD, torch.from_numpy(self.projection))
+        queries = (query_BD.contiguous().numpy(), short_BK.numpy())
+        in_threads(
+            lambda first, last: _search(
+                queries, cells, table.arrays, bias, depth, width, first, last, found.label_ids, found.scores
+            ),
+            query_BD.shape[0],
+        )
         return found
 
 
@@ -173,7 +172,7 @@ def fit_cells(table: StoredTable, bias: _Floats, query_ND: torch.Tensor, *, seed
     return LabelCells(
         projection=projection_DK.numpy(),
         shift=-(mean_D @ projection_DK).numpy(),
-        cell_means=mean_CK[:, :-1].contiguous().numpy(),
+        cell_means=mean_CK[:, :-1].round().to(torch.int8).numpy(),
         cell_bias=(mean_CK[:, -1] + _DEVIATIONS * (variance_C / count_C).sqrt()).numpy(),
         offsets=np.concatenate([[0], np.cumsum(count_C.numpy())]),
         label_ids=order.int().numpy(),
@@ -266,8 +265,8 @@ def _cluster(points: _Points, generator: torch.Generator) -> torch.Tensor:
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def _score_cell(short: Any, unit: Any, sketches: Any, base: Any, first: Any, last: Any, score: Any) -> None:
-    """The scores of the positions first..last by their sketches, into `score`."""
+def _products(short: Any, unit: Any, sketches: Any, base: Any, first: Any, last: Any, score: Any) -> None:
+    """`unit short . sketch + base` of the positions first..last, into `score`."""
     for position in range(last - first):
         total = np.int32(0)
         # A constant number of turns, and products kept in 32 bits: eight of them at once.
@@ -289,11 +288,12 @@ def _search(
     found_BK: Any,
     score_BK: Any,
 ) -> None:
-    query_BD, short_BK, cells_BC = queries
-    offsets, label_ids, sketches, base = cells
+    query_BD, short_BK = queries
+    means, cell_bias, offsets, label_ids, sketches, base = cells
     codes, scales = table
     num_cells, num_labels = offsets.shape[0] - 1, label_ids.shape[0]
     once = np.empty(0, dtype=np.int32)
+    cell_score = np.empty(num_cells, dtype=np.float32)
     score = np.empty(num_labels, dtype=np.float32)
     places = np.empty(num_labels, dtype=np.int32)
     whole = np.empty(_SKETCH, dtype=np.int16)
@@ -305,12 +305,13 @@ def _search(
         unit = largest / np.float32(_MAX_QUERY)
         for column in range(short_BK.shape[1]):
             whole[column] = np.int16(np.rint(short_BK[row, column] / unit))
-        least = least_of_best(cells_BC[row], sizes, depth, num_labels)
+        _products(whole, unit, means, cell_bias, np.uint64(0), np.uint64(num_cells), cell_score)
+        least = least_of_best(cell_score, sizes, depth, num_labels)
         count = 0
         for cell in range(num_cells):
-            if cells_BC[row, cell] >= least:
+            if cell_score[cell] >= least:
                 first, last = offsets[cell], offsets[cell + 1]
-                _score_cell(whole, unit, sketches, base, np.uint64(first), np.uint64(last), score[count:])
+                _products(whole, unit, sketches, base, np.uint64(first), np.uint64(last), score[count:])
                 for position in range(first, last):
                     places[count] = position
                     count += 1

@@ -237,7 +237,8 @@ def tune_effort(table: StoredTable, bias_L: NDArray[np.float32], cells: LabelCel
 
     depth, width = (min(least, num_labels) for least in _FEWEST)
     reached = recall(depth, width)
-    while reached < _TARGET_RECALL and (depth < num_labels or width < num_labels):
+    # With exact logits of half of the labels, a search scans them all.
+    while reached < _TARGET_RECALL and (depth < num_labels or 2 * width <= num_labels) and len(query_ND):
         # More sketches or more logits: whatever finds more.
         ways = {(min(round(_STEP * depth), num_labels), width), (depth, min(round(_STEP * width), num_labels))}
         reached, depth, width = max((recall(*way), *way) for way in ways)

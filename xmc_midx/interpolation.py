@@ -33,7 +33,7 @@ from xmc_midx.errors import DataError
 from xmc_midx.metrics import instance_scores, inverse_propensity
 from xmc_midx.neighbors import NeighborIndex, insert_best
 from xmc_midx.threads import zeros
-from xmc_midx.types import DEFAULT_KS, TopK
+from xmc_midx.types import DEFAULT_KS, DEFAULT_PROPENSITY, TopK
 
 __all__ = ["SHORTLIST", "Interpolation", "fit_interpolation", "interpolate", "keep_labels"]
 
@@ -45,6 +45,9 @@ _NO_VOTES = 1e-3
 _PROPENSITY_POWERS = (0.5, 0.25, 0.0)
 """Of the inverse propensity, as the weight of a positive: 0 ranks for P@k, 1 for PSP@k at the price of P@k. Half is
 mostly free; where it is not, less is taken."""
+_MOST_VOTED = 300
+"""Labels of the neighbours that an instance of the fit brings, at most: of instances with many labels, thousands are
+voted for, nearly all of them by next to nothing."""
 _PULL = 3.0
 """Of the coefficients towards the model alone, in instances: what a few hundred held-out ones say is half believed."""
 _CONSTANT = 1e-9
@@ -232,8 +235,11 @@ def _score(
             vote = max(vote_of[label], 0.0)
             vote_of[label] = -1.0
             log_p = floor
-            if listed:
-                log_p = logits_BS[row, place] - shift if inside else min(floor, logits_BS[row, place] - shift)
+            if inside:
+                log_p = logits_BS[row, place] - shift
+            elif vote == 0.0:
+                # Asked for beyond the shortlist, and voted for by none: behind those that are.
+                log_p = min(floor, logits_BS[row, place] - shift)
             score = model * log_p + frequency * math.log1p(label_frequencies[label])
             if mixture != 0.0:
                 score += mixture * math.log(math.exp(log_p) + vote + 1e-300)
@@ -342,6 +348,7 @@ def fit_interpolation(
     num_train: int,
     *,
     margin_of: MarginOf | None = None,
+    propensity: tuple[float, float] = DEFAULT_PROPENSITY,
 ) -> Interpolation:
     """Fit the coefficients on held-out instances, and keep of neighbours and ranker what pays.
 
@@ -356,14 +363,16 @@ def fit_interpolation(
     labels : (N, L) true labels.
     label_frequencies, num_train : of the training split.
     margin_of : of a ranker that was trained without the held-out instances; None: no ranker.
+    propensity : A and B of the propensity model.
     """
     count = 0 if found is None else found[0].shape[1]
-    weight_L = inverse_propensity(label_frequencies, num_train)
+    weight_L = inverse_propensity(label_frequencies, num_train, *propensity)
 
     def scored(candidates: _Candidates, settings: Interpolation) -> _Trial:
         scores = candidates.terms @ settings.coefficients
         top = _best(candidates, scores, labels.shape[0], max(DEFAULT_KS))
-        return settings, instance_scores(top, labels, label_frequencies, num_train)
+        a, b = propensity
+        return settings, instance_scores(top, labels, label_frequencies, num_train, A=a, B=b)
 
     def fit(part: _Part, power: float) -> _Trial:
         candidates, free, temperature = part
@@ -376,12 +385,15 @@ def fit_interpolation(
         parts.append((no_votes, _WITH_RANKER, _TEMPERATURES[0]))
     if neighbors is not None and found is not None:
         sets = [_WITH_NEIGHBORS] if margin_of is None else [_WITH_NEIGHBORS, _EVERYTHING]
-        by_temperature = []
+        best: tuple[float, _Part] | None = None
         for temperature in _TEMPERATURES:
-            candidates = _candidates(shortlist, neighbors.votes(*found, temperature), label_frequencies, margin_of)
-            by_temperature.append((candidates, sets[-1], temperature))
-        candidates, _, temperature = max(by_temperature, key=lambda part: _mean(fit(part, _PROPENSITY_POWERS[0])[1]))
-        parts += [(candidates, free, temperature) for free in sets]
+            votes = _most_voted(neighbors.votes(*found, temperature))
+            part = (_candidates(shortlist, votes, label_frequencies, margin_of), sets[-1], temperature)
+            quality = _mean(fit(part, _PROPENSITY_POWERS[0])[1])
+            if best is None or quality > best[0]:
+                best = quality, part
+        assert best is not None, "there is a temperature"
+        parts += [(best[1][0], free, best[1][2]) for free in sets]
     power, whole = _highest_power([(power, fit(parts[-1], power)) for power in _PROPENSITY_POWERS])
     plain = scored(no_votes, Interpolation(count=count))
     if _p_is_higher(plain[1], whole[1]):
@@ -393,6 +405,21 @@ def fit_interpolation(
         if _mean(smaller[1]) > _mean(whole[1]) - _WORTH:
             return smaller[0]
     return whole[0]
+
+
+def _most_voted(votes: csr_matrix) -> csr_matrix:
+    """The `_MOST_VOTED` largest votes of each row."""
+    counts = np.diff(votes.indptr)
+    if not (counts > _MOST_VOTED).any():
+        return votes
+    kept = np.ones(votes.nnz, dtype=bool)
+    for row in np.flatnonzero(counts > _MOST_VOTED):
+        mine = np.arange(votes.indptr[row], votes.indptr[row + 1])
+        # Of equal votes those of the smaller labels, whatever their order here.
+        order = np.lexsort((votes.indices[mine], -votes.data[mine]))
+        kept[mine[order[_MOST_VOTED:]]] = False
+    offsets = np.concatenate([[0], np.cumsum(np.minimum(counts, _MOST_VOTED))])
+    return csr_matrix((votes.data[kept], votes.indices[kept], offsets), shape=votes.shape)
 
 
 def _fit(candidates: _Candidates, labels: csr_matrix, weight_L: _Floats, free: list[int]) -> _Floats:

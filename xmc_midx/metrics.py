@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from xmc_midx.errors import DataError, UsageError
-from xmc_midx.types import DEFAULT_KS, MetricReport, TopK
+from xmc_midx.types import DEFAULT_KS, DEFAULT_PROPENSITY, MetricReport, TopK
 
 __all__ = [
     "BREAKDOWNS",
@@ -110,8 +110,8 @@ def evaluate_topk(
     ks: Sequence[int] = DEFAULT_KS,
     label_frequencies: NDArray[Any] | None = None,
     num_train: int | None = None,
-    A: float = 0.55,
-    B: float = 1.5,
+    A: float = DEFAULT_PROPENSITY[0],
+    B: float = DEFAULT_PROPENSITY[1],
 ) -> MetricReport:
     """All metrics of this module at each k.
 
@@ -205,8 +205,8 @@ def instance_scores(
     num_train: int,
     *,
     ks: Sequence[int] = DEFAULT_KS,
-    A: float = 0.55,
-    B: float = 1.5,
+    A: float = DEFAULT_PROPENSITY[0],
+    B: float = DEFAULT_PROPENSITY[1],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """What each instance adds to the means of P@k and of PSP@k over `ks`; for comparing two predictions in pairs.
 
@@ -230,7 +230,10 @@ def instance_scores(
 
 
 def inverse_propensity(
-    label_frequencies: NDArray[Any], num_train: int, A: float = 0.55, B: float = 1.5
+    label_frequencies: NDArray[Any],
+    num_train: int,
+    A: float = DEFAULT_PROPENSITY[0],
+    B: float = DEFAULT_PROPENSITY[1],
 ) -> NDArray[np.float64]:
     """`1 + C (n_l + B)^-A` with `C = (ln N - 1) (B + 1)^A`, the propensity model of Jain et al. 2016.
 

@@ -39,7 +39,15 @@ from xmc_midx.metrics import (
 )
 from xmc_midx.recipe import DataShape, resolve
 from xmc_midx.rundir import RunDirectory
-from xmc_midx.types import DEFAULT_KS, MetricReport, Reporter, SamplerDiagnosis, SilentReporter, TopK
+from xmc_midx.types import (
+    DEFAULT_KS,
+    DEFAULT_PROPENSITY,
+    MetricReport,
+    Reporter,
+    SamplerDiagnosis,
+    SilentReporter,
+    TopK,
+)
 
 if TYPE_CHECKING:
     from io import BufferedIOBase
@@ -71,10 +79,8 @@ __all__ = [
     "train",
 ]
 
-_MANY_LABELS, _RAREST = 10_000_000, 100
-"""More labels than this, of which fewer than one in a hundred could occur, are ids with gaps."""
-_DEFAULT_PROPENSITY = (0.55, 1.5)
-"""A and B of datasets that the registry does not know: the XMC repository's for all but Wikipedia and Amazon."""
+_MANY_IDS, _RAREST = 10_000_000, 100
+"""More labels or features than this, of which fewer than one in a hundred could occur, are ids with gaps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +102,8 @@ class TrainResult:
     """Metrics of the best epoch on the held-out instances; empty where none are held out."""
     test: MetricReport | None
     """On the test file; None where none was given."""
+    propensity: tuple[float, float]
+    """A and B of the propensity model, for both."""
     model_bytes: int
     """What prediction reads: the best checkpoint's model, and the training rows where neighbours are used."""
     peak_memory_bytes: int
@@ -113,6 +121,7 @@ class TrainResult:
             "loss": self.loss,
             "validation": dict(self.validation),
             "test": None if self.test is None else _report_dict(self.test),
+            "propensity": dict(zip("AB", self.propensity, strict=True)),
             "model_bytes": self.model_bytes,
             "peak_memory_bytes": self.peak_memory_bytes,
             "config": self.config.model_dump(),
@@ -277,7 +286,8 @@ def train(
         vocabulary=dataset.vocabulary,
     ) as run:
         with _memory_failures(resolved, dataset, training):
-            session = TrainingSession(run, training, reporter, deadline=deadline)
+            a_and_b = _propensity(None, None, dataset, training.num_instances)[:2]
+            session = TrainingSession(run, training, reporter, deadline=deadline, propensity=a_and_b)
             session.run()
         return _train_result(session, dataset, has_test=test is not None)
 
@@ -285,6 +295,7 @@ def train(
 def resume(
     run: str | Path,
     *,
+    data: str | Path | None = None,
     max_seconds: float | None = None,
     verify: bool = True,
     reporter: Reporter | None = None,
@@ -296,6 +307,7 @@ def resume(
     Parameters
     ----------
     run : run directory.
+    data : where the run's data lies now; None: where it lay.
     max_seconds, reporter : as in `train`.
     verify : whether the checkpoint's hashes are computed; the sizes are compared in any case.
 
@@ -311,17 +323,19 @@ def resume(
     with RunDirectory.lock(directory.path):
         provenance = directory.read_json("run.json")
         reporter.start("read", None)
-        dataset = load_dataset(provenance["data"], test=provenance["test"])
+        data = provenance["data"] if data is None else data
+        dataset = load_dataset(data, test=provenance["test"])
         if dataset.fingerprint() != provenance["fingerprint"]:
             raise DataError(
-                f"{provenance['data']}: is not the data that {directory.path} was started with.",
+                f"{data}: is not the data that {directory.path} was started with.",
                 hint="Start a new run: xmc-midx train DATA --output RUN.",
             )
-        training = _training_split(dataset, provenance["data"])
+        training = _training_split(dataset, data)
         # What an older release did not know is open in its configuration.
         directory.config = resolve(directory.config, _shape(dataset, training))
         with _memory_failures(directory.config, dataset, training):
-            session = TrainingSession(directory, training, reporter, deadline=deadline)
+            a_and_b = _propensity(None, None, dataset, training.num_instances)[:2]
+            session = TrainingSession(directory, training, reporter, deadline=deadline, propensity=a_and_b)
             session.load(verify=verify)
             session.run()
         return _train_result(session, dataset, has_test=provenance["test"] is not None)
@@ -435,11 +449,18 @@ def _training_data(dataset: XmcDataset, training: Split) -> TrainingData:
     from xmc_midx.forecast import TrainingData
 
     positives, num_labels = training.labels.nnz, dataset.num_labels
-    if num_labels > _MANY_LABELS and _RAREST * positives < num_labels:
+    if num_labels > _MANY_IDS and _RAREST * positives < num_labels:
         raise DataError(
             f"{dataset.name} has {num_labels:,} labels, one more than the largest id, but only {positives:,} "
             "positives.",
             hint="Ids count from 0 and leave no large gaps: renumber them. `xmc-midx prepare` does that for raw text.",
+        )
+    num_values = training.features.nnz
+    if dataset.num_features > _MANY_IDS and _RAREST * num_values < dataset.num_features:
+        raise DataError(
+            f"{dataset.name} has {dataset.num_features:,} features, one more than the largest id, but only "
+            f"{num_values:,} values.",
+            hint="Ids count from 0 and leave no large gaps: renumber them, or hash to fewer.",
         )
     matrices = [
         m for split in (dataset.train, dataset.test) if split is not None for m in (split.features, split.labels)
@@ -470,7 +491,6 @@ def _train_result(session: TrainingSession, dataset: XmcDataset, *, has_test: bo
         assert dataset.test is not None, "load_dataset read it"
         session.release()
         predictor = Predictor.load(run.path, device=run.config.training.device)
-        a, b, _ = _propensity(None, None, dataset, predictor.num_train)
         k = _k_with_ignored(dataset.test, max(DEFAULT_KS))
         top = predictor.predict(dataset.test.features, k=k, reporter=session.reporter)
         report = evaluate_topk(
@@ -478,8 +498,8 @@ def _train_result(session: TrainingSession, dataset: XmcDataset, *, has_test: bo
             ks=DEFAULT_KS,
             label_frequencies=predictor.label_frequencies,
             num_train=predictor.num_train,
-            A=a,
-            B=b,
+            A=session.propensity[0],
+            B=session.propensity[1],
         )
         report = _with_ignored(report, dataset.test)
     return TrainResult(
@@ -492,6 +512,7 @@ def _train_result(session: TrainingSession, dataset: XmcDataset, *, has_test: bo
         loss=session.loss,
         validation=session.validation,
         test=report,
+        propensity=session.propensity,
         model_bytes=run.model_bytes or (best / "model.safetensors").stat().st_size,
         peak_memory_bytes=peak_memory_bytes(),
         config=run.config,
@@ -607,7 +628,7 @@ def _propensity(
         spec = match_spec(dataset.num_features, dataset.num_labels, num_train)
     if spec is not None:
         return spec.propensity_a, spec.propensity_b, f"registry: {spec.name}"
-    return (*_DEFAULT_PROPENSITY, "default")
+    return (*DEFAULT_PROPENSITY, "default")
 
 
 def _check_labels(predictor: Predictor, dataset: XmcDataset, k: int) -> None:
@@ -947,10 +968,14 @@ class ExportResult:
     num_instances: int
     """Measured on."""
     num_labels: int
+    validation: tuple[Mapping[str, float], Mapping[str, float]] | None
+    """Metrics on the run's held-out instances, of the model alone, which the export's search is made of, and with the
+    neighbours, the linear ranker and the frequencies that `predict` adds; None where nothing was held out."""
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON document of `export`."""
+        alone, whole = (None, None) if self.validation is None else map(dict, self.validation)
         return {
             "output": self.output,
             "format": self.format,
@@ -960,6 +985,7 @@ class ExportResult:
             "measured_on": self.measured_on,
             "num_instances": self.num_instances,
             "num_labels": self.num_labels,
+            "validation": {"model": alone, "predict": whole},
             "seconds": round(self.seconds, 3),
         }
 
@@ -1019,8 +1045,18 @@ def export(
         measured_on=measured_on,
         num_instances=features.shape[0],
         num_labels=source.num_labels,
+        validation=_validation_of(source.directory),
         seconds=time.perf_counter() - started,
     )
+
+
+def _validation_of(run: RunDirectory) -> tuple[Mapping[str, float], Mapping[str, float]] | None:
+    """Of the model alone, and of all that predicts."""
+    from xmc_midx.checkpoint import CheckpointStore
+
+    whole, best = run.interpolation_validation(), CheckpointStore(run.checkpoints).step_of("best")
+    alone = [line["validation"] for line in run.read_metrics() if line["step"] == best]
+    return (alone[-1], whole) if alone and alone[-1] and whole else None
 
 
 def _instances_to_measure(source: ExportSource, data: str | Path | None) -> tuple[csr_matrix, str | None]:

@@ -224,8 +224,8 @@ class Predictor:
         """
         if self.calibration is None:
             raise UsageError(
-                "The run has no calibration, so its scores are no probabilities: no instances were held out, or an "
-                "older version trained it.",
+                "The run has no calibration, so its scores are no probabilities: no instances were held out, none of "
+                "their labels was found or none missed, or an older version trained it.",
                 hint="Train with data.validation_fraction above 0, or use --scores logits.",
             )
         return self.calibration
@@ -286,7 +286,10 @@ class Predictor:
         if plain:
             return top
         result = TopK.empty(features.shape[0], k)
+        # The coefficients are fitted to a shortlist of so many, however many results are asked for.
         reference = top if allow is None and deny is None else self.index.search(query_BD, SHORTLIST)
+        if reference.label_ids.shape[1] > SHORTLIST:
+            reference = TopK(label_ids=top.label_ids[:, :SHORTLIST], scores=top.scores[:, :SHORTLIST])
 
         def rank(first: int, last: int) -> None:
             rows = slice(first, last)

@@ -51,6 +51,10 @@ _CELLS = "cells.safetensors"
 _INTERPOLATION = "interpolation.json"
 _NEIGHBORS, _RANKER = "neighbors.safetensors", "ranker.safetensors"
 _LABELS, _VOCABULARY = "labels.txt", "vocabulary.txt"
+_OURS = {
+    *("config.yaml", "run.json", "metrics.jsonl", "checkpoints", "best", "latest", ".lock", _LABELS, _VOCABULARY),
+    *(_MODEL, _MODEL_RECORD, _CELLS, _INTERPOLATION, _NEIGHBORS, _RANKER),
+}
 
 
 class RunDirectory:
@@ -120,11 +124,11 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ResourceError(f"{path}: cannot be made: {error.strerror}.") from None
-        if not (path / "config.yaml").exists():
+        if not _is_run(path):
             # Before the lock file is made: a directory that is not ours stays as it is.
             _refuse_strangers(path)
         with cls.lock(path):
-            if (path / "config.yaml").exists():
+            if _is_run(path):
                 raise _holds_a_run(path)
             _refuse_strangers(path)
             directory = cls(path, config)
@@ -134,6 +138,18 @@ class RunDirectory:
             directory.write_text("config.yaml", dump_config(config))
             crash_point("run.begun")
             yield directory
+
+    @staticmethod
+    def require_replaceable(path: Path) -> None:
+        """A UsageError where a directory is no run, or holds more than one: what nobody asked for is not deleted."""
+        if not _is_run(path):
+            _refuse_strangers(path)
+        strangers = sorted(entry.name for entry in path.iterdir() if not _is_ours(entry.name))
+        if strangers:
+            raise UsageError(
+                f"{path}: holds {strangers[0]}, which is not of the run.",
+                hint="--force replaces the whole directory: move that away, or choose another --output.",
+            )
 
     @staticmethod
     @contextmanager
@@ -420,6 +436,15 @@ def _holds_a_run(path: Path) -> UsageError:
         return UsageError(f"{path}: holds a run already, a finished one.", hint=anew[0].upper() + anew[1:])
     go_on = shlex.join(["xmc-midx", "train", data, "--output", str(path), "--resume"])
     return UsageError(f"{path}: holds a run already, an unfinished one.", hint=f"Go on with: {go_on}; or {anew}")
+
+
+def _is_run(path: Path) -> bool:
+    """`config.yaml` alone is anyone's; ours has the record of the training beside it, which is written before it."""
+    return (path / "config.yaml").exists() and (path / "run.json").exists()
+
+
+def _is_ours(name: str) -> bool:
+    return name in _OURS or (name.startswith(".") and name.endswith(".tmp"))
 
 
 def _refuse_strangers(path: Path) -> None:

@@ -24,7 +24,7 @@ from xmc_midx.checkpoint import CheckpointStore, refuse_misfits
 from xmc_midx.crash import crash_point
 from xmc_midx.data.batches import BatchStream
 from xmc_midx.data.dataset import Split
-from xmc_midx.data.features import normalize_rows
+from xmc_midx.data.features import normalize_rows, row_hashes
 from xmc_midx.device import find_device, keep_freed_memory, release_freed_memory
 from xmc_midx.encoder import SparseEncoder, stored_encoder
 from xmc_midx.errors import DataError, DivergedError
@@ -40,7 +40,7 @@ from xmc_midx.rundir import RunDirectory
 from xmc_midx.signals import PendingSignal, deferred_signals
 from xmc_midx.topk import concatenate_topk
 from xmc_midx.trainer import Trainer
-from xmc_midx.types import DEFAULT_KS, EpochStats, Reporter, TopK
+from xmc_midx.types import DEFAULT_KS, DEFAULT_PROPENSITY, EpochStats, Reporter, TopK
 
 __all__ = ["TrainingSession"]
 
@@ -53,6 +53,9 @@ _SMALL_MODEL = 64 << 20
 """Bytes of a model whose checkpoint memory may hold in place of the disk."""
 _SAVE_SHARE = 0.005
 """Of the time, that training may stand still for saves of a small model."""
+
+_MOST_COPIES = 10
+"""An instance that alone would be more than this part of the held-out ones is not held out."""
 
 _CELL_QUERIES = 20_000, 2_000
 """Training instances that the label cells are fitted to, and held-out ones that their effort is tuned on."""
@@ -67,20 +70,29 @@ class TrainingSession:
     training : the training split, before the validation instances are held out.
     reporter : receives the progress.
     deadline : of `time.monotonic()`, after which the training is saved and stops; None: no limit.
+    propensity : A and B of the propensity model, for PSP@k of the held-out instances and what is chosen by it.
     """
 
     def __init__(
-        self, run: RunDirectory, training: Split, reporter: Reporter, *, deadline: float | None = None
+        self,
+        run: RunDirectory,
+        training: Split,
+        reporter: Reporter,
+        *,
+        deadline: float | None = None,
+        propensity: tuple[float, float] = DEFAULT_PROPENSITY,
     ) -> None:
         self.run_directory, self.reporter, self.deadline = run, reporter, deadline
         self.config = config = run.config
+        self.propensity = propensity
         device = find_device(config.training.device)
         if config.training.num_threads is not None:
             torch.set_num_threads(config.training.num_threads)
         if device.type == "cpu":
             keep_freed_memory()
         features = normalize_rows(training.features) if config.data.normalize == "l2" else training.features
-        kept, held_out = _hold_out(features.shape[0], config.data.validation_fraction, config.training.seed)
+        assert isinstance(config.data.validation_fraction, float), "the configuration is resolved"
+        kept, held_out = _hold_out(features, training.labels, config.data.validation_fraction, config.training.seed)
         self.held_out = (features[held_out], training.labels[held_out]) if held_out.size else None
         labels = training.labels
         self._whole = (features, labels)
@@ -191,6 +203,11 @@ class TrainingSession:
         """Keep the best model, and choose what is added to it, unless a resumed run has both already."""
         run = self.run_directory
         added = self.held_out is not None
+        if not added:
+            self.reporter.message(
+                "no instances are held out: nothing can choose the best epoch, what neighbours and linear ranker are "
+                "worth, or what is a probability; the last epoch's model alone is kept"
+            )
         chosen = run.interpolation_validation() if added else None
         if chosen is not None:
             self.validation = chosen
@@ -222,7 +239,8 @@ class TrainingSession:
         features = self.trainer.stream.features
         order = np.random.default_rng((self.config.training.seed, 2)).permutation(features.shape[0])
         fitted, tuned = np.split(order[: _CELL_QUERIES[0] + _CELL_QUERIES[1]], [_CELL_QUERIES[0]])
-        held_out = features[tuned] if self.held_out is None else self.held_out[0][: _CELL_QUERIES[1]]
+        held_out = features[tuned if len(tuned) else fitted] if self.held_out is None else self.held_out[0]
+        held_out = held_out[: _CELL_QUERIES[1]]
         query_ND, held_out_ND = (self._queries(part) for part in (features[fitted], held_out))
         cells = fit_cells(table, bias, query_ND, seed=self.config.training.seed)
         effort = tune_effort(table, bias, cells, held_out_ND)
@@ -269,7 +287,14 @@ class TrainingSession:
             return
         num_train = self.trainer.stream.num_instances
         chosen = fit_interpolation(
-            shortlist, neighbors, found, labels, self.frequencies, num_train, margin_of=margin_of
+            shortlist,
+            neighbors,
+            found,
+            labels,
+            self.frequencies,
+            num_train,
+            margin_of=margin_of,
+            propensity=self.propensity,
         )
         if neighbors is not None:
             chosen = dataclasses.replace(chosen, budget=budget, idf_power=idf_power)
@@ -286,10 +311,13 @@ class TrainingSession:
             f"validation P@1 {100 * self.history[self.best_epoch - 1]['validation']['P@1']:.2f}% -> "
             f"{100 * self.validation['P@1']:.2f}%"
         )
+        calibration = fit_calibration(top, labels)
+        del neighbors, found, votes, shortlist, top
+        release_freed_memory()
         # What is kept knows all training rows, the held-out ones too.
         rows = self._whole if chosen.needs_neighbors else None
         kept = ranker if chosen.needs_ranker else None
-        self.run_directory.write_interpolation(chosen, rows, kept, self.validation, fit_calibration(top, labels))
+        self.run_directory.write_interpolation(chosen, rows, kept, self.validation, calibration)
 
     def _train_ranker(self) -> LinearRanker:
         """Classifiers that tell the labels which the model confuses apart, on the training instances."""
@@ -305,7 +333,7 @@ class TrainingSession:
         rivals = csr_matrix(
             (np.ones(int(found.sum()), dtype=np.float32), (row_BK[found], top.label_ids[found])), shape=labels.shape
         )
-        return LinearRanker.fit(features, labels, rivals)
+        return LinearRanker.fit(features, labels, rivals, num_threads=torch.get_num_threads())
 
     def _predict(self, features: csr_matrix, k: int, *, stage: str | None = None, exact: bool = True) -> TopK:
         """The model's best labels, k or all, with a look at the signals now and again; `stage` reports."""
@@ -339,12 +367,13 @@ class TrainingSession:
         stats = dataclasses.replace(stats, validation=validation)
         score = _score(validation)
         self.loss = stats.loss
-        if score is None or score > self.best_score:
-            self.best_step, self.best_epoch, self.stale = stats.num_steps, stats.epoch, 0
+        better = score is None or score > self.best_score
+        self.stale = 0 if better else self.stale + 1
+        # Of equals the later one: it has learned more, even if the held-out instances cannot tell.
+        if better or score == self.best_score:
+            self.best_step, self.best_epoch = stats.num_steps, stats.epoch
             self.validation = validation
             self.best_score = -1.0 if score is None else score
-        else:
-            self.stale += 1
         self.history.append(_history_line(stats))
         self._pending = None
         self.seconds = time.perf_counter() - started
@@ -381,6 +410,8 @@ class TrainingSession:
             ks=DEFAULT_KS,
             label_frequencies=self.frequencies,
             num_train=self.trainer.stream.num_instances,
+            A=self.propensity[0],
+            B=self.propensity[1],
         )
         return {name: report.metrics[name] for name in ("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5")}
 
@@ -554,12 +585,27 @@ def _label_counts(labels: csr_matrix) -> NDArray[np.int32]:
     return counts
 
 
-def _hold_out(num_instances: int, fraction: float | str, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rising row numbers to train on, and to validate on; the latter is empty where a fraction is less than a row."""
-    assert not isinstance(fraction, str), "the configuration is resolved"
-    order = np.random.default_rng((seed, 0)).permutation(num_instances)
+def _hold_out(
+    features: csr_matrix, labels: csr_matrix, fraction: float, seed: int
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Rising row numbers to train on, and to validate on; the latter is empty where a fraction is less than a row.
+
+    An instance and its copies, features and labels equal, go together: with its copy in training, a held-out instance
+    would be remembered, and what is chosen by it would trust memory. An instance of many copies is trained on.
+    """
+    num_instances = features.shape[0]
     count = int(num_instances * fraction)
-    return np.sort(order[count:]), np.sort(order[:count])
+    order = np.random.default_rng((seed, 0)).permutation(num_instances)
+    # Odd factor: a feature row and a label row that trade places are another instance.
+    keys = row_hashes(features) * np.uint64(0x9E3779B97F4A7C15) + row_hashes(labels)
+    _, first, copies = np.unique(keys[order], return_index=True, return_counts=True)
+    # Each distinct instance by its first row in the random order.
+    by_chance = np.argsort(first)
+    copies = copies[by_chance]
+    few = copies <= max(count // _MOST_COPIES, copies.min(initial=1))
+    taken = first[by_chance][few][np.cumsum(copies[few]) <= count]
+    is_held_out = np.isin(keys, keys[order][taken]) if count else np.zeros(num_instances, dtype=bool)
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
 def _score(validation: Mapping[str, float]) -> float | None:

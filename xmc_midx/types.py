@@ -320,3 +320,5 @@ class SilentReporter:
 
 DEFAULT_KS: Sequence[int] = (1, 3, 5)
 """The k at which the field reports its metrics."""
+DEFAULT_PROPENSITY = (0.55, 1.5)
+"""A and B of the propensity model for a set that is not in the registry (Jain et al. 2016)."""

@@ -81,6 +81,12 @@ def _print_export(result: ExportResult, run: str) -> None:
             f"Over {result.num_instances:,} instances of {result.measured_on}, of the model alone; "
             "times of one query at a time."
         )
+    if result.validation is not None and result.validation[0] != result.validation[1]:
+        alone, whole = (render.percent(metrics["P@1"]) for metrics in result.validation)
+        render.print_text(
+            f"On the run's held-out instances the model alone has a P@1 of {alone}%, and predict, which adds "
+            f"neighbours, linear ranker and label frequencies, {whole}%."
+        )
     render.print_line(f"Exported in {render.duration(result.seconds)}.")
 
 

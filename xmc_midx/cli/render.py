@@ -236,13 +236,20 @@ def print_metrics(metrics: Mapping[str, float], *, title: str) -> None:
     print_table(("", *(f"@{k}" for k in ks)), rows, title=f"{title}, in %", right=range(1, len(ks) + 1))
 
 
-def print_definitions(metrics: Mapping[str, float], *, report: MetricReport | None, source: str | None = None) -> None:
+def print_definitions(
+    metrics: Mapping[str, float],
+    *,
+    report: MetricReport | None,
+    propensity: tuple[float, float] | None = None,
+    source: str | None = None,
+) -> None:
     """What the families that were printed mean, over which instances, with which propensities.
 
     Parameters
     ----------
     metrics : the metrics that were printed.
     report : counts, A and B; None where only the definitions are known.
+    propensity : A and B where there is no report.
     source : where A and B come from.
     """
     from xmc_midx.metrics import DEFINITIONS
@@ -253,6 +260,8 @@ def print_definitions(metrics: Mapping[str, float], *, report: MetricReport | No
         if family in present:
             print_text(f"{f'{family}@k':<{indent}}{text}", indent=" " * indent)
     if report is None:
+        if propensity is not None:
+            print_text("Propensities: A = {:g}, B = {:g}.".format(*propensity))
         return
     counted = f"Over {report.num_instances:,} instances"
     if report.num_without_labels:

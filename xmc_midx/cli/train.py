@@ -117,7 +117,7 @@ def train(
             if fetch:
                 download_if_missing(data, reporter=reporter)
             if resume:
-                result = pipeline.resume(run, max_seconds=seconds, verify=not no_verify, reporter=reporter)
+                result = pipeline.resume(run, data=data, max_seconds=seconds, verify=not no_verify, reporter=reporter)
             else:
                 result = pipeline.train(
                     data, output=run, config=settings, test=test, max_seconds=seconds, reporter=reporter
@@ -181,10 +181,12 @@ def _refuse_changes(
 def _place_for(run: Path, *, force: bool) -> AbstractContextManager[None]:
     """With --force the run that is there is replaced; anything else in the way the pipeline refuses."""
     aside = _aside(run)
-    if not force or not ((run / "config.yaml").exists() or aside.exists()):
+    if not force or not (aside.exists() or (run.is_dir() and any(run.iterdir()))):
         return nullcontext()
     from xmc_midx.rundir import RunDirectory
 
+    if run.exists():
+        RunDirectory.require_replaceable(run)
     with RunDirectory.lock(run) if run.exists() else nullcontext():
         if aside.exists() and not (run / "latest").exists():
             # A replacement that was killed before its first checkpoint: the old run is the one to keep.
@@ -232,7 +234,7 @@ def _print_summary(result: TrainResult) -> None:
     shown = {**result.validation, **(result.test.metrics if result.test is not None else {})}
     if shown:
         render.print_line()
-        render.print_definitions(shown, report=result.test)
+        render.print_definitions(shown, report=result.test, propensity=result.propensity)
 
 
 def _command(*words: str) -> str:

@@ -25,18 +25,19 @@ from xmc_midx.data.dataset import (
     load_vocabulary,
     split_statistics,
 )
+from xmc_midx.data.features import row_hashes
 from xmc_midx.data.files import LineChunks
 from xmc_midx.data.formats import read_labels
 from xmc_midx.data.ignored import read_ignored
 from xmc_midx.data.problems import Problem, ProblemList
-from xmc_midx.data.registry import DEFAULT_A, DEFAULT_B, match_spec
+from xmc_midx.data.registry import match_spec
 from xmc_midx.data.scans import SplitScan
 from xmc_midx.data.sources import Source, scan_source
 from xmc_midx.errors import DataError
+from xmc_midx.types import DEFAULT_PROPENSITY
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from scipy.sparse import csr_matrix
 
 __all__ = ["CheckReport", "FileReport", "PropensityRange", "check_dataset"]
 
@@ -274,7 +275,7 @@ class _Check:
                 self._warn(kind, text, **places.of(empty[0]))
         # Instances without features are all alike and counted above.
         rows = np.flatnonzero(np.diff(split.features.indptr))
-        features, labels = _row_hashes(split.features)[rows], _row_hashes(split.labels)[rows]
+        features, labels = row_hashes(split.features)[rows], row_hashes(split.labels)[rows]
         again = _repeats(features)
         if again.any():
             num_same = int(_repeats(features * np.uint64(3) + labels).sum())
@@ -316,7 +317,7 @@ class _Check:
             return None
         train, test = self.sound["train"], self.sound["test"]
         rows = np.flatnonzero(np.diff(test.features.indptr))
-        shared = rows[np.isin(_row_hashes(test.features)[rows], _row_hashes(train.features))]
+        shared = rows[np.isin(row_hashes(test.features)[rows], row_hashes(train.features))]
         if len(shared):
             text = f"{len(shared)} of {test.num_instances} instances have the features of a training instance; "
             self._warn("overlap", text + "this is the first.", **self.scans["test"].features_at.of(shared[0]))
@@ -328,7 +329,7 @@ class _Check:
             return None
         num_features, num_labels = train.features.shape[1], train.labels.shape[1]
         spec = self.files.spec or match_spec(num_features, num_labels, train.num_instances)
-        a, b = (spec.propensity_a, spec.propensity_b) if spec else (DEFAULT_A, DEFAULT_B)
+        a, b = (spec.propensity_a, spec.propensity_b) if spec else DEFAULT_PROPENSITY
         _, frequencies = np.unique(train.labels.indices, return_counts=True)
         rarest = int(frequencies.min(initial=train.num_instances)) if len(frequencies) == num_labels else 0
         scale = (math.log(train.num_instances) - 1) * (b + 1) ** a
@@ -339,24 +340,6 @@ class _Check:
 _MANY_IDS = 100
 _NEARLY_ALL = 0.99
 """An unused id 0 is odd only where hardly any id is unused: by chance it happens in 1 of 100 such files."""
-
-
-def _row_hashes(matrix: csr_matrix[Any]) -> NDArray[np.uint64]:
-    """(N,) 64-bit hashes: equal rows have equal ones, and rows without entries 0.
-
-    The sum over the row of `mix(id, bits of the value)`, splitmix64's finaliser (Steele et al. 2014). Two
-    different rows of 10^6 agree by chance with probability 3e-8.
-    """
-    bits = matrix.data.astype("<f4").view("<u4").astype(np.uint64)
-    mixed = (matrix.indices.astype(np.uint64) << np.uint64(32)) | bits
-    mixed += np.uint64(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed ^= mixed >> np.uint64(shift)
-        mixed *= np.uint64(factor)
-    mixed ^= mixed >> np.uint64(31)
-    sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(mixed, dtype=np.uint64)])
-    hashes: NDArray[np.uint64] = sums[matrix.indptr[1:]] - sums[matrix.indptr[:-1]]
-    return hashes
 
 
 def _repeats(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:

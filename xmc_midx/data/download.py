@@ -31,6 +31,7 @@ from xmc_midx.data.archive import extract
 from xmc_midx.data.drive import drive_url, drive_view_url
 from xmc_midx.data.fetch import discard, fetch
 from xmc_midx.data.files import SUFFIXES, atomic_write, sha256_of
+from xmc_midx.data.folds import divide_folds, find_folds
 from xmc_midx.data.manifest import read_manifest, verify_directory, write_manifest
 from xmc_midx.data.registry import ArchiveFormat, DatasetSpec, Mirror, cache_directory, find_spec
 from xmc_midx.errors import DataError, DownloadError, ResourceError, UsageError, XmcMidxError
@@ -343,6 +344,14 @@ def _arrange(directory: Path, hashes: dict[str, str], source: Mirror | None) -> 
     DownloadError : a file that the registry expects is missing, or there is no training split, or two.
     """
     found = dict(hashes)
+    folds = find_folds(hashes)
+    if folds is not None and not (source and source.train):
+        data, rows_of = folds
+        divide_folds(directory / data, {directory / name: directory / rows for name, rows in rows_of.items()})
+        for name in (data, *rows_of.values()):
+            (directory / name).unlink()
+            del found[name]
+        return found | {name: sha256_of(directory / name) for name in rows_of}
     stated = (*source.train, *source.test) if source else ()
     for name in stated:
         if name not in {path.rpartition("/")[2] for path in hashes}:

@@ -16,10 +16,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from xmc_midx.errors import DataError, UsageError
+from xmc_midx.types import DEFAULT_PROPENSITY
 
 __all__ = [
-    "DEFAULT_A",
-    "DEFAULT_B",
     "ArchiveFormat",
     "DatasetSpec",
     "DriveIds",
@@ -30,10 +29,6 @@ __all__ = [
     "load_registry",
     "match_spec",
 ]
-
-DEFAULT_A = 0.55
-"""A of the propensity model for a set that is not in the registry (Jain et al. 2016)."""
-DEFAULT_B = 1.5
 
 ArchiveFormat = Literal["bow", "bow-v1", "raw"]
 """Bag-of-words features, their first release, raw text."""
@@ -103,8 +98,8 @@ class DatasetSpec(_Record):
     num_test: Size | None = None
     labels_per_instance: float | None = None
     instances_per_label: float | None = None
-    propensity_a: float = Field(default=DEFAULT_A, gt=0)
-    propensity_b: float = Field(default=DEFAULT_B, gt=0)
+    propensity_a: float = Field(default=DEFAULT_PROPENSITY[0], gt=0)
+    propensity_b: float = Field(default=DEFAULT_PROPENSITY[1], gt=0)
     embedded: bool = False
     """Whether the data is part of this package."""
     drive: DriveIds | None = None

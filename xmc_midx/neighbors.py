@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from scipy.sparse import csr_matrix
 
-from xmc_midx.data.features import normalize_rows
+from xmc_midx.data.features import scale_rows
 from xmc_midx.tensorfile import write_arrays
 from xmc_midx.threads import in_threads, touch, zeros
 from xmc_midx.types import DEFAULT_KS
@@ -79,7 +79,7 @@ class NeighborIndex:
         assert features.shape[0] == labels.shape[0], "features and labels are rows of the same instances"
         self._kept = _kept_features(features)
         self._weights = _feature_weights(features, self._kept, idf_power) if idf_power else None
-        features = self._weighted(features)
+        features = csr_matrix((self._weighted(features), features.indices, features.indptr), shape=features.shape)
         self.num_features = int(features.shape[1])
         self.labels = csr_matrix(
             (np.ones(labels.nnz, dtype=np.float32), labels.indices, labels.indptr), shape=labels.shape
@@ -104,11 +104,13 @@ class NeighborIndex:
         """The index over what `save_rows` wrote; a ValueError, LookupError or SafetensorError where it is not that."""
         return cls(*_read_rows(load_file(path)), idf_power=idf_power)
 
-    def _weighted(self, features: csr_matrix) -> csr_matrix:
-        if self._weights is None:
-            return features
-        values = features.data * self._weights[features.indices]
-        return normalize_rows(csr_matrix((values, features.indices, features.indptr), shape=features.shape))
+    def _weighted(self, features: csr_matrix) -> NDArray[np.float32]:
+        """The rows' values as the index has them."""
+        values: NDArray[np.float32] = features.data.astype(np.float32, copy=self._weights is not None)
+        if self._weights is not None:
+            values *= self._weights[features.indices]
+            scale_rows(values, features.indptr)
+        return values
 
     def search(
         self, features: csr_matrix, count: int, *, budget: int | None = None
@@ -125,12 +127,13 @@ class NeighborIndex:
         where fewer rows share a feature with the query. The inner products are exact in any case.
         """
         assert features.shape[1] == self.num_features, "queries and training rows have the same features"
-        num_rows, features = features.shape[0], self._weighted(features)
+        num_rows, values = features.shape[0], self._weighted(features)
         if self._dense is not None:
-            return _dense_search(_dense(features), self._dense, count)
+            query_BF = _dense(csr_matrix((values, features.indices, features.indptr), shape=features.shape))
+            return _dense_search(query_BF, self._dense, count)
         rows_BK = np.full((num_rows, count), -1, dtype=np.int64)
         scores_BK = np.zeros((num_rows, count), dtype=np.float32)
-        queries = (features.indptr.astype(np.int64), features.indices, features.data.astype(np.float32))
+        queries = (features.indptr.astype(np.int64), features.indices, values)
         lists = (self._offsets, self._rows, self._values, self._prefixes)
         most_read = np.iinfo(np.int64).max if budget is None else min(budget, np.iinfo(np.int64).max)
 

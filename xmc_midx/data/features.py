@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from xmc_midx.errors import DataError
 
-__all__ = ["normalize_rows", "row_hashes", "rows_from_pairs"]
+__all__ = ["normalize_rows", "row_hashes", "rows_from_pairs", "scale_rows"]
 
 _HASHED = 1 << 20
 """Values of rows that are hashed at once, about."""
@@ -29,12 +30,22 @@ def normalize_rows(features: csr_matrix) -> csr_matrix:
     -------
     (N, F) float32, sharing ids and offsets with `features`; a row without features, or of zeros, stays as it is.
     """
-    counts = np.diff(features.indptr)
-    # reduceat needs every offset to be a valid position, and gives an empty row its successor's first entry.
-    squares = np.add.reduceat(np.append(features.data.astype(np.float64) ** 2, 0.0), features.indptr[:-1])
-    length = np.sqrt(np.where((counts > 0) & (squares > 0), squares, 1.0))
-    values = (features.data / np.repeat(length, counts)).astype(np.float32)
+    values = features.data.astype(np.float32)
+    scale_rows(values, features.indptr)
     return csr_matrix((values, features.indices, features.indptr), shape=features.shape)
+
+
+@numba.njit(nogil=True, cache=True)
+def scale_rows(values: Any, offsets: Any) -> None:
+    """Bring the rows `values[offsets[i]:offsets[i+1]]` to length 1, in place; rows of zeros stay."""
+    for row in range(offsets.shape[0] - 1):
+        square = 0.0
+        for place in range(offsets[row], offsets[row + 1]):
+            square += np.float64(values[place]) * np.float64(values[place])
+        length = math.sqrt(square)
+        if length > 0.0:
+            for place in range(offsets[row], offsets[row + 1]):
+                values[place] = np.float32(values[place] / length)
 
 
 def rows_from_pairs(

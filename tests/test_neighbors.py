@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -197,6 +198,14 @@ def test_no_feature_is_left_out_where_the_rows_would_lose_most_of_themselves(mon
     rows, labels = normalize_rows(sp.csr_matrix(values)), random_rows(200, 5, 0.3, seed=3)
     found, _ = NeighborIndex(rows, labels).search(rows[:20], 3)
     np.testing.assert_array_equal(found[:, 0], np.arange(20))
+
+
+def test_compiled_code_is_found_where_it_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = normalize_rows(random_rows(20, 9, 0.3, seed=1))
+    NeighborIndex(rows, sp.csr_matrix((20, 2), dtype=np.float32)).search(rows, 2)
+    assert module.is_compiled()
+    monkeypatch.setattr(module, "_search", SimpleNamespace(stats=SimpleNamespace(cache_path=str(tmp_path))))
+    assert not module.is_compiled()
 
 
 def test_saved_rows_give_the_same_votes(tmp_path: Path) -> None:

@@ -31,7 +31,15 @@ from xmc_midx.tensorfile import write_arrays
 from xmc_midx.threads import in_threads, touch, zeros
 from xmc_midx.types import DEFAULT_KS
 
-__all__ = ["NeighborIndex", "choose_idf_power", "insert_best", "least_of_best", "save_rows", "tune_budget"]
+__all__ = [
+    "NeighborIndex",
+    "choose_idf_power",
+    "insert_best",
+    "is_compiled",
+    "least_of_best",
+    "save_rows",
+    "tune_budget",
+]
 
 _MAX_SHARE = 0.1
 """A feature of more than this share of the rows is left out: such lists are long and say little (EXPERIMENTS.md,
@@ -172,6 +180,11 @@ class NeighborIndex:
         ids, values = np.empty(room, dtype=self.labels.indices.dtype), np.empty(room)
         used = _votes(rows_BK, weight_BK, lists, zeros(num_labels, np.float64), offsets, ids, values)
         return csr_matrix((values[:used], ids[:used], offsets), shape=(rows_BK.shape[0], num_labels))
+
+
+def is_compiled() -> bool:
+    """Whether the code of this module was compiled on this machine before, as after the first training it is."""
+    return any(Path(_search.stats.cache_path).glob(f"{Path(__file__).stem}*.nbi"))
 
 
 def tune_budget(index: NeighborIndex, features: csr_matrix, count: int) -> int:

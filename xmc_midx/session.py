@@ -31,7 +31,7 @@ from xmc_midx.errors import DataError, DivergedError
 from xmc_midx.index import CellIndex, build_index, tune_effort
 from xmc_midx.interpolation import SHORTLIST, Interpolation, fit_interpolation, interpolate
 from xmc_midx.metrics import evaluate_topk
-from xmc_midx.neighbors import NeighborIndex, choose_idf_power, tune_budget
+from xmc_midx.neighbors import NeighborIndex, choose_idf_power, is_compiled, tune_budget
 from xmc_midx.predictor import Predictor
 from xmc_midx.quantization import StoredTable
 from xmc_midx.ranker import LinearRanker
@@ -271,6 +271,8 @@ class TrainingSession:
         neighbors, found, ranker, margin_of = None, None, None, None
         if self.config.neighbors.enabled:
             self.reporter.start("neighbours", None)
+            if not is_compiled():
+                self.reporter.message("the first training after an installation compiles code, for some 15 s, once")
             known, count = (self.trainer.stream.features, self.trainer.stream.labels), self.config.neighbors.count
             idf_power = choose_idf_power(*known, count, seed=self.config.training.seed)
             neighbors = NeighborIndex(*known, idf_power=idf_power)

@@ -184,7 +184,8 @@ class NeighborIndex:
 
 def is_compiled() -> bool:
     """Whether the code of this module was compiled on this machine before, as after the first training it is."""
-    return any(Path(_search.stats.cache_path).glob(f"{Path(__file__).stem}*.nbi"))
+    place = _search.stats.cache_path
+    return place is not None and any(Path(place).glob(f"{Path(__file__).stem}*.nbi"))
 
 
 def tune_budget(index: NeighborIndex, features: csr_matrix, count: int) -> int:

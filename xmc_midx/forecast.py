@@ -16,7 +16,8 @@ the positives, `u` and `p` the rows of the two tables that an average batch touc
     64 MB at most, + 8 L: gathered rows, their gradients, logits, fragments; refresh; validation
   - label cells, from 4,096 labels, the tables in int8 + 4 D (22,000 + 4 x 4,096) + 440 L + 24 D^2 + 100 MB: queries
     of training instances, sketches, the directions, fragments
-  - neighbours, 12 nnz + 164 F + 16 Y + 160 MB + 70 MB: the index, the shortlist, compiled code; and
+  - neighbours, 12 nnz + 164 F + 16 Y + 160 MB + 70 MB: the index, the shortlist (or 300 bytes for each label that is
+    voted for, where that is more: instances with many labels), compiled code; and
     24 (Y + 50 x 30,000) + 50 MB for the linear ranker; where there are cells, tables, optimiser and sampler are gone
     and the int8 ones there
 
@@ -47,6 +48,8 @@ _SHORTLIST_CHUNKS = 160 * _MB
 _NEIGHBOR_CODE = 70 * _MB
 _FEATURE_LEVELS = 164
 _START_POSITIVES = 1 << 16
+_MOST_VOTED, _CANDIDATE = 300, 300
+"""Voted labels that a held-out instance brings to the fit of the last step, at most, and bytes of each."""
 _PAIR = 24
 """Bytes of a pair of an instance and a label that the linear ranker trains on."""
 _RANKER_BLOCKS = 50 * _MB
@@ -181,9 +184,10 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     neighbors = 0
     if config.neighbors.enabled and held_out:
         scores = min(4 * _SCORES_AT_ONCE, 4 * held_out * num_labels) * _SHORTLIST_CHUNKS // (64 * _MB)
-        neighbors = (
-            12 * data.num_values + _FEATURE_LEVELS * num_features + 16 * data.num_positives + _NEIGHBOR_CODE + scores
-        )
+        voted = min(config.neighbors.count * data.num_positives / max(data.num_instances, 1), _MOST_VOTED, num_labels)
+        neighbors = 12 * data.num_values + _FEATURE_LEVELS * num_features + 16 * data.num_positives + _NEIGHBOR_CODE
+        # The fit of the last step comes when the scores of the shortlist are gone.
+        neighbors += max(scores, round(_CANDIDATE * held_out * voted))
     if config.ranker.enabled and held_out:
         rivals = min(data.num_instances, _number(config.ranker.num_instances)) * min(
             config.ranker.num_rivals, num_labels

@@ -190,6 +190,8 @@ def test_an_instance_of_many_copies_is_trained_on() -> None:
         same = np.eye(20, dtype=np.float32)[rows]
         kept, out = held_out(same, labels[: len(rows)], 0.1)
         assert len(out) <= 4 and len(kept) >= 36, "as many as asked for, or none"
+    out = held_out(np.vstack([np.eye(20, dtype=np.float32)] * 2), labels[:40], 0.1)[1]
+    assert len(out) == 4 and out[2] - out[0] == out[3] - out[1] == 20, "where all have a copy, two of them with theirs"
     assert held_out(features[:5], labels[:5], 0.1)[1] == [] == held_out(features[:0], labels[:0], 0.1)[1]
 
 

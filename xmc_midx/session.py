@@ -604,7 +604,7 @@ def _hold_out(
     # Each distinct instance by its first row in the random order.
     by_chance = np.argsort(first)
     copies = copies[by_chance]
-    few = copies <= max(count // _MOST_COPIES, copies.min(initial=1))
+    few = copies <= max(count // _MOST_COPIES, int(copies.min()) if copies.size else 1)
     taken = first[by_chance][few][np.cumsum(copies[few]) <= count]
     is_held_out = np.isin(keys, keys[order][taken]) if count else np.zeros(num_instances, dtype=bool)
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)

@@ -96,6 +96,7 @@ def faiss_searches(table: StoredTable, bias: np.ndarray, systems: list[str], thr
 
 def plot(report: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
@@ -104,6 +105,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label="label cells" if kind == "cells" else kind)
     axes.set(xscale="log", xlabel="µs a query", ylabel="recall@5", title=f"{report['num_labels']:,} labels")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)

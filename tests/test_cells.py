@@ -100,6 +100,18 @@ def test_no_query_and_odd_queries() -> None:
         assert (found.label_ids >= -1).all() and (found.label_ids < 900).all()
 
 
+def test_without_queries_the_effort_is_the_least_and_no_search_is_a_scan() -> None:
+    table, bias, fitted, _ = tables(1000, 48)
+    cells = fit_cells(table, bias, fitted)
+    effort = tune_effort(table, bias, cells, fitted[:0])
+    assert (effort.depth, effort.width) == (1000, 100)
+    # Where no effort is enough, it ends where a search scans all labels anyway.
+    shuffled = fit_cells(table, bias, fitted)
+    shuffled.sketches[:] = np.random.default_rng(0).permutation(shuffled.sketches)
+    effort = tune_effort(table, bias, shuffled, fitted[:50])
+    assert effort.depth <= 1000 and effort.width <= 0.5 * 1000 * 1.4 + 1
+
+
 @pytest.mark.parametrize("name", ["offsets", "label_ids", "sketches", "cell_means"])
 def test_arrays_that_do_not_fit_are_refused(name: str) -> None:
     table, bias, fitted, _ = tables(300, 16)

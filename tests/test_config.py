@@ -192,3 +192,10 @@ def test_a_configuration_is_frozen() -> None:
     config = Config()
     with pytest.raises(ValidationError, match="frozen"):
         config.training.epochs = 3  # type: ignore[misc]
+
+
+def test_more_threads_than_a_machine_can_start_are_refused() -> None:
+    assert load_config(assignments=["training.num_threads=1024"]).training.num_threads == 1024
+    for number in ("0", "1025", "100000"):
+        with pytest.raises(UsageError, match="num_threads"):
+            load_config(assignments=[f"training.num_threads={number}"])

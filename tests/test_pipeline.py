@@ -502,6 +502,30 @@ def test_the_defaults_work_with_fewer_than_five_labels(tmp_path: Path, num_label
         predict(run, input=tmp_path / "test.txt", k=6)
 
 
+def test_feature_ids_with_huge_gaps_are_refused_before_the_memory_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "hashed.svm"
+    path.write_text("".join(f"{row % 3} {row}:1.0 {2**30 - row}:0.5\n" for row in range(40)))
+    with pytest.raises(DataError, match=r"1,073,741,825 features, .* but only 80 values\. Ids count from 0"):
+        train(path, output=tmp_path / "run", config=make_config())
+
+
+def test_data_that_has_moved_can_be_gone_on_with(topic_dir: Path, tmp_path: Path) -> None:
+    place, moved = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(topic_dir, place)
+    with pytest.raises(Interruption):
+        train(place, output=tmp_path / "run", config=make_config(), reporter=StopAfter(2 * STEPS + 1))
+    place.rename(moved)
+    with pytest.raises(DataError, match="here"):
+        resume(tmp_path / "run")
+    other = tmp_path / "other"
+    shutil.copytree(topic_dir, other)
+    text = (other / "train.txt").read_text().replace(" 1:", " 2:", 1)
+    (other / "train.txt").write_text(text)
+    with pytest.raises(DataError):
+        resume(tmp_path / "run", data=other)
+    assert resume(tmp_path / "run", data=moved).epochs == 4
+
+
 def test_label_ids_with_huge_gaps_are_refused_before_the_memory_is_gone(tmp_path: Path) -> None:
     lines = [f"{label} 0:1.0 1:0.5" for label in (0, 7, 1_499_999_999)] * 20
     write_xmc(tmp_path / "train.svm", "\n".join(lines) + "\n")

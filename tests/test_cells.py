@@ -117,6 +117,8 @@ def test_arrays_that_do_not_fit_are_refused(name: str) -> None:
     table, bias, fitted, _ = tables(300, 16)
     arrays = fit_cells(table, bias, fitted).as_arrays()
     assert LabelCells.from_arrays(arrays, 300, 16).num_labels == 300
+    older = arrays | {"cell_means": arrays["cell_means"].astype(np.float32) + np.float32(0.3)}
+    np.testing.assert_array_equal(LabelCells.from_arrays(older, 300, 16).cell_means, arrays["cell_means"])
     for damaged in (arrays[name][:-1], arrays[name].astype(np.float64), arrays[name] + 1):
         if (
             name in ("sketches", "cell_means")

@@ -139,6 +139,12 @@ def test_an_export_says_what_its_model_lacks(run: Path, tmp_path: Path, capsys: 
     shown = " ".join(capsys.readouterr().out.split())
     alone, whole = (f"{100 * metrics['P@1']:.2f}%" for metrics in result.validation)
     assert f"the model alone has a P@1 of {alone}, and predict" in shown and whole in shown
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run, damaged)
+    for text in ('{"step": 3, "validat', "[1]\n", '{"epoch": 1}\n'):
+        (damaged / "metrics.jsonl").write_text(text)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        assert export(damaged, output=tmp_path / "out").validation is None, "no export needs the record of the epochs"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -1051,11 +1051,15 @@ def export(
 
 
 def _validation_of(run: RunDirectory) -> tuple[Mapping[str, float], Mapping[str, float]] | None:
-    """Of the model alone, and of all that predicts."""
+    """Of the model alone, and of all that predicts; None where the record of the epochs, which no export needs, is
+    missing or damaged."""
     from xmc_midx.checkpoint import CheckpointStore
 
-    whole, best = run.interpolation_validation(), CheckpointStore(run.checkpoints).step_of("best")
-    alone = [line["validation"] for line in run.read_metrics() if line["step"] == best]
+    try:
+        whole, best = run.interpolation_validation(), CheckpointStore(run.checkpoints).step_of("best")
+        alone = [line.get("validation") for line in run.read_metrics() if line.get("step") == best]
+    except DataError:
+        return None
     return (alone[-1], whole) if alone and alone[-1] and whole else None
 
 

@@ -204,8 +204,16 @@ class RunDirectory:
             raise ResourceError(f"{path}: cannot be written: {error.strerror or error}.") from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`; a DataError where one is cut or is none."""
         path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            found = [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise DataError(f"{path}: is not what `train` wrote: {error}.") from None
+        if not all(isinstance(line, dict) for line in found):
+            raise DataError(f"{path}: is not what `train` wrote; expected an object a line.")
+        return found
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON object that `write_json` wrote; a DataError where it is missing or damaged."""

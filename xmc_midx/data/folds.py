@@ -2,7 +2,7 @@
 
 Before it: an unpacked archive; after it: `download` has the two files that `dataset` looks for. `NAME_data.txt` is XMC
 text. `NAME_trSplit.txt` and `NAME_tstSplit.txt` hold a row number, counting from 1, in each line and column; a column
-is one division of the instances, and the first is the one that published results are of.
+is one division of the instances, and the first is taken.
 """
 
 from __future__ import annotations

@@ -24,20 +24,38 @@ def random_rows(
     return sp.csr_matrix(values.astype(np.float32))
 
 
+def in_bytes(rows: sp.csr_matrix) -> sp.csr_matrix:
+    """As the index keeps them: each value a whole number of 127ths of the row's largest."""
+    dense = rows.toarray().astype(np.float64)
+    step = np.maximum(np.abs(dense).max(axis=1, keepdims=True), 1e-30) / 127
+    return sp.csr_matrix(np.round(dense / step) * step)
+
+
 @pytest.mark.parametrize("count", [1, 7, 60])
 def test_the_neighbours_are_those_of_a_full_scan(count: int) -> None:
     rows = normalize_rows(random_rows(53, 31, 0.15, seed=1))
     queries = normalize_rows(random_rows(17, 31, 0.15, seed=2, empty=(3,)))
     found, scores = NeighborIndex(rows, random_rows(53, 5, 0.3, seed=3)).search(queries, count)
-    truth = queries.toarray().astype(np.float64) @ rows.toarray().astype(np.float64).T
+    truth = queries.toarray().astype(np.float64) @ in_bytes(rows).toarray().T
+    in_common = np.count_nonzero((queries @ rows.T).toarray(), axis=1)
     assert found.shape == scores.shape == (17, count)
-    for ids, values, expected in zip(found, scores, truth, strict=True):
+    for ids, values, expected, most in zip(found, scores, truth, in_common, strict=True):
         kept = ids >= 0
-        assert kept.sum() == min(count, np.count_nonzero(expected))
+        assert kept.sum() == min(count, most)
         assert len(set(ids[kept])) == kept.sum()
         np.testing.assert_allclose(values[kept], expected[ids[kept]], rtol=1e-5)
         np.testing.assert_allclose(values[kept], -np.sort(-expected)[: kept.sum()], rtol=1e-5)
     assert (found[3] == -1).all()
+
+
+def test_ids_of_any_size_have_room_beside_a_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, labels = normalize_rows(random_rows(200, 90, 0.2, seed=1)), random_rows(200, 5, 0.3, seed=3)
+    rows.data[::3] *= -1.0
+    before = NeighborIndex(rows, labels, idf_power=0.5).search(rows, 7, budget=100)
+    monkeypatch.setattr(module, "_SHORT_IDS", 80)
+    after = NeighborIndex(rows, labels, idf_power=0.5).search(rows, 7, budget=100)
+    for first, second in zip(before, after, strict=True):
+        np.testing.assert_array_equal(first, second)
 
 
 def test_equal_neighbours_come_in_the_order_of_their_rows() -> None:
@@ -82,7 +100,7 @@ def test_a_small_budget_still_finds_most_neighbours_and_their_exact_products() -
     index = NeighborIndex(rows, random_rows(3000, 5, 0.3, seed=3))
     exact, exact_scores = index.search(queries, 10)
     found, scores = index.search(queries, 10, budget=700)
-    truth = (queries @ rows.T).toarray()
+    truth = (queries @ in_bytes(rows).T).toarray()
     hit = [np.isin(a[a >= 0], b).mean() for a, b in zip(exact, found, strict=True) if (a >= 0).any()]
     assert not np.array_equal(found, exact), "the budget is felt"
     assert np.mean(hit) > 0.8

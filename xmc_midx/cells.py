@@ -316,8 +316,15 @@ def _search(
                     places[count] = position
                     count += 1
         least = least_of_best(score[:count], once, width, count)
+        chosen = 0
         for place in range(count):
+            places[chosen] = places[place]
+            chosen += score[place] >= least
+        for place in range(chosen):
+            places[place] = label_ids[places[place]]
+            score[place] = row_product(query_BD[row], codes, scales, places[place]) + bias[places[place]]
+        # Most of them are not among the k best: a list in order is a slow way to find that out.
+        least = least_of_best(score[:chosen], once, found_BK.shape[1], chosen)
+        for place in range(chosen):
             if score[place] >= least:
-                label = label_ids[places[place]]
-                logit = row_product(query_BD[row], codes, scales, label) + bias[label]
-                insert_best(found_BK[row], score_BK[row], label, logit)
+                insert_best(found_BK[row], score_BK[row], places[place], score[place])

@@ -66,6 +66,8 @@ _CANDIDATES = 3
 """Rows that are rescored for each neighbour asked for."""
 _LEVELS = 40
 """Of the sizes of a list's values, each 2^(-1/2) of the one before: how far a list is read is looked up by level."""
+_SHORT_IDS = 1 << 24
+"""Features whose ids leave room for a byte in 32 bits."""
 _LARGEST = 1e30
 """Of a stored row's values, in units of a 127th."""
 _CHUNK = 1 << 22
@@ -77,7 +79,8 @@ class NeighborIndex:
 
     Parameters
     ----------
-    features : (N, F) float, rows of unit length: the inner product is the cosine.
+    features : (N, F) float, rows of unit length: the inner product is the cosine. Sparse rows are kept as they are
+        saved, a byte a value.
     labels : (N, L); a stored value is a label of the row.
     idf_power : values, of rows and queries, are multiplied by this power of log((N + 1) / (n + 1)) + 1 for a feature of
         n rows, and scaled to unit length again; 0: as they are.
@@ -85,23 +88,31 @@ class NeighborIndex:
 
     def __init__(self, features: csr_matrix, labels: csr_matrix, *, idf_power: float = 0.0) -> None:
         assert features.shape[0] == labels.shape[0], "features and labels are rows of the same instances"
-        self._kept = _kept_features(features)
-        self._weights = _feature_weights(features, self._kept, idf_power) if idf_power else None
-        features = csr_matrix((self._weighted(features), features.indices, features.indptr), shape=features.shape)
+        kept = _kept_features(features)
+        self._weights = _feature_weights(features, kept, idf_power) if idf_power else None
         self.num_features = int(features.shape[1])
         self.labels = csr_matrix(
             (np.ones(labels.nnz, dtype=np.float32), labels.indices, labels.indptr), shape=labels.shape
         )
-        self._dense = _dense(features) if _is_dense(features) else None
-        if self._dense is not None:
+        self._dense = None
+        if _is_dense(features):
+            self._dense = _with_values(features, self._weighted(features)).toarray()
             return
         self._local = threading.local()
-        self._offsets, self._rows, self._values, self._prefixes = _inverted_lists(features, self._kept)
-        self._forward = (
-            features.indptr.astype(np.int64),
-            features.indices.astype(np.int32, copy=False),
-            features.data.astype(np.float32, copy=False),
-        )
+        features = _only(features, kept)
+        codes, scale_N = _quantize(features)
+        # One fetch of a row brings ids and values: an entry is a feature's id, and below it the byte of the value.
+        ids: NDArray[Any] = features.indices.astype(np.uint32 if self.num_features <= _SHORT_IDS else np.uint64)
+        entries = ids << 8 | codes.view(np.uint8)
+        values = codes.astype(np.float32)
+        if self._weights is not None:
+            values *= self._weights[features.indices]
+            squares = np.asarray(_with_values(features, np.square(values)).sum(axis=1), dtype=np.float32).ravel()
+            scale_N = np.reciprocal(np.sqrt(np.maximum(squares, np.float32(1e-30))))
+        values *= np.repeat(scale_N, np.diff(features.indptr))
+        weights_F = np.empty(0, dtype=np.float32) if self._weights is None else self._weights
+        self._forward = (features.indptr.astype(np.int64), entries, scale_N, weights_F)
+        self._lists = _inverted_lists(_with_values(features, values))
 
     @property
     def num_instances(self) -> int:
@@ -132,25 +143,21 @@ class NeighborIndex:
         Returns
         -------
         (B, count) int64 row numbers and (B, count) float32 inner products: falling, ties to the smaller row; -1 and 0
-        where fewer rows share a feature with the query. The inner products are exact in any case.
+        where fewer rows share a feature with the query. The inner products with the rows as they are kept are exact
+        in any case.
         """
         assert features.shape[1] == self.num_features, "queries and training rows have the same features"
         num_rows, values = features.shape[0], self._weighted(features)
         if self._dense is not None:
-            query_BF = _dense(csr_matrix((values, features.indices, features.indptr), shape=features.shape))
-            return _dense_search(query_BF, self._dense, count)
+            return _dense_search(_with_values(features, values).toarray(), self._dense, count)
         rows_BK = np.full((num_rows, count), -1, dtype=np.int64)
         scores_BK = np.zeros((num_rows, count), dtype=np.float32)
         queries = (features.indptr.astype(np.int64), features.indices, values)
-        lists = (self._offsets, self._rows, self._values, self._prefixes)
         most_read = np.iinfo(np.int64).max if budget is None else min(budget, np.iinfo(np.int64).max)
 
         def run(begin: int, end: int) -> None:
-            total, dense = self._workspace()
-            most = _CANDIDATES * count
-            _search(
-                queries, lists, self._forward, self._kept, total, dense, most_read, most, begin, end, rows_BK, scores_BK
-            )
+            limits, found = (most_read, _CANDIDATES * count), (rows_BK, scores_BK)
+            _search(queries, self._lists, self._forward, self._workspace(), limits, begin, end, *found)
 
         in_threads(run, num_rows)
         return rows_BK, scores_BK
@@ -250,17 +257,13 @@ def save_rows(path: Path, features: csr_matrix, labels: csr_matrix) -> str:
     """
     assert features.has_sorted_indices, "the blocks of a row follow one another"
     num_rows, num_features = features.shape
+    features, blocks = _only(features, _kept_features(features)), _num_blocks(num_features)
+    ids, (codes, scale) = features.indices, _quantize(features)
     row = np.repeat(np.arange(num_rows), np.diff(features.indptr))
-    kept = _kept_features(features)[features.indices]
-    row, ids, values = row[kept], features.indices[kept], features.data[kept]
-    blocks = _num_blocks(num_features)
-    largest = np.zeros(num_rows, dtype=np.float32)
-    np.maximum.at(largest, row, np.abs(values))
-    scale = np.maximum(largest, np.float32(1e-30)) / np.float32(127)
     arrays: dict[str, NDArray[Any]] = {
         "features.counts": np.bincount(row * blocks + (ids >> 16), minlength=num_rows * blocks).astype(np.uint32),
         "features.ids": (ids & 0xFFFF).astype(np.uint16),
-        "features.values": np.rint(values / scale[row]).astype(np.int8),
+        "features.values": codes,
         "features.scale": scale,
         "labels.counts": np.diff(labels.indptr).astype(np.uint32),
         "labels.ids": labels.indices.astype(np.int32),
@@ -301,21 +304,19 @@ def _offsets(counts: NDArray[Any]) -> NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
-def _inverted_lists(features: csr_matrix, kept: NDArray[np.bool_]) -> tuple[NDArray[Any], ...]:
-    """The kept features' lists one after the other: offsets (F+1,), rows and values (nnz,), and how many entries of a
-    list (F, levels) are at least as large as each level, in the last column all. In a list, the levels fall and the
-    rows of a level rise."""
+def _inverted_lists(features: csr_matrix) -> tuple[NDArray[Any], ...]:
+    """The features' lists one after the other: offsets (F+1,), rows and values (nnz,), and how many entries of a list
+    (F, levels) are at least as large as each level, in the last column all. In a list, the levels fall and the rows of
+    a level rise."""
     num_rows, num_features = features.shape
-    mask = kept[features.indices]
-    ids, level = features.indices[mask], _levels(features.data[mask])
+    ids, level = features.indices, _levels(features.data)
     prefixes = np.zeros((num_features, _LEVELS + 1), dtype=np.int32)
     _count_levels(ids, level, prefixes)
     # Keys of 16 bits at most: a radix sort each.
     order = np.lexsort((level, (ids & 0xFFFF).astype(np.uint16), (ids >> 16).astype(np.uint16)))
     del ids, level
-    values = features.data[mask].astype(np.float32, copy=False)[order]
-    rows = np.repeat(np.arange(num_rows, dtype=np.int32), np.diff(features.indptr))[mask][order]
-    return _offsets(prefixes[:, -1]), rows, values, prefixes
+    rows = np.repeat(np.arange(num_rows, dtype=np.int32), np.diff(features.indptr))[order]
+    return _offsets(prefixes[:, -1]), rows, features.data[order], prefixes
 
 
 @numba.njit(nogil=True, cache=True)
@@ -355,9 +356,34 @@ def _kept_features(features: csr_matrix) -> NDArray[np.bool_]:
     return kept
 
 
-def _dense(features: csr_matrix) -> NDArray[np.float32]:
-    found: NDArray[np.float32] = features.toarray().astype(np.float32, copy=False)
-    return found
+def _with_values(features: csr_matrix, values: NDArray[np.float32]) -> csr_matrix:
+    return csr_matrix((values, features.indices, features.indptr), shape=features.shape)
+
+
+def _only(features: csr_matrix, kept: NDArray[np.bool_]) -> csr_matrix:
+    """The values of the kept features."""
+    mask = kept[features.indices]
+    offsets = _offsets(mask)[features.indptr]
+    return csr_matrix((features.data[mask], features.indices[mask], offsets), shape=features.shape)
+
+
+def _quantize(features: csr_matrix) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """The values in a byte each (nnz,), and the units of each row (N,): its largest / 127."""
+    codes = np.empty(features.nnz, dtype=np.int8)
+    scale_N = np.empty(features.shape[0], dtype=np.float32)
+    _quantize_rows(features.data, features.indptr, codes, scale_N)
+    return codes, scale_N
+
+
+@numba.njit(nogil=True, cache=True)
+def _quantize_rows(values: Any, offsets: Any, codes: Any, scale: Any) -> None:
+    for row in range(scale.shape[0]):
+        largest = np.float32(1e-30)
+        for entry in range(offsets[row], offsets[row + 1]):
+            largest = max(largest, np.float32(abs(values[entry])))
+        scale[row] = largest / np.float32(127)
+        for entry in range(offsets[row], offsets[row + 1]):
+            codes[entry] = np.int8(np.rint(values[entry] / scale[row]))
 
 
 def _dense_search(
@@ -406,26 +432,33 @@ def _plan(query: Any, lists: Any, budget: int, begin: int, end: int, lengths: An
         total += lengths[entry - begin]
     if total <= budget:
         return True
-    counts = np.zeros(2 * _LEVELS, dtype=np.int64)
+    shifts, more = np.empty(end - begin, dtype=np.int64), np.empty(end - begin, dtype=np.int64)
     for entry in range(begin, end):
-        shift = _level(weights[entry])
-        for level in range(max(shift, 0), min(shift + _LEVELS, 2 * _LEVELS)):
-            counts[level] += prefixes[ids[entry], level - shift]
-        for level in range(shift + _LEVELS, 2 * _LEVELS):
-            counts[level] += prefixes[ids[entry], _LEVELS - 1]
-    cut = -1
-    while cut + 1 < 2 * _LEVELS and counts[cut + 1] <= budget:
-        cut += 1
-    left = budget - (counts[cut] if cut >= 0 else 0)
-    for entry in range(begin, end):
-        lengths[entry - begin] = _prefix(prefixes, ids[entry], cut - _level(weights[entry]))
+        shifts[entry - begin] = _level(weights[entry])
+    # The last level to which all fit.
+    cut, most = -1, 2 * _LEVELS - 1
+    while cut < most:
+        middle = (cut + most + 1) // 2
+        total = 0
+        for place in range(end - begin):
+            total += _prefix(prefixes, ids[begin + place], middle - shifts[place])
+        if total <= budget:
+            cut = middle
+        else:
+            most = middle - 1
+    left = budget
+    for place in range(end - begin):
+        feature = ids[begin + place]
+        lengths[place] = _prefix(prefixes, feature, cut - shifts[place])
+        more[place] = _prefix(prefixes, feature, cut + 1 - shifts[place]) - lengths[place]
+        left -= lengths[place]
     longest = np.int64(1)
     while left > 0 and longest < 2 * budget:
-        for entry in range(begin, end):
-            more = _prefix(prefixes, ids[entry], cut + 1 - _level(weights[entry])) - lengths[entry - begin]
-            if longest // 2 < more <= longest:
-                lengths[entry - begin] += min(more, left)
-                left -= min(more, left)
+        for place in range(end - begin):
+            if longest // 2 < more[place] <= longest:
+                taken = min(more[place], left)
+                lengths[place] += taken
+                left -= taken
         longest *= 2
     return False
 
@@ -441,11 +474,8 @@ def _search(
     queries: Any,
     lists: Any,
     forward: Any,
-    kept: Any,
-    total: Any,
-    dense: Any,
-    budget: int,
-    num_candidates: int,
+    workspace: Any,
+    limits: Any,
     begin: int,
     end: int,
     found_BK: Any,
@@ -453,11 +483,13 @@ def _search(
 ) -> float:
     """For the queries begin..end: `scores = queries @ training.T`, the best K of each row, without the matrix.
 
-    `total` (N,) holds NaN, `dense` (F,) zeros; both are left so.
+    `workspace`: (N,) NaN and (F,) zeros, and left so. `limits`: entries that are read, and rows that are rescored.
     """
     query_offsets, query_ids, query_values = queries
     offsets, rows, values = lists[:3]
-    row_offsets, row_ids, row_values = forward
+    row_offsets, row_entries, row_scale, weights = forward
+    total, dense = workspace
+    budget, num_candidates = limits
     # One more place than rows: the last entry of a list is noted before it is known whether its row is new.
     touched = np.empty(total.shape[0] + 1, dtype=np.int32)
     score = np.empty(total.shape[0], dtype=np.float32)
@@ -488,22 +520,27 @@ def _search(
                 insert_best(found_BK[query], score_BK[query], touched[index], score[index])
             continue
         for entry in range(first, last):
-            if kept[query_ids[entry]]:
-                dense[query_ids[entry]] += query_values[entry]
+            weight = query_values[entry]
+            dense[query_ids[entry]] += weight * weights[query_ids[entry]] if weights.shape[0] else weight
         least = least_of_best(score[:num_touched], once, num_candidates, num_touched)
+        chosen = 0
+        for index in range(num_touched):
+            touched[chosen] = touched[index]
+            chosen += score[index] >= least
         # A row's place in memory is anyone's guess: asked for together, the rows are fetched side by side.
-        for index in range(num_touched):
+        for index in range(chosen):
+            fetched += touch(row_entries, row_offsets[touched[index]], row_offsets[touched[index] + 1])
+        for index in range(chosen):
+            row = touched[index]
+            product = np.float32(0.0)
+            for place in range(row_offsets[row], row_offsets[row + 1]):
+                entry = row_entries[place]
+                product += dense[entry >> 8] * np.float32(np.int8(entry & 0xFF))
+            score[index] = product * row_scale[row]
+        least = least_of_best(score[:chosen], once, found_BK.shape[1], chosen)
+        for index in range(chosen):
             if score[index] >= least:
-                row = touched[index]
-                fetched += touch(row_ids, row_offsets[row], row_offsets[row + 1])
-                fetched += touch(row_values, row_offsets[row], row_offsets[row + 1])
-        for index in range(num_touched):
-            if score[index] >= least:
-                row = touched[index]
-                product = np.float32(0.0)
-                for entry in range(row_offsets[row], row_offsets[row + 1]):
-                    product += dense[row_ids[entry]] * row_values[entry]
-                insert_best(found_BK[query], score_BK[query], row, product)
+                insert_best(found_BK[query], score_BK[query], touched[index], score[index])
         for entry in range(first, last):
             dense[query_ids[entry]] = 0.0
     return fetched

@@ -181,8 +181,8 @@ class NeighborIndex:
         weight_BK /= np.maximum(weight_BK.sum(1, keepdims=True), 1e-300)
         lists = (self.labels.indptr, self.labels.indices)
         num_labels = self.labels.shape[1]
-        counts = np.diff(self.labels.indptr)
-        room = int(counts[rows_BK[found_BK]].sum())
+        voters = rows_BK[found_BK]
+        room = int((self.labels.indptr[voters + 1] - self.labels.indptr[voters]).sum(dtype=np.int64))
         offsets = np.zeros(rows_BK.shape[0] + 1, dtype=self.labels.indptr.dtype)
         ids, values = np.empty(room, dtype=self.labels.indices.dtype), np.empty(room)
         used = _votes(rows_BK, weight_BK, lists, zeros(num_labels, np.float64), offsets, ids, values)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch.autograd.function import once_differentiable
 
+from xmc_midx.products import linear
+
 __all__ = ["PoolLoss", "Positives", "Targets", "logsumexp_or_empty", "without_autocast"]
 
 _CHUNK_ELEMENTS = 1 << 24
@@ -163,7 +165,7 @@ def _chunk_logits(
     """Corrected logits (B, chunk) of the pool's labels begin..end, which positives lie there, and in which column."""
     offset = offset_P[begin:end]
     if precision == offset.dtype:
-        logits = torch.addmm(offset, query, rows_PD[begin:end].T)
+        logits = linear(query, rows_PD[begin:end], offset)
     else:
         logits = (query @ rows_PD[begin:end].to(precision).T).to(offset.dtype).add_(offset)
     if begin == 0 and end >= rows_PD.shape[0]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from xmc_midx.products import linear
 from xmc_midx.quantization import StoredTable
 from xmc_midx.types import TopK
 
@@ -43,9 +44,10 @@ def exact_topk(
         chunk_BD = query_ND[begin : begin + row_chunk]
         best = None
         for first in range(0, num_labels, label_chunk):
-            scores_BL = chunk_BD @ label_table_LD[first : first + label_chunk].to(chunk_BD.dtype).T
-            if bias_L is not None:
-                scores_BL += bias_L[first : first + label_chunk]
+            labels = slice(first, first + label_chunk)
+            scores_BL = linear(
+                chunk_BD, label_table_LD[labels].to(chunk_BD.dtype), None if bias_L is None else bias_L[labels]
+            )
             if excluded_L is not None:
                 scores_BL[:, excluded_L[first : first + label_chunk]] = -torch.inf
             found = _topk_ties_to_smaller_id(scores_BL, min(k, scores_BL.shape[1]), first)

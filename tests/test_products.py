@@ -1,0 +1,41 @@
+"""Claims about `xmc_midx.products`: the product of float64, whatever the library, layout and shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from xmc_midx import products
+from xmc_midx.products import linear
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize(
+    ("num_rows", "num_labels", "dim"), [(1, 1, 1), (7, 13, 5), (33, 257, 64), (0, 9, 4), (5, 0, 4)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_product_is_that_of_float64(
+    num_rows: int, num_labels: int, dim: int, dtype: torch.dtype, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_ONEDNN", products._ONEDNN and onednn)
+    generator = torch.Generator().manual_seed(num_rows)
+    rows, table, bias = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for shape in ((num_rows, dim), (num_labels, dim), (num_labels,))
+    )
+    expected = rows.detach().double() @ table.detach().double().T
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    found = linear(rows, table)
+    assert found.dtype == dtype and not found.requires_grad
+    torch.testing.assert_close(found.double(), expected, **tolerance)
+    torch.testing.assert_close(linear(rows, table, bias).double(), expected + bias.detach().double(), **tolerance)
+
+
+def test_rows_and_tables_may_lie_anyhow() -> None:
+    generator = torch.Generator().manual_seed(3)
+    whole = torch.randn(40, 60, generator=generator)
+    rows, table = whole[::2, 3:20], whole[:, 30:47].T.contiguous().T[5:]
+    torch.testing.assert_close(linear(rows, table), rows @ table.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        linear(rows, table, whole[0, 1:36]), rows @ table.T + whole[0, 1:36], rtol=1e-4, atol=1e-4
+    )

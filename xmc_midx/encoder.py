@@ -165,15 +165,21 @@ def stored_encoder(
 
 
 class _SeededDropout(nn.Module):
-    """Dropout with a generator of its own: a run does not depend on, or disturb, torch's global one."""
+    """Dropout with a generator of its own: a run does not depend on, or disturb, torch's global one.
+
+    The rate is rounded to 256ths, so that one random number of 64 bits decides on eight coordinates.
+    """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
         self.generator: torch.Generator | None = None
+        self._dropped = min(round(256 * rate), 255)
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.rate == 0.0:
+        if not self.training or self._dropped == 0:
             return values
-        kept = torch.rand(values.shape, generator=self.generator, device=values.device) >= self.rate
-        return values * (kept * (1.0 / (1.0 - self.rate)))
+        words = torch.empty(-(-values.numel() // 8), dtype=torch.int64, device=values.device)
+        words.random_(-(2**63), None, generator=self.generator)
+        kept = words.view(torch.uint8)[: values.numel()].view(values.shape) >= self._dropped
+        return values * (kept * (256.0 / (256.0 - self._dropped)))

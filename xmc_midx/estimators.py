@@ -150,7 +150,7 @@ class PoolLoss(torch.autograd.Function):
                 grad_query += slopes @ rows_PD[begin:end].to(ctx.precision)
                 grad_rows[begin:end] = slopes.T @ query
                 grad_bias[begin:end] = slopes.sum(0, dtype=bias_P.dtype)
-        return (grad * grad_query, grad * grad_rows, grad * grad_bias, *(None,) * 5)
+        return (grad_query.mul_(grad), grad_rows.mul_(grad), grad_bias.mul_(grad), *(None,) * 5)
 
 
 def _chunk_logits(

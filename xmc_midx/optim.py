@@ -10,11 +10,17 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numba
 import torch
 
 from xmc_midx.device import empty_table
+from xmc_midx.threads import in_threads
 
 __all__ = ["RowAdam", "add_to_rows", "round_at_random"]
+
+
+_PARALLEL = 500
+"""Rows whose update is worth a second thread."""
 
 
 class RowAdam(torch.optim.Optimizer):
@@ -78,7 +84,12 @@ class RowAdam(torch.optim.Optimizer):
         square = torch.linalg.vector_norm(rows, dim=1).square() / rows.shape[1] if rows.dim() > 1 else rows.square()
         root = self._root_of_sum if group["moment"] == "sum" else self._root_of_mean
         scale = root(parameter, group, row_ids, square).add_(group["eps"]).reciprocal_().mul_(-group["lr"])
-        add_to_rows(parameter, row_ids, rows * (scale[:, None] if rows.dim() > 1 else scale), self._seed(parameter))
+        if parameter.dim() == 2 and parameter.dtype == rows.dtype and parameter.device.type == "cpu":
+            arrays = (parameter.detach().numpy(), row_ids.numpy(), rows.numpy(), scale.numpy())
+            in_threads(lambda begin, end: _add_scaled(*arrays, begin, end), len(row_ids), least=_PARALLEL)
+        else:
+            updates = rows * (scale[:, None] if rows.dim() > 1 else scale)
+            add_to_rows(parameter, row_ids, updates, self._seed(parameter))
 
     def _seed(self, parameter: torch.Tensor) -> int:
         """The table's steps so far: a resumed training rounds as the uninterrupted one does."""
@@ -153,6 +164,15 @@ class RowAdam(torch.optim.Optimizer):
         second = state["second_moment"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
         denominator = (second / (1 - beta2**count)).sqrt_().add_(group["eps"])
         parameter.addcdiv_(first, denominator, value=-group["lr"] / (1 - beta1**count))
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"contract"})
+def _add_scaled(table: Any, row_ids: Any, rows: Any, scale: Any, begin: int, end: int) -> None:
+    """`table[row_ids] += scale * rows` in one pass, without the product in between."""
+    for place in range(begin, end):
+        row, factor = row_ids[place], scale[place]
+        for column in range(table.shape[1]):
+            table[row, column] += factor * rows[place, column]
 
 
 def add_to_rows(table: torch.Tensor, row_ids: torch.Tensor, updates: torch.Tensor, seed: int = 0) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numba
@@ -21,27 +22,50 @@ _PARTS = 4
 _LINE = 64
 """Bytes of a cache line."""
 _LOCAL = threading.local()
+_POOLS: dict[int, ThreadPoolExecutor] = {}
+if hasattr(os, "register_at_fork"):
+    # Threads do not survive a fork: the child starts its own.
+    os.register_at_fork(after_in_child=_POOLS.clear)
 
 
-def in_threads(work: Callable[[int, int], object], num_rows: int) -> None:
+def in_threads(work: Callable[[int, int], object], num_rows: int, *, least: int = _PARALLEL) -> None:
     """`work(first, last)` over parts of 0..num_rows, in as many threads as torch has (numba, where torch is
-    not loaded); within such a part, in its own.
+    not loaded), this one among them; within such a part, or of fewer rows than `least`, in this one alone.
 
     The work is compiled code or NumPy's, which let other threads run.
     """
     torch = sys.modules.get("torch")
     workers: int = numba.get_num_threads() if torch is None else torch.get_num_threads()
-    if workers == 1 or num_rows < _PARALLEL or getattr(_LOCAL, "working", False):
+    if workers == 1 or num_rows < least or getattr(_LOCAL, "working", False):
         work(0, num_rows)
         return
-
-    def part(number: int) -> None:
-        _LOCAL.working = True
-        work(number * num_rows // num_parts, (number + 1) * num_rows // num_parts)
-
     num_parts = min(_PARTS * workers, num_rows)
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(part, range(num_parts)))
+    numbers = iter(range(num_parts))
+
+    def work_off() -> None:
+        _LOCAL.working = True
+        try:
+            for number in numbers:
+                work(number * num_rows // num_parts, (number + 1) * num_rows // num_parts)
+        finally:
+            _LOCAL.working = False
+
+    others = [_pool(workers - 1).submit(work_off) for _ in range(workers - 1)]
+    try:
+        work_off()
+    finally:
+        # What nobody has begun, because the threads work for another caller, is done by now.
+        wait(other for other in others if not other.cancel())
+    for other in others:
+        if not other.cancelled():
+            other.result()
+
+
+def _pool(size: int) -> ThreadPoolExecutor:
+    """Threads that are kept: to start them takes longer than many a piece of work."""
+    if size not in _POOLS:
+        _POOLS[size] = ThreadPoolExecutor(size)
+    return _POOLS[size]
 
 
 def zeros(size: int, dtype: type[np.number[Any]]) -> NDArray[Any]:

@@ -28,7 +28,17 @@ def test_the_product_is_that_of_float64(
     found = linear(rows, table)
     assert found.dtype == dtype and not found.requires_grad
     torch.testing.assert_close(found.double(), expected, **tolerance)
-    torch.testing.assert_close(linear(rows, table, bias).double(), expected + bias.detach().double(), **tolerance)
+    for varies in (False, True):
+        found = linear(rows, table, bias, table_varies=varies)
+        torch.testing.assert_close(found.double(), expected + bias.detach().double(), **tolerance)
+
+
+def test_few_shapes_are_met_and_none_is_much_larger_than_asked_for() -> None:
+    sizes = [len(products._filled_up(torch.ones(count, 1))) for count in range(1, 5000)]
+    assert all(count <= size <= 1.07 * count for count, size in enumerate(sizes, start=1))
+    assert len(set(sizes)) < 16 * 10
+    filled = products._filled_up(torch.ones(33, 2))
+    assert filled.shape == (34, 2) and filled.sum() == 66
 
 
 def test_rows_and_tables_may_lie_anyhow() -> None:

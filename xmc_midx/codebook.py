@@ -11,8 +11,6 @@ from typing import Protocol
 
 import torch
 
-from xmc_midx.products import linear
-
 __all__ = ["Codebook", "RowSource", "code_dtype", "fit_codebook", "kmeans"]
 
 _ASSIGN_CHUNK = {"cpu": 4096, "cuda": 65_536}
@@ -192,7 +190,7 @@ def _assign(rows_ND: torch.Tensor | RowSource, words_CD: torch.Tensor) -> torch.
     size = _ASSIGN_CHUNK["cpu" if rows_ND.device.type == "cpu" else "cuda"]
     for begin in range(0, rows_ND.shape[0], size):
         chunk = slice(begin, begin + size)
-        codes[chunk] = linear(rows_ND[chunk], words_CD, -half_norms_C).argmax(1)
+        codes[chunk] = torch.addmm(-half_norms_C, rows_ND[chunk], words_CD.T).argmax(1)
     return codes
 
 

@@ -165,7 +165,7 @@ def _chunk_logits(
     """Corrected logits (B, chunk) of the pool's labels begin..end, which positives lie there, and in which column."""
     offset = offset_P[begin:end]
     if precision == offset.dtype:
-        logits = linear(query, rows_PD[begin:end], offset)
+        logits = linear(query, rows_PD[begin:end], offset, table_varies=True)
     else:
         logits = (query @ rows_PD[begin:end].to(precision).T).to(offset.dtype).add_(offset)
     if begin == 0 and end >= rows_PD.shape[0]:

@@ -183,11 +183,7 @@ def interpolate(
     if settings.needs_ranker:
         assert margin_of is not None, "a margin comes with its ranker"
         scores += settings.margin * np.clip(margin_of(instance, label_ids).astype(np.float64), -1.0, 1.0)
-    result = TopK.empty(num_rows, k)
-    scores_BK = np.full((num_rows, k), -np.inf)
-    _keep_best(instance, label_ids, scores, result.label_ids, scores_BK)
-    result.scores[:] = scores_BK
-    return result
+    return _best(instance, label_ids, scores, num_rows, k)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -327,15 +323,12 @@ def _candidates(
     return _Candidates(instance, label_ids, np.stack(terms, axis=1))
 
 
-def _best(candidates: _Candidates, scores: _Floats, num_rows: int, k: int) -> TopK:
-    order = np.lexsort((candidates.label_ids, -scores, candidates.instance))
-    instance = candidates.instance[order]
-    rank = np.arange(order.shape[0]) - np.searchsorted(instance, np.arange(num_rows))[instance]
-    kept = rank < k
+def _best(instance: NDArray[np.int64], label_ids: NDArray[np.int64], scores: _Floats, num_rows: int, k: int) -> TopK:
+    """The k best candidates of each instance, ties to the smaller id."""
     result = TopK.empty(num_rows, k)
-    place = (instance[kept], rank[kept])
-    result.label_ids[place] = candidates.label_ids[order[kept]]
-    result.scores[place] = scores[order[kept]]
+    scores_BK = np.full((num_rows, k), -np.inf)
+    _keep_best(instance, label_ids, scores, result.label_ids, scores_BK)
+    result.scores[:] = scores_BK
     return result
 
 
@@ -370,7 +363,7 @@ def fit_interpolation(
 
     def scored(candidates: _Candidates, settings: Interpolation) -> _Trial:
         scores = candidates.terms @ settings.coefficients
-        top = _best(candidates, scores, labels.shape[0], max(DEFAULT_KS))
+        top = _best(candidates.instance, candidates.label_ids, scores, labels.shape[0], max(DEFAULT_KS))
         a, b = propensity
         return settings, instance_scores(top, labels, label_frequencies, num_train, A=a, B=b)
 
@@ -440,6 +433,10 @@ def _fit(candidates: _Candidates, labels: csr_matrix, weight_L: _Floats, free: l
     terms = candidates.terms / scale
     num_rows = labels.shape[0]
     mine, others = candidates.instance[positive], candidates.instance[~positive]
+    own, rest = terms[positive], terms[~positive]
+    # An instance's negatives follow one another.
+    starts = np.flatnonzero(np.diff(others, prepend=-1))
+    rows = others[starts]
     weight = weight_L[candidates.label_ids[positive]] / np.bincount(mine, minlength=num_rows)[mine]
     weight *= num_rows / weight.sum()
     pull = np.where(spread > 0, _PULL, 1e9)
@@ -447,21 +444,18 @@ def _fit(candidates: _Candidates, labels: csr_matrix, weight_L: _Floats, free: l
     def loss(values: _Floats) -> tuple[float, _Floats]:
         coefficients = start * scale
         coefficients[free] = values
-        scores = terms @ coefficients
-        peak = np.full(num_rows, -1e300)
-        np.maximum.at(peak, others, scores[~positive])
-        mass = np.exp(scores[~positive] - peak[others])
-        total = np.bincount(others, weights=mass, minlength=num_rows)
-        margin = np.log(np.maximum(total, 1e-300))[mine] + peak[mine] - scores[positive]
+        scores = rest @ coefficients
+        peak, total = np.full(num_rows, -1e300), np.full(num_rows, 1e-300)
+        peak[rows] = np.maximum.reduceat(scores, starts)
+        mass = np.exp(scores - peak[others])
+        total[rows] = np.add.reduceat(mass, starts)
+        margin = np.log(total)[mine] + peak[mine] - own @ coefficients
         slope = weight * expit(margin)
-        gradient = np.empty_like(scores)
-        gradient[positive] = -slope
-        gradient[~positive] = (np.bincount(mine, weights=slope, minlength=num_rows) / np.maximum(total, 1e-300))[
-            others
-        ] * mass
+        share = np.bincount(mine, weights=slope, minlength=num_rows) / total
+        gradient = rest.T @ (share[others] * mass) - own.T @ slope
         away = coefficients - start * scale
         value = float((weight * np.logaddexp(0.0, margin)).sum() + (pull * away**2).sum())
-        return value, (terms.T @ gradient + 2 * pull * away)[free]
+        return value, (gradient + 2 * pull * away)[free]
 
     bounds = [_BOUNDS[i] for i in free]
     result = minimize(loss, (start * scale)[free], jac=True, method="L-BFGS-B", bounds=bounds)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from xmc_midx.threads import zeros
+from xmc_midx.threads import in_threads, zeros
 
 __all__ = ["LinearRanker"]
 
@@ -131,7 +131,12 @@ class LinearRanker:
         borders = np.searchsorted(instance, np.arange(num_rows + 1))
         found = np.empty(label_ids.shape[0], dtype=np.float32)
         queries = (features.indptr.astype(np.int64), features.indices, features.data.astype(np.float32))
-        _margins(queries, borders, label_ids, self._model, zeros(self.num_features, np.float32), found)
+
+        def run(first: int, last: int) -> None:
+            dense = zeros(self.num_features, np.float32)
+            _margins(queries, borders, label_ids, self._model, dense, first, last, found)
+
+        in_threads(run, num_rows)
         return found
 
     def as_arrays(self) -> dict[str, NDArray[Any]]:
@@ -249,10 +254,12 @@ def _weight_size(row_offsets: Any, squares: Any, instances: Any, diagonal: Any) 
 
 
 @numba.njit(nogil=True, cache=True)
-def _margins(queries: Any, borders: Any, label_ids: Any, model: Any, dense: Any, found: Any) -> None:
+def _margins(
+    queries: Any, borders: Any, label_ids: Any, model: Any, dense: Any, first: int, last: int, found: Any
+) -> None:
     query_offsets, query_ids, query_values = queries
     offsets, feature_ids, weights, bias = model
-    for row in range(borders.shape[0] - 1):
+    for row in range(first, last):
         for entry in range(query_offsets[row], query_offsets[row + 1]):
             dense[query_ids[entry]] = query_values[entry]
         for pair in range(borders[row], borders[row + 1]):

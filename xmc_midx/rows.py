@@ -2,8 +2,8 @@
 
 `bag_rows` and `gather_rows` give `weight.grad` as a `torch.sparse_coo_tensor` with unique, rising row ids, which the
 optimisers of `xmc_midx.optim` and `torch.optim.SparseAdam` take. Nothing of the size of the table is allocated.
-Measured in EXPERIMENTS.md ("Row gathers"): torch's own `embedding_bag` and `index_add_` are as fast on two CPU cores
-as fused numba kernels, so there are none here, and the same lines run on CUDA.
+Measured in EXPERIMENTS.md ("Row gathers"): torch's own `embedding_bag` is as fast on two CPU cores as fused numba
+kernels, so there are none here, and the same lines run on CUDA.
 """
 
 from __future__ import annotations

@@ -56,6 +56,9 @@ _NEGLIGIBLE = 1e-3
 """A coefficient this close to 0, in standard deviations of its term, is 0."""
 _STANDARD_ERRORS = 0.5
 """By how many standard errors of the paired difference P may fall: less is chance."""
+_STANDARD_ERRORS_ALONE = 2.0
+"""By how many the model alone must be better for nothing to be added: what is added pays on every dataset measured, so
+that a little more on a few hundred instances is chance (EXPERIMENTS.md, "The last step")."""
 _WORTH = 5e-4
 """What neighbours or ranker must add to the mean of P and PSP to be kept: they cost space and time."""
 _ENOUGH = 1000
@@ -389,7 +392,7 @@ def fit_interpolation(
         parts += [(best[1][0], free, best[1][2]) for free in sets]
     power, whole = _highest_power([(power, fit(parts[-1], power)) for power in _PROPENSITY_POWERS])
     plain = scored(no_votes, Interpolation(count=count))
-    if _p_is_higher(plain[1], whole[1]):
+    if _p_is_higher(plain[1], whole[1], _STANDARD_ERRORS_ALONE):
         return plain[0]
     if labels.shape[0] < _ENOUGH:
         return whole[0]
@@ -484,11 +487,11 @@ def _highest_power(trials: list[tuple[float, _Trial]]) -> tuple[float, _Trial]:
     raise AssertionError("nothing comes after the last")
 
 
-def _p_is_higher(scores: _Scores, reference: _Scores) -> bool:
-    """By more than chance: a paired comparison."""
+def _p_is_higher(scores: _Scores, reference: _Scores, errors: float = _STANDARD_ERRORS) -> bool:
+    """By more than chance, so many standard errors: a paired comparison."""
     gain = scores[0] - reference[0]
     error = gain.std() / np.sqrt(max(gain.shape[0], 1))
-    return bool(gain.mean() > _STANDARD_ERRORS * error)
+    return bool(gain.mean() > errors * error)
 
 
 def _mean(scores: _Scores) -> float:

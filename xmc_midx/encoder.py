@@ -174,12 +174,12 @@ class _SeededDropout(nn.Module):
         super().__init__()
         self.rate = rate
         self.generator: torch.Generator | None = None
-        self._dropped = min(round(256 * rate), 255)
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        if not self.training or self._dropped == 0:
+        dropped = min(round(256 * self.rate), 255)
+        if not self.training or dropped == 0:
             return values
         words = torch.empty(-(-values.numel() // 8), dtype=torch.int64, device=values.device)
         words.random_(-(2**63), None, generator=self.generator)
-        kept = words.view(torch.uint8)[: values.numel()].view(values.shape) >= self._dropped
-        return values * (kept * (256.0 / (256.0 - self._dropped)))
+        kept = words.view(torch.uint8)[: values.numel()].view(values.shape) >= dropped
+        return values * (kept * (256.0 / (256.0 - dropped)))

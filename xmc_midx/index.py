@@ -14,8 +14,8 @@ from scipy.sparse import csr_matrix
 
 from xmc_midx.cells import LabelCells
 from xmc_midx.device import find_precision
-from xmc_midx.neighbors import insert_best
 from xmc_midx.quantization import StoredTable, row_product
+from xmc_midx.selection import insert_best
 from xmc_midx.topk import best_of, exact_topk, rescored_topk
 from xmc_midx.types import LabelIndex, TopK
 
@@ -182,10 +182,8 @@ class CellIndex:
     def add(self, top: TopK, query_BD: torch.Tensor, labels: csr_matrix) -> TopK:
         """A search's result with those of other labels, the stored ones of (B, L), that it should have found."""
         found = TopK(label_ids=top.label_ids.copy(), scores=top.scores.copy())
-        ids = labels.indices.astype(np.int64)
-        instance = np.repeat(np.arange(labels.shape[0]), np.diff(labels.indptr))
-        query = query_BD.contiguous().numpy()
-        _insert(query, self.table.arrays, self.bias_L, instance, ids, found.label_ids, found.scores)
+        query, others = query_BD.contiguous().numpy(), (labels.indptr, labels.indices)
+        _insert(query, self.table.arrays, self.bias_L, others, found.label_ids, found.scores)
         return found
 
     def _scan(self, query_BD: torch.Tensor, k: int, excluded_L: torch.Tensor | None) -> TopK:
@@ -210,18 +208,20 @@ class CellIndex:
 
 
 @numba.njit(nogil=True, cache=True)
-def _insert(query_BD: Any, table: Any, bias: Any, instance: Any, ids: Any, found_BK: Any, score_BK: Any) -> None:
+def _insert(query_BD: Any, table: Any, bias: Any, others: Any, found_BK: Any, score_BK: Any) -> None:
     codes, scales = table
+    offsets, ids = others
     last = found_BK.shape[1] - 1
-    for place in range(instance.shape[0]):
-        row, label = instance[place], ids[place]
-        logit = row_product(query_BD[row], codes, scales, label) + bias[label]
-        if found_BK[row, last] < 0 or logit >= score_BK[row, last]:
-            known = False
-            for other in found_BK[row]:
-                known |= other == label
-            if not known:
-                insert_best(found_BK[row], score_BK[row], label, logit)
+    for row in range(found_BK.shape[0]):
+        for place in range(offsets[row], offsets[row + 1]):
+            label = ids[place]
+            logit = row_product(query_BD[row], codes, scales, label) + bias[label]
+            if found_BK[row, last] < 0 or logit >= score_BK[row, last]:
+                known = False
+                for other in found_BK[row]:
+                    known |= other == label
+                if not known:
+                    insert_best(found_BK[row], score_BK[row], label, logit)
 
 
 def tune_effort(table: StoredTable, bias_L: NDArray[np.float32], cells: LabelCells, query_ND: torch.Tensor) -> Effort:

@@ -31,7 +31,8 @@ from scipy.special import expit
 
 from xmc_midx.errors import DataError
 from xmc_midx.metrics import instance_scores, inverse_propensity
-from xmc_midx.neighbors import NeighborIndex, insert_best
+from xmc_midx.neighbors import NeighborIndex
+from xmc_midx.selection import insert_best
 from xmc_midx.threads import zeros
 from xmc_midx.types import DEFAULT_KS, DEFAULT_PROPENSITY, TopK
 
@@ -168,14 +169,12 @@ def interpolate(
     reference = reference or shortlist
     if votes is None or not settings.needs_neighbors:
         votes = csr_matrix((num_rows, label_frequencies.shape[0]))
-    offsets = votes.indptr.astype(np.int64)
     room = num_rows * width + votes.nnz
     instance, label_ids, scores = np.empty(room, dtype=np.int64), np.empty(room, dtype=np.int64), np.empty(room)
     used = _score(
-        shortlist.label_ids,
-        shortlist.scores.astype(np.float64),
-        np.where(reference.label_ids >= 0, reference.scores, -np.inf).astype(np.float64),
-        (offsets, votes.indices.astype(np.int64), votes.data.astype(np.float64)),
+        (shortlist.label_ids, shortlist.scores),
+        (reference.label_ids, reference.scores),
+        (votes.indptr, votes.indices, votes.data),
         label_frequencies,
         settings.coefficients,
         zeros(label_frequencies.shape[0], np.float64),
@@ -191,9 +190,8 @@ def interpolate(
 
 @numba.njit(nogil=True, cache=True)
 def _score(
-    shortlist_BS: Any,
-    logits_BS: Any,
-    reference_BS: Any,
+    shortlist: Any,
+    reference: Any,
     votes: Any,
     label_frequencies: Any,
     coefficients: Any,
@@ -205,6 +203,8 @@ def _score(
     returns how many. Instance by instance; `vote_of` (L,) is zeros again."""
     vote_offsets, vote_ids, vote_values = votes
     instance, label_ids, scores = candidates
+    shortlist_BS, logit_BS = shortlist
+    reference_BS, reference_logit_BS = reference
     model, mixture, voted, frequency, outside, margin = coefficients
     width, used = shortlist_BS.shape[1], 0
     best_ids, best_scores = np.empty(k, dtype=np.int64), np.empty(k)
@@ -214,12 +214,14 @@ def _score(
             vote_of[vote_ids[entry]] += vote_values[entry]
         peak, smallest = -np.inf, np.inf
         for place in range(reference_BS.shape[1]):
-            if reference_BS[row, place] > -np.inf:
-                peak, smallest = max(peak, reference_BS[row, place]), min(smallest, reference_BS[row, place])
+            logit = np.float64(reference_logit_BS[row, place])
+            if reference_BS[row, place] >= 0 and logit > -np.inf:
+                peak, smallest = max(peak, logit), min(smallest, logit)
         mass = 0.0
         for place in range(reference_BS.shape[1]):
-            if reference_BS[row, place] > -np.inf:
-                mass += math.exp(reference_BS[row, place] - peak)
+            logit = np.float64(reference_logit_BS[row, place])
+            if reference_BS[row, place] >= 0 and logit > -np.inf:
+                mass += math.exp(logit - peak)
         shift = peak + math.log(mass) if mass > 0.0 else 0.0
         floor = smallest - shift - 1.0 if mass > 0.0 else -1.0
         first = used
@@ -230,15 +232,16 @@ def _score(
             label = shortlist_BS[row, place] if listed else vote_ids[begin + place - width]
             if label < 0 or (not listed and vote_of[label] < 0.0):
                 continue
-            inside = listed and logits_BS[row, place] >= smallest
+            logit = np.float64(logit_BS[row, place] if listed else 0.0)
+            inside = listed and logit >= smallest
             vote = max(vote_of[label], 0.0)
             vote_of[label] = -1.0
             log_p = floor
             if inside:
-                log_p = logits_BS[row, place] - shift
+                log_p = logit - shift
             elif vote == 0.0:
                 # Asked for beyond the shortlist, and voted for by none: behind those that are.
-                log_p = min(floor, logits_BS[row, place] - shift)
+                log_p = min(floor, logit - shift)
             score = model * log_p + frequency * math.log1p(label_frequencies[label])
             if mixture != 0.0:
                 score += mixture * math.log(math.exp(log_p) + vote + 1e-300)

@@ -26,17 +26,16 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from scipy.sparse import csr_matrix
 
-from xmc_midx.data.features import scale_rows
+from xmc_midx.data.features import scale_rows, with_values
+from xmc_midx.selection import keep_best, write_best
 from xmc_midx.tensorfile import write_arrays
-from xmc_midx.threads import in_threads, touch, zeros
+from xmc_midx.threads import in_threads, scratch, touch, zeros
 from xmc_midx.types import DEFAULT_KS
 
 __all__ = [
     "NeighborIndex",
     "choose_idf_power",
-    "insert_best",
     "is_compiled",
-    "least_of_best",
     "save_rows",
     "tune_budget",
 ]
@@ -96,7 +95,7 @@ class NeighborIndex:
         )
         self._dense = None
         if _is_dense(features):
-            self._dense = _with_values(features, self._weighted(features)).toarray()
+            self._dense = with_values(features, self._weighted(features)).toarray()
             return
         self._local = threading.local()
         features = _only(features, kept)
@@ -107,12 +106,12 @@ class NeighborIndex:
         values = codes.astype(np.float32)
         if self._weights is not None:
             values *= self._weights[features.indices]
-            squares = np.asarray(_with_values(features, np.square(values)).sum(axis=1), dtype=np.float32).ravel()
+            squares = np.asarray(with_values(features, np.square(values)).sum(axis=1), dtype=np.float32).ravel()
             scale_N = np.reciprocal(np.sqrt(np.maximum(squares, np.float32(1e-30))))
         values *= np.repeat(scale_N, np.diff(features.indptr))
         weights_F = np.empty(0, dtype=np.float32) if self._weights is None else self._weights
         self._forward = (features.indptr.astype(np.int64), entries, scale_N, weights_F)
-        self._lists = _inverted_lists(_with_values(features, values))
+        self._lists = _inverted_lists(with_values(features, values))
 
     @property
     def num_instances(self) -> int:
@@ -149,7 +148,7 @@ class NeighborIndex:
         assert features.shape[1] == self.num_features, "queries and training rows have the same features"
         num_rows, values = features.shape[0], self._weighted(features)
         if self._dense is not None:
-            return _dense_search(_with_values(features, values).toarray(), self._dense, count)
+            return _dense_search(with_values(features, values).toarray(), self._dense, count)
         rows_BK = np.full((num_rows, count), -1, dtype=np.int64)
         scores_BK = np.zeros((num_rows, count), dtype=np.float32)
         queries = (features.indptr.astype(np.int64), features.indices, values)
@@ -162,31 +161,26 @@ class NeighborIndex:
         in_threads(run, num_rows)
         return rows_BK, scores_BK
 
-    def _workspace(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def _workspace(self) -> tuple[NDArray[Any], ...]:
         """Of this thread, as `_search` leaves it: to fill it anew would take longer than to answer one query."""
-        if not hasattr(self._local, "arrays"):
-            total = np.full(self.num_instances, np.nan, dtype=np.float32)
-            self._local.arrays = total, np.zeros(self.num_features, dtype=np.float32)
-        arrays: tuple[NDArray[np.float32], NDArray[np.float32]] = self._local.arrays
-        return arrays
+        if not hasattr(self._local, "total"):
+            self._local.total = np.full(self.num_instances, np.nan, dtype=np.float32)
+        # One more place than rows: the last entry of a list is noted before it is known whether its row is new.
+        room = scratch(self.num_instances + 1, np.int32), scratch(self.num_instances, np.float32)
+        return self._local.total, zeros(self.num_features, np.float32), *room
 
     def votes(self, rows_BK: NDArray[np.int64], scores_BK: NDArray[np.float32], temperature: float) -> csr_matrix:
         """The neighbours' labels, (B, L) float64: the share of the neighbours that have a label, each weighted by
         `softmax(score / temperature)`. In [0, 1]; an instance without neighbours has none.
         """
-        found_BK = rows_BK >= 0
-        logits_BK = np.where(found_BK, scores_BK.astype(np.float64) / temperature, -np.inf)
-        peak_B1 = np.max(logits_BK, axis=1, keepdims=True, initial=-1e300)
-        weight_BK = np.exp(logits_BK - peak_B1)
-        weight_BK /= np.maximum(weight_BK.sum(1, keepdims=True), 1e-300)
         lists = (self.labels.indptr, self.labels.indices)
-        num_labels = self.labels.shape[1]
-        voters = rows_BK[found_BK]
-        room = int((self.labels.indptr[voters + 1] - self.labels.indptr[voters]).sum(dtype=np.int64))
-        offsets = np.zeros(rows_BK.shape[0] + 1, dtype=self.labels.indptr.dtype)
+        num_rows, num_labels = rows_BK.shape[0], self.labels.shape[1]
+        room = _count_votes(rows_BK, self.labels.indptr)
+        offsets = np.zeros(num_rows + 1, dtype=self.labels.indptr.dtype)
         ids, values = np.empty(room, dtype=self.labels.indices.dtype), np.empty(room)
-        used = _votes(rows_BK, weight_BK, lists, zeros(num_labels, np.float64), offsets, ids, values)
-        return csr_matrix((values[:used], ids[:used], offsets), shape=(rows_BK.shape[0], num_labels))
+        total = zeros(num_labels, np.float64)
+        used = _votes(rows_BK, scores_BK, 1.0 / temperature, lists, total, offsets, ids, values)
+        return csr_matrix((values[:used], ids[:used], offsets), shape=(num_rows, num_labels))
 
 
 def is_compiled() -> bool:
@@ -356,10 +350,6 @@ def _kept_features(features: csr_matrix) -> NDArray[np.bool_]:
     return kept
 
 
-def _with_values(features: csr_matrix, values: NDArray[np.float32]) -> csr_matrix:
-    return csr_matrix((values, features.indices, features.indptr), shape=features.shape)
-
-
 def _only(features: csr_matrix, kept: NDArray[np.bool_]) -> csr_matrix:
     """The values of the kept features."""
     mask = kept[features.indices]
@@ -483,17 +473,14 @@ def _search(
 ) -> float:
     """For the queries begin..end: `scores = queries @ training.T`, the best K of each row, without the matrix.
 
-    `workspace`: (N,) NaN and (F,) zeros, and left so. `limits`: entries that are read, and rows that are rescored.
+    `workspace`: (N,) NaN and (F,) zeros, left so, and room for rows (N + 1) and scores (N,). `limits`: entries that
+    are read, and rows that are rescored.
     """
     query_offsets, query_ids, query_values = queries
     offsets, rows, values = lists[:3]
     row_offsets, row_entries, row_scale, weights = forward
-    total, dense = workspace
+    total, dense, touched, score = workspace
     budget, num_candidates = limits
-    # One more place than rows: the last entry of a list is noted before it is known whether its row is new.
-    touched = np.empty(total.shape[0] + 1, dtype=np.int32)
-    score = np.empty(total.shape[0], dtype=np.float32)
-    once = np.empty(0, dtype=np.int32)
     lengths = np.empty(np.diff(query_offsets[begin : end + 1]).max(), dtype=np.int64)
     fetched = 0.0
     for query in range(begin, end):
@@ -516,46 +503,59 @@ def _search(
             score[index] = total[touched[index]]
             total[touched[index]] = np.nan
         if everything:
-            for index in range(num_touched):
-                insert_best(found_BK[query], score_BK[query], touched[index], score[index])
+            write_best(touched, score, num_touched, found_BK[query], score_BK[query])
             continue
         for entry in range(first, last):
             weight = query_values[entry]
             dense[query_ids[entry]] += weight * weights[query_ids[entry]] if weights.shape[0] else weight
-        least = least_of_best(score[:num_touched], once, num_candidates, num_touched)
-        chosen = 0
-        for index in range(num_touched):
-            touched[chosen] = touched[index]
-            chosen += score[index] >= least
+        num_touched = keep_best(touched, score, num_touched, num_candidates)
         # A row's place in memory is anyone's guess: asked for together, the rows are fetched side by side.
-        for index in range(chosen):
+        for index in range(num_touched):
             fetched += touch(row_entries, row_offsets[touched[index]], row_offsets[touched[index] + 1])
-        for index in range(chosen):
+        for index in range(num_touched):
             row = touched[index]
             product = np.float32(0.0)
             for place in range(row_offsets[row], row_offsets[row + 1]):
                 entry = row_entries[place]
                 product += dense[entry >> 8] * np.float32(np.int8(entry & 0xFF))
             score[index] = product * row_scale[row]
-        least = least_of_best(score[:chosen], once, found_BK.shape[1], chosen)
-        for index in range(chosen):
-            if score[index] >= least:
-                insert_best(found_BK[query], score_BK[query], touched[index], score[index])
+        write_best(touched, score, num_touched, found_BK[query], score_BK[query])
         for entry in range(first, last):
             dense[query_ids[entry]] = 0.0
     return fetched
 
 
 @numba.njit(nogil=True, cache=True)
-def _votes(rows_BK: Any, weight_BK: Any, lists: Any, total: Any, offsets: Any, ids: Any, values: Any) -> int:
-    """The weights of the neighbours summed by label, as the arrays of a CSR matrix; `total` (L,) is zeros again."""
+def _count_votes(rows_BK: Any, label_offsets: Any) -> Any:
+    """Labels of the neighbours, repeats counted."""
+    count = np.int64(0)
+    for row in rows_BK.flat:
+        if row >= 0:
+            count += label_offsets[row + 1] - label_offsets[row]
+    return count
+
+
+@numba.njit(nogil=True, cache=True)
+def _votes(
+    rows_BK: Any, score_BK: Any, sharpness: float, lists: Any, total: Any, offsets: Any, ids: Any, values: Any
+) -> int:
+    """The weights of the neighbours, `softmax(sharpness score)`, summed by label, as the arrays of a CSR matrix;
+    `total` (L,) is zeros again."""
     label_offsets, label_ids = lists
     used = 0
     for query in range(rows_BK.shape[0]):
+        peak, mass = -np.inf, 0.0
+        for place in range(rows_BK.shape[1]):
+            if rows_BK[query, place] >= 0:
+                peak = max(peak, sharpness * score_BK[query, place])
+        for place in range(rows_BK.shape[1]):
+            if rows_BK[query, place] >= 0:
+                mass += math.exp(sharpness * score_BK[query, place] - peak)
         first = used
         for place in range(rows_BK.shape[1]):
-            row, weight = rows_BK[query, place], weight_BK[query, place]
-            if row < 0 or weight <= 0.0:
+            row = rows_BK[query, place]
+            weight = math.exp(sharpness * score_BK[query, place] - peak) / mass if row >= 0 else 0.0
+            if weight <= 0.0:
                 continue
             for entry in range(label_offsets[row], label_offsets[row + 1]):
                 label = label_ids[entry]
@@ -568,48 +568,3 @@ def _votes(rows_BK: Any, weight_BK: Any, lists: Any, total: Any, offsets: Any, i
             total[ids[entry]] = 0.0
         offsets[query + 1] = used
     return used
-
-
-@numba.njit(nogil=True, cache=True)
-def least_of_best(values: Any, weights: Any, wanted: Any, total: Any) -> Any:
-    """A value that entries of about `wanted` of the `total` weight reach, never less, by a histogram; without weights
-    each counts 1."""
-    count = values.shape[0]
-    low = high = values[0] if count else np.float32(0.0)
-    for index in range(count):
-        low, high = min(low, values[index]), max(high, values[index])
-    if wanted >= total or not 0.0 < high - low < np.inf:
-        return np.float32(-np.inf)
-    num_bins = 1024
-    counts = np.zeros(num_bins + 1, dtype=np.int64)
-    scale = np.float32(num_bins) / (high - low)
-    for index in range(count):
-        # Scores that are not finite have no bin of their own.
-        bin_ = min(max(int((values[index] - low) * scale), 0), num_bins)
-        counts[bin_] += weights[index] if weights.shape[0] else 1
-    bin_, reached = num_bins, counts[num_bins]
-    while reached < wanted and bin_ > 0:
-        bin_ -= 1
-        reached += counts[bin_]
-    # One bin less, for the rounding of the division.
-    return low + np.float32(bin_ - 1) / scale
-
-
-@numba.njit(nogil=True, cache=True)
-def insert_best(found_K: Any, score_K: Any, row: int, score: Any) -> None:
-    """Keep a row (or label) if it is one of the K best: falling scores, ties to the smaller id, -1 in free places."""
-    count = found_K.shape[0]
-    place = count
-    # From the end: after the first rows nearly every candidate loses to the last place at once.
-    while place > 0 and (
-        found_K[place - 1] < 0
-        or score > score_K[place - 1]
-        or (score == score_K[place - 1] and row < found_K[place - 1])
-    ):
-        place -= 1
-    for move in range(count - 1, place, -1):
-        found_K[move] = found_K[move - 1]
-        score_K[move] = score_K[move - 1]
-    if place < count:
-        found_K[place] = row
-        score_K[place] = score

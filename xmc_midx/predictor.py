@@ -197,7 +197,7 @@ class Predictor:
         parts = []
         for rows, query_BD in self.encoder.encode(features):
             chunk = features if rows == slice(0, features.shape[0]) else features[rows]
-            _require_finite(query_BD.isfinite().all(dim=1).cpu().numpy(), rows.start)
+            _require_finite(np.isfinite(query_BD.cpu().numpy()).all(axis=1), rows.start)
             if scores == "logits":
                 top = self._search(query_BD, chunk, k, allowed, denied)
             else:
@@ -343,8 +343,10 @@ class Predictor:
         if issparse(instances) or isinstance(instances, np.ndarray):
             if instances.ndim != 2:
                 raise UsageError(f"The instances have {instances.ndim} dimensions; expected rows of features: (N, F).")
-            with np.errstate(over="ignore"):
-                features = csr_matrix(instances, dtype=np.float32)
+            features = instances
+            if not (isinstance(features, csr_matrix) and features.dtype == np.float32):
+                with np.errstate(over="ignore"):
+                    features = csr_matrix(instances, dtype=np.float32)
             if not features.has_canonical_format:
                 features = features.copy()
                 features.sum_duplicates()

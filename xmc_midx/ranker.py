@@ -130,7 +130,7 @@ class LinearRanker:
         num_rows = features.shape[0]
         borders = np.searchsorted(instance, np.arange(num_rows + 1))
         found = np.empty(label_ids.shape[0], dtype=np.float32)
-        queries = (features.indptr.astype(np.int64), features.indices, features.data.astype(np.float32))
+        queries = (features.indptr, features.indices, features.data)
 
         def run(first: int, last: int) -> None:
             dense = zeros(self.num_features, np.float32)

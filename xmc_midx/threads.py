@@ -13,7 +13,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["in_threads", "touch", "zeros"]
+__all__ = ["in_threads", "scratch", "touch", "zeros"]
 
 _PARALLEL = 8
 """Rows from which threads are worth their start."""
@@ -73,12 +73,19 @@ def zeros(size: int, dtype: type[np.number[Any]]) -> NDArray[Any]:
 
     Of one instance, new ones take longer to get from the kernel than the work that is done on them.
     """
-    if not hasattr(_LOCAL, "zeros"):
-        _LOCAL.zeros = {}
-    found = _LOCAL.zeros.get(dtype)
-    if found is None or found.shape[0] < size:
-        found = _LOCAL.zeros[dtype] = np.zeros(size, dtype=dtype)
-    view: NDArray[Any] = found[:size]
+    return _kept("zeros", np.zeros, size, dtype)
+
+
+def scratch(size: int, dtype: type[np.number[Any]]) -> NDArray[Any]:
+    """As `zeros`, but of any contents before and after: of one dtype, there is one array a thread."""
+    return _kept("scratch", np.empty, size, dtype)
+
+
+def _kept(kind: str, make: Callable[..., NDArray[Any]], size: int, dtype: type[np.number[Any]]) -> NDArray[Any]:
+    arrays = _LOCAL.__dict__.setdefault(kind, {})
+    if dtype not in arrays or arrays[dtype].shape[0] < size:
+        arrays[dtype] = make(size, dtype=dtype)
+    view: NDArray[Any] = arrays[dtype][:size]
     return view
 
 

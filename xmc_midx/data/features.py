@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from scipy.sparse import csr_matrix
 
 from xmc_midx.errors import DataError
 
-__all__ = ["normalize_rows", "row_hashes", "rows_from_pairs", "scale_rows"]
+__all__ = ["normalize_rows", "row_hashes", "rows_from_pairs", "scale_rows", "with_values"]
 
 _HASHED = 1 << 20
 """Values of rows that are hashed at once, about."""
@@ -32,7 +33,18 @@ def normalize_rows(features: csr_matrix) -> csr_matrix:
     """
     values = features.data.astype(np.float32)
     scale_rows(values, features.indptr)
-    return csr_matrix((values, features.indices, features.indptr), shape=features.shape)
+    return with_values(features, values)
+
+
+def with_values(features: csr_matrix, values: NDArray[Any]) -> csr_matrix:
+    """The same matrix with other values (nnz,), which are not copied, nor are ids and offsets.
+
+    SciPy's constructor checks what is known to be sound here; of a single row it would be a third of a prediction's
+    overhead.
+    """
+    found = copy.copy(features)
+    found.data = values
+    return found
 
 
 @numba.njit(nogil=True, cache=True)

@@ -34,12 +34,6 @@ __all__ = ["LabelCells", "fit_cells"]
 
 _SKETCH = 128
 """Numbers of a sketch."""
-_HALF = _SKETCH // 2
-"""The first of them say most: the others are read where the first ones look well, of the cells that hold twice as many
-labels as are asked for, and of the best fifth of these labels, or so many times those that get an exact logit."""
-_CELLS_KEPT, _FINALISTS = 2, 5
-_STRIDE = 8
-"""Of how many labels one is looked at to tell where that fifth begins."""
 _CELLS = 20.0
 """Cells, in roots of the number of labels."""
 _DEVIATIONS = 3.0
@@ -63,7 +57,7 @@ class LabelCells:
     shift: _Floats
     """(K,): what is added to the projected query."""
     cell_means: NDArray[np.int8]
-    """(2, C, K/2): the mean sketch of a cell, rounded as sketches are; all first halves, then all second ones."""
+    """(C, K): the mean sketch of a cell, rounded as sketches are."""
     cell_bias: _Floats
     """(C,): the mean `base` of a cell and its deviations."""
     offsets: NDArray[np.int64]
@@ -71,7 +65,7 @@ class LabelCells:
     label_ids: NDArray[np.int32]
     """(L,)."""
     sketches: NDArray[np.int8]
-    """(2, L, K/2): all first halves, then all second ones."""
+    """(L, K)."""
     base: _Floats
     """(L,): a label's mean logit."""
 
@@ -87,19 +81,18 @@ class LabelCells:
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], num_labels: int, dim: int) -> LabelCells:
         """The cells of `as_arrays`; a ValueError or LookupError where it is not those of a (num_labels, dim) table."""
         cells = cls(**{field.name: arrays[field.name] for field in fields(cls)})
-        if cells.cell_means.ndim == 2:
-            # Earlier runs keep means and sketches whole, and the first of them means that are not rounded.
-            means = np.rint(cells.cell_means).astype(np.int8)
-            cells = replace(cells, cell_means=_halves(means), sketches=_halves(cells.sketches))
-        count, size = cells.offsets.shape[0] - 1, cells.shift.shape[0]
+        if cells.cell_means.dtype == np.float32:
+            # Earlier runs keep the means as they are.
+            cells = replace(cells, cell_means=np.rint(cells.cell_means).astype(np.int8))
+        count, size = cells.cell_means.shape
         expected = {
             "projection": ((dim, size), "float32"),
             "shift": ((size,), "float32"),
-            "cell_means": ((2, count, size // 2), "int8"),
+            "cell_means": ((count, size), "int8"),
             "cell_bias": ((count,), "float32"),
             "offsets": ((count + 1,), "int64"),
             "label_ids": ((num_labels,), "int32"),
-            "sketches": ((2, num_labels, size // 2), "int8"),
+            "sketches": ((num_labels, size), "int8"),
             "base": ((num_labels,), "float32"),
         }
         found = {name: (array.shape, array.dtype.name) for name, array in cells.as_arrays().items()}
@@ -180,18 +173,13 @@ def fit_cells(table: StoredTable, bias: _Floats, query_ND: torch.Tensor, *, seed
     return LabelCells(
         projection=projection_DK.numpy(),
         shift=-(mean_D @ projection_DK).numpy(),
-        cell_means=_halves(mean_CK[:, :-1].round().to(torch.int8).numpy()),
+        cell_means=mean_CK[:, :-1].round().to(torch.int8).numpy(),
         cell_bias=(mean_CK[:, -1] + _DEVIATIONS * (variance_C / count_C).sqrt()).numpy(),
         offsets=np.concatenate([[0], np.cumsum(count_C.numpy())]),
         label_ids=order.int().numpy(),
-        sketches=_halves(points.codes_LK[order].numpy()),
+        sketches=points.codes_LK[order].numpy(),
         base=points.base_L[order].numpy(),
     )
-
-
-def _halves(rows_RK: NDArray[np.int8]) -> NDArray[np.int8]:
-    """(R, K) -> (2, R, K/2)."""
-    return np.ascontiguousarray(rows_RK.reshape(len(rows_RK), 2, -1).swapaxes(0, 1))
 
 
 class _Points:
@@ -278,28 +266,14 @@ def _cluster(points: _Points, generator: torch.Generator) -> torch.Tensor:
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def _begin_scores(short: Any, unit: Any, heads: Any, base: Any, offsets: Any, chosen: Any, score: Any) -> int:
-    """`unit short . head + base` of the positions of the chosen ranges, into `score`; returns how many."""
-    count = 0
-    for chosen_range in chosen:
-        for position in range(np.uint64(offsets[chosen_range]), np.uint64(offsets[chosen_range + 1])):
-            total = np.int32(0)
-            # A constant number of turns, and products kept in 32 bits: eight of them at once.
-            for column in range(_HALF):
-                total = np.int32(total + np.int32(short[column]) * np.int32(heads[position, column]))
-            score[count] = np.float32(total) * unit + base[position]
-            count += 1
-    return count
-
-
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def _end_scores(short: Any, unit: Any, tails: Any, places: Any, score: Any) -> None:
-    """Add `unit short . tail` of the positions `places` to `score`."""
-    for place in range(places.shape[0]):
+def _products(short: Any, unit: Any, sketches: Any, base: Any, first: Any, last: Any, score: Any) -> None:
+    """`unit short . sketch + base` of the positions first..last, into `score`."""
+    for position in range(last - first):
         total = np.int32(0)
-        for column in range(_HALF):
-            total = np.int32(total + np.int32(short[column]) * np.int32(tails[np.uint64(places[place]), column]))
-        score[place] += np.float32(total) * unit
+        # A constant number of turns, and products kept in 32 bits: eight of them at once.
+        for column in range(_SKETCH):
+            total = np.int32(total + np.int32(short[column]) * np.int32(sketches[first + position, column]))
+        score[position] = np.float32(total) * unit + base[first + position]
 
 
 @numba.njit(nogil=True, cache=True)
@@ -321,10 +295,9 @@ def _search(
     codes, scales = table
     num_cells, num_labels = offsets.shape[0] - 1, label_ids.shape[0]
     score, places = workspace
-    cell_score, chosen = np.empty(num_cells, dtype=np.float32), np.empty(num_cells, dtype=np.int32)
-    whole, nothing = np.empty(_SKETCH, dtype=np.int16), np.empty(0, dtype=np.int32)
-    sizes, chosen_sizes = (offsets[1:] - offsets[:-1]).astype(np.int32), np.empty(num_cells, dtype=np.int32)
-    all_cells, once = np.array([0, num_cells]), np.zeros(1, dtype=np.int32)
+    cell_score = np.empty(num_cells, dtype=np.float32)
+    whole = np.empty(_SKETCH, dtype=np.int16)
+    sizes = (offsets[1:] - offsets[:-1]).astype(np.int32)
     for row in range(begin, end):
         largest = np.float32(1e-30)
         for column in range(short_BK.shape[1]):
@@ -332,34 +305,16 @@ def _search(
         unit = largest / np.float32(_MAX_QUERY)
         for column in range(short_BK.shape[1]):
             whole[column] = np.int16(np.rint(short_BK[row, column] / unit))
-        head, tail = whole[:_HALF], whole[_HALF:]
-        _begin_scores(head, unit, means[0], cell_bias, all_cells, once, cell_score)
-        least = least_of_best(cell_score, sizes, _CELLS_KEPT * depth, num_labels)
-        num_chosen, count = 0, 0
+        _products(whole, unit, means, cell_bias, np.uint64(0), np.uint64(num_cells), cell_score)
+        least = least_of_best(cell_score, sizes, depth, num_labels)
+        count = 0
         for cell in range(num_cells):
-            # No branch here and below: the processor would guess wrong.
-            chosen[num_chosen], chosen_sizes[num_chosen], score[num_chosen] = cell, sizes[cell], cell_score[cell]
-            is_chosen = cell_score[cell] >= least
-            num_chosen += is_chosen
-            count += sizes[cell] if is_chosen else 0
-        _end_scores(tail, unit, means[1], chosen[:num_chosen], score)
-        least = least_of_best(score[:num_chosen], chosen_sizes[:num_chosen], depth, count)
-        last, num_chosen = num_chosen, 0
-        for place in range(last):
-            chosen[num_chosen] = chosen[place]
-            num_chosen += score[place] >= least
-        count = _begin_scores(head, unit, sketches[0], base, offsets, chosen[:num_chosen], score)
-        # About so many: a sample says what they reach.
-        wanted = max(_FINALISTS * width, count // _FINALISTS)
-        least = least_of_best(score[:count:_STRIDE], nothing, wanted // _STRIDE, count // _STRIDE)
-        place, count = 0, 0
-        for cell in chosen[:num_chosen]:
-            for position in range(offsets[cell], offsets[cell + 1]):
-                mine = score[place]
-                places[count], score[count] = position, mine
-                count += mine >= least
-                place += 1
-        _end_scores(tail, unit, sketches[1], places[:count], score)
+            if cell_score[cell] >= least:
+                first, last = offsets[cell], offsets[cell + 1]
+                _products(whole, unit, sketches, base, np.uint64(first), np.uint64(last), score[count:])
+                for position in range(first, last):
+                    places[count] = position
+                    count += 1
         count = keep_best(places, score, count, width)
         for place in range(count):
             places[place] = label_ids[places[place]]

@@ -33,15 +33,18 @@ class _Effort:
     """Times the epochs of the default."""
     dim: int
     num_draws: int
-    """Where there are more labels than a pool holds."""
+    """Where there are more labels than a pool holds, at most."""
+    num_pairs: int
+    """Instances of a batch times draws, at most: in a large batch, more labels of other instances are negatives too
+    (EXPERIMENTS.md, "Presets")."""
     num_rivalled: int
     """Training instances whose rivals the linear ranker learns from."""
 
 
 _PRESETS = {
-    "fast": _Effort(0.4, 256, 512, 10_000),
-    "default": _Effort(1.0, 512, 2048, 30_000),
-    "best": _Effort(1.2, 1024, 2048, 60_000),
+    "fast": _Effort(0.4, 256, 512, 1 << 19, 10_000),
+    "default": _Effort(1.0, 512, 2048, 1 << 20, 30_000),
+    "best": _Effort(1.2, 1024, 2048, 1 << 21, 60_000),
 }
 
 
@@ -78,7 +81,10 @@ def resolve(config: Config, shape: DataShape) -> Config:
     derive("model", "dropout", 0.6)
     derive("data", "validation_fraction", _validation_fraction(shape.num_instances))
     derive("sampler", "num_codewords", auto_num_codewords(shape.num_labels))
-    num_draws = auto_num_draws(shape.num_labels, effort.num_draws) if config.sampler.estimator == "pool" else 64
+    num_draws = 64
+    if config.sampler.estimator == "pool":
+        most = max(1, effort.num_pairs // tree["training"]["batch_size"])
+        num_draws = auto_num_draws(shape.num_labels, effort.num_draws, most)
     derive("sampler", "num_draws", num_draws)
     num_steps = tree["training"]["epochs"] * shape.num_instances / tree["training"]["batch_size"]
     derive("training", "label_learning_rate", _label_learning_rate(_share_of_labels(tree, shape), num_steps))
@@ -95,9 +101,9 @@ def auto_num_codewords(num_labels: int) -> int:
     return max(4, min(320, round(1.25 * math.sqrt(num_labels))))
 
 
-def auto_num_draws(num_labels: int, most: int = 2048) -> int:
-    """Draws for a batch: all labels where they are as few as two pools, else `most`."""
-    return num_labels if num_labels <= 2 * most else most
+def auto_num_draws(num_labels: int, most: int = 2048, affordable: int | None = None) -> int:
+    """Draws for a batch: all labels where they are as few as two pools, else `most`, or as many as are affordable."""
+    return num_labels if num_labels <= 2 * most else min(most, affordable or most)
 
 
 def _validation_fraction(num_instances: int) -> float:

@@ -123,6 +123,21 @@ def test_a_pool_is_never_larger_than_the_label_set_and_grows_no_further(num_labe
     assert auto_num_codewords(num_labels) >= 1
 
 
+def test_draws_times_batch_is_bounded_where_labels_are_many() -> None:
+    for preset, most in (("fast", 1 << 19), ("default", 1 << 20), ("best", 1 << 21)):
+        config = load_config(assignments=[f"training.preset={preset}"])
+        for size in SIZES:
+            for num_labels in (5000, 10**6):
+                resolved = resolve(config, data(size, num_labels))
+                draws, batch = resolved.sampler.num_draws, resolved.training.batch_size
+                assert isinstance(draws, int) and isinstance(batch, int)
+                assert draws * batch <= most and draws == min(
+                    resolve(config, data(1, num_labels)).sampler.num_draws, most // batch
+                )
+        few = resolve(config, data(10**6, 1000))
+        assert few.sampler.num_draws == 1000, "all labels, however large the batch"
+
+
 @pytest.mark.parametrize(("num_labels", "dim"), [(4096, 512), (4097, 1024)])
 def test_the_best_preset_is_wide_where_there_are_many_labels(num_labels: int, dim: int) -> None:
     shape = data(10_000, num_labels)

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["Codebook", "RowSource", "code_dtype", "fit_codebook", "kmeans", "side_by_side"]
+__all__ = ["Codebook", "RowSource", "code_dtype", "fit_codebook", "kmeans"]
 
 _ASSIGN_CHUNK = {"cpu": 4096, "cuda": 65_536}
 """Rows assigned at once: bounds the (rows, C) distance matrix, whatever L is. On a CPU it stays in the cache: half the
@@ -108,14 +108,7 @@ def fit_codebook(
         words2, codes2 = fit(residual, None if start is None else start.codewords2)
     else:
         raise ValueError(f"quantizer {quantizer!r}: expected 'pq' or 'rq'")
-    codes1, codes2 = side_by_side(codes1, codes2)
     return Codebook(quantizer=quantizer, codewords1=words1, codewords2=words2, codes1=codes1, codes2=codes2)
-
-
-def side_by_side(codes1: torch.Tensor, codes2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same codes (L,), a label's two in one place: of a large table, looking up both is one cache miss."""
-    codes_L2 = torch.stack([codes1, codes2], dim=1)
-    return codes_L2[:, 0], codes_L2[:, 1]
 
 
 class RowSource(Protocol):

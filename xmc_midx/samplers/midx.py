@@ -15,7 +15,7 @@ import math
 
 import torch
 
-from xmc_midx.codebook import Codebook, code_dtype, fit_codebook, side_by_side
+from xmc_midx.codebook import Codebook, code_dtype, fit_codebook
 from xmc_midx.samplers.draws import draw, draw_and_rest, draw_pool
 from xmc_midx.types import LabelSample
 
@@ -247,7 +247,7 @@ class MidxSampler:
         if self.codebook is None:
             return {}
         names = ("codewords1", "codewords2", "codes1", "codes2")
-        return {name: getattr(self.codebook, name).contiguous() for name in names}
+        return {name: getattr(self.codebook, name) for name in names}
 
     def load_state_dict(self, state: dict[str, torch.Tensor], bias_L: torch.Tensor) -> None:
         """Restore `state_dict()`; `bias_L` is the bias at the time of the refresh (read by the bias prior alone).
@@ -260,8 +260,8 @@ class MidxSampler:
         if state:
             # Checkpoints of 0.1 have codes of four bytes.
             dtype = code_dtype(self.num_codewords)
-            codes1, codes2 = side_by_side(*(state[name].to(dtype) for name in ("codes1", "codes2")))
-            codebook = Codebook(quantizer=self.quantizer, **(state | {"codes1": codes1, "codes2": codes2}))
+            codes = {name: state[name].to(dtype) for name in ("codes1", "codes2")}
+            codebook = Codebook(quantizer=self.quantizer, **(state | codes))
             if codebook.num_codewords != self.num_codewords:
                 raise RuntimeError(f"codebooks of {codebook.num_codewords} codewords, expected {self.num_codewords}")
             self.set_codebook(codebook, bias_L)

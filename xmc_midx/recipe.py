@@ -83,8 +83,9 @@ def resolve(config: Config, shape: DataShape) -> Config:
     derive("sampler", "num_codewords", auto_num_codewords(shape.num_labels))
     num_draws = 64
     if config.sampler.estimator == "pool":
-        most = max(1, effort.num_pairs // tree["training"]["batch_size"])
-        num_draws = auto_num_draws(shape.num_labels, effort.num_draws, most)
+        num_draws = auto_num_draws(shape.num_labels, effort.num_draws)
+        if num_draws < shape.num_labels:
+            num_draws = max(1, min(num_draws, effort.num_pairs // tree["training"]["batch_size"]))
     derive("sampler", "num_draws", num_draws)
     num_steps = tree["training"]["epochs"] * shape.num_instances / tree["training"]["batch_size"]
     derive("training", "label_learning_rate", _label_learning_rate(_share_of_labels(tree, shape), num_steps))
@@ -101,9 +102,9 @@ def auto_num_codewords(num_labels: int) -> int:
     return max(4, min(320, round(1.25 * math.sqrt(num_labels))))
 
 
-def auto_num_draws(num_labels: int, most: int = 2048, affordable: int | None = None) -> int:
-    """Draws for a batch: all labels where they are as few as two pools, else `most`, or as many as are affordable."""
-    return num_labels if num_labels <= 2 * most else min(most, affordable or most)
+def auto_num_draws(num_labels: int, most: int = 2048) -> int:
+    """Draws for a batch: all labels where they are as few as two pools, else `most`."""
+    return num_labels if num_labels <= 2 * most else most
 
 
 def _validation_fraction(num_instances: int) -> float:

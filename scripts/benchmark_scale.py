@@ -337,7 +337,7 @@ def _code_bytes(sampler: Any) -> int:
     if not hasattr(sampler, "codebook"):
         return 0
     codebook = sampler.codebook
-    return codebook.codes1.nbytes + codebook.codes2.nbytes + sampler._labels_by_cell.nbytes
+    return codebook.codes1.nbytes + codebook.codes2.nbytes + sampler._order.labels.nbytes
 
 
 @torch.no_grad()

@@ -12,14 +12,15 @@ from scipy import stats
 from scipy.special import log_softmax, logsumexp
 
 from xmc_midx.codebook import Codebook
-from xmc_midx.samplers import midx as midx_module
+from xmc_midx.samplers import order as order_module
 from xmc_midx.samplers.dense import SoftmaxSampler
-from xmc_midx.samplers.draws import draw, draw_and_rest, log_inclusion
+from xmc_midx.samplers.draws import draw, draw_pool, log_inclusion
 from xmc_midx.samplers.dynamic import HardNegativeSampler
 from xmc_midx.samplers.exact import ExactDecomposition, exact_decomposition
 from xmc_midx.samplers.kernel import QuadraticKernelSampler, RandomFeatureSampler
 from xmc_midx.samplers.lsh import LshSampler
-from xmc_midx.samplers.midx import _SCORE_RANGE, MidxSampler, _sort_by_cell
+from xmc_midx.samplers.midx import _SCORE_RANGE, MidxSampler
+from xmc_midx.samplers.order import CellOrder
 from xmc_midx.samplers.static import FrequencySampler, InBatchSampler, UniformSampler
 from xmc_midx.types import Sampler
 
@@ -373,22 +374,21 @@ def test_midx_is_the_softmax_where_the_table_is_its_own_reconstruction(quantizer
 
 @pytest.mark.parametrize("chunk", [1, 7, 300, 1000])
 def test_cells_are_sorted_and_summed_in_chunks_as_at_once(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(midx_module, "_LABEL_CHUNK", chunk)
+    monkeypatch.setattr(order_module, "_LABEL_CHUNK", chunk)
     generator = torch.Generator().manual_seed(0)
     codes = [torch.randint(0, 4, (300,), generator=generator).to(torch.int16) for _ in range(2)]
     words = torch.randn(5, 3, generator=generator)
     codebook = Codebook(quantizer="pq", codewords1=words, codewords2=words, codes1=codes[0], codes2=codes[1])
-    order_L, counts = _sort_by_cell(codebook)
+    bias_L = 200 * torch.randn(300, generator=generator)
+    order = CellOrder.build(codebook, lambda label_ids: bias_L[label_ids].double())
+    order_L, counts = order.labels, order.cell_starts.diff()
     cells = codebook.cells().numpy()
     assert order_L.dtype == torch.int32 and np.array_equal(order_L.numpy(), np.argsort(cells, kind="stable"))
     assert np.array_equal(counts.numpy(), np.bincount(cells, minlength=25))
-    sampler = MidxSampler(quantizer="pq", num_codewords=5, prior="bias")
-    bias_L = 200 * torch.randn(300, generator=generator)
-    sampler.set_codebook(codebook, bias_L)
     law = np.exp(bias_L.double().numpy() - logsumexp(bias_L.double().numpy()))
     expected = np.bincount(cells, weights=law, minlength=25)
-    np.testing.assert_allclose(sampler._cell_mass_CC.numpy().ravel(), expected, atol=1e-6)
-    np.testing.assert_allclose(sampler._cumulative_mass.numpy(), np.cumsum(law[order_L.numpy()]), atol=1e-12)
+    np.testing.assert_allclose(order.cell_mass().numpy(), expected, atol=1e-12)
+    np.testing.assert_allclose(order.cumulative_mass.numpy(), np.cumsum(law[order_L.numpy()]), atol=1e-12)
 
 
 @pytest.mark.parametrize("quantizer", ["pq", "rq"])
@@ -749,17 +749,60 @@ def test_a_draw_never_takes_an_index_without_mass_and_reaches_beyond_2_to_the_24
     assert found.min() >= 0 and found.max() < 1000 and found.unique().shape[0] > 900
 
 
-def test_how_far_a_draw_fell_into_its_index_is_uniform_and_says_nothing_of_the_index() -> None:
-    law = torch.tensor([0.0, 2.0, 0.0, 1.0, 1e-3, 0.0], dtype=torch.float64)
-    index, inside = draw_and_rest(torch.cumsum(law, 0), 400_000, torch.Generator().manual_seed(0))
-    assert (index.diff() >= 0).all() and set(index.tolist()) == {1, 3, 4}
-    for which in (1, 3, 4):
-        mine = inside[index == which]
-        assert (mine.diff() >= 0).all() and mine.min() >= 0.0 and mine.max() <= 1.0
-        counts = torch.histc(mine, bins=10, min=0.0, max=1.0)
-        expected = mine.shape[0] / 10
-        assert ((counts - expected) ** 2 / expected).sum() < 27.9, "chi-square, 9 degrees of freedom: p = 1e-3"
-        assert abs(mine.shape[0] - 400_000 * law[which] / law.sum()) < 4.5 * math.sqrt(mine.shape[0])
+def _order(num_labels: int, codewords: int, seed: int) -> tuple[CellOrder, torch.Tensor, np.ndarray]:
+    """Labels in cells, of which some are empty and some weigh nothing; a law over the cells; the cell of each label."""
+    rng = np.random.default_rng(seed)
+    codes = [torch.from_numpy((rng.random(num_labels) ** 2 * codewords).astype(np.int16)) for _ in range(2)]
+    words = torch.zeros(codewords, 2)
+    codebook = Codebook(quantizer="pq", codewords1=words, codewords2=words, codes1=codes[0], codes2=codes[1])
+    log_prior = torch.from_numpy(np.where(rng.random(num_labels) < 0.2, -np.inf, 3 * rng.normal(size=num_labels)))
+    log_prior[0] = 0.0
+    order = CellOrder.build(codebook, lambda label_ids: log_prior[label_ids])
+    law = torch.from_numpy(rng.exponential(size=codewords**2)) * order.cell_mass()
+    return order, law.float() if seed % 2 else law, codebook.cells().numpy()
+
+
+@pytest.mark.parametrize(("num_labels", "codewords"), [(1, 1), (2, 3), (37, 5), (999, 7), (40_001, 64)])
+def test_compiled_draws_are_those_of_torch(num_labels: int, codewords: int) -> None:
+    for seed in range(4):
+        order, law, cells = _order(num_labels, codewords, seed)
+        gaps = torch.rand(1 + 700 * (seed % 3 + 1), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        found = order_module._distinct(order, law, gaps)
+        expected = order_module._distinct_by_torch(order, law, gaps)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[2], expected[2])
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-12, atol=0)
+        assert np.array_equal(found[2].numpy(), cells[found[0].numpy()]) and (found[1] > 0).all()
+        assert found[0].unique().shape == found[0].shape
+
+
+def test_the_number_that_finds_a_cell_finds_its_label_by_the_prior_whatever_the_cell() -> None:
+    """Draw one by one, for then none is the repeat of another: chi-square of the labels inside of each cell."""
+    labels_per_cell = 9
+    codes = torch.arange(4).repeat_interleave(labels_per_cell).to(torch.int16)
+    words = torch.zeros(2, 2)
+    codebook = Codebook(quantizer="pq", codewords1=words, codewords2=words, codes1=codes // 2, codes2=codes % 2)
+    prior = torch.rand(codes.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.1
+    order = CellOrder.build(codebook, lambda label_ids: prior[label_ids].log())
+    generator = torch.Generator().manual_seed(0)
+    law = torch.tensor([2.0, 0.0, 1.0, 0.1], dtype=torch.float64)
+    drawn = torch.cat([order.draw_distinct(law, 1, generator)[0] for _ in range(60_000)])
+    count = torch.bincount(drawn, minlength=codes.shape[0])
+    assert count[codes == 1].sum() == 0
+    for cell in (0, 2, 3):
+        mine, share = count[codes == cell], prior[codes == cell] / prior[codes == cell].sum()
+        assert stats.chisquare(mine.numpy(), (share * mine.sum()).numpy()).pvalue > 1e-3
+        assert abs(mine.sum() - 60_000 * law[cell] / law.sum()) < 4.5 * math.sqrt(mine.sum())
+
+
+def test_a_pool_holds_no_label_that_is_in_it_anyway() -> None:
+    drawn, law = torch.tensor([7, 3, 11, 0]), torch.full((12,), 1 / 12)
+
+    def draw_labels(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return drawn, law[drawn]
+
+    for certain, left in (([3, 8], [7, 11, 0]), ([], [7, 3, 11, 0]), ([0, 3, 7, 11], []), ([11], [7, 3, 0])):
+        pool = draw_pool(draw_labels, lambda ids: law[ids], 4, torch.tensor(certain, dtype=torch.int64))
+        assert pool.label_ids.tolist() == left
 
 
 class TestInBatch:

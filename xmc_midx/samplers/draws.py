@@ -14,7 +14,7 @@ import torch
 
 from xmc_midx.types import LabelSample
 
-__all__ = ["distinct", "draw", "draw_and_rest", "draw_pool", "log_inclusion"]
+__all__ = ["distinct", "draw", "draw_pool", "log_inclusion"]
 
 _MAX_OVERDRAW = 8
 """Draws made for each draw asked for, at most: a batch whose positives hold all of the proposal ends somewhere."""
@@ -45,9 +45,15 @@ def draw_pool(
         num_made = math.ceil(num_draws / elsewhere)
     label_ids, probability_P = draw_labels(num_made)
     if certain is not None:
-        others = ~torch.isin(label_ids, certain, assume_unique=True)
+        others = ~_is_among(label_ids, certain)
         label_ids, probability_P = label_ids[others], probability_P[others]
     return LabelSample(label_ids=label_ids, log_weight=log_inclusion(probability_P, num_made))
+
+
+def _is_among(label_ids: torch.Tensor, rising: torch.Tensor) -> torch.Tensor:
+    """(P,) bool: which labels are among the rising ones. `torch.isin` sorts both."""
+    place = torch.searchsorted(rising, label_ids).clamp_(max=max(rising.shape[0] - 1, 0))
+    return rising[place] == label_ids if rising.shape[0] else torch.zeros_like(label_ids, dtype=torch.bool)
 
 
 def distinct(
@@ -79,21 +85,6 @@ def draw(cumulative: torch.Tensor, num_draws: int, generator: torch.Generator) -
     shape = (*cumulative.shape[:-1], num_draws)
     uniform = torch.rand(shape, dtype=torch.float64, generator=generator, device=cumulative.device)
     return _search(cumulative, uniform * cumulative[..., -1:])
-
-
-def draw_and_rest(
-    cumulative: torch.Tensor, num_draws: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`num_draws` indices from one cumulative law (C,), rising, and how far into its index each draw fell.
-
-    That share, in [0, 1], is uniform whatever the index: a draw inside of what the index stands for needs no random
-    number of its own. The draws of an index rise too, so that what is read for one lies near what was read before.
-    """
-    uniform = torch.rand(num_draws, dtype=torch.float64, generator=generator, device=cumulative.device)
-    target = torch.sort(uniform).values * cumulative[-1]
-    index = _search(cumulative, target)
-    below = torch.where(index > 0, cumulative[(index - 1).clamp(min=0)], 0.0)
-    return index, ((target - below) / (cumulative[index] - below)).clamp_(0.0, 1.0)
 
 
 def _search(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

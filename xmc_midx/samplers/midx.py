@@ -16,7 +16,8 @@ import math
 import torch
 
 from xmc_midx.codebook import Codebook, code_dtype, fit_codebook
-from xmc_midx.samplers.draws import draw, draw_and_rest, draw_pool
+from xmc_midx.samplers.draws import draw, draw_pool
+from xmc_midx.samplers.order import CellOrder
 from xmc_midx.types import LabelSample
 
 __all__ = ["MidxSampler"]
@@ -27,8 +28,6 @@ _COLD_ITERATIONS = 10
 _MEAN_QUERIES = 32
 """Queries of a batch that its mean proposal is taken over: more give a pool of the same variance (EXPERIMENTS.md,
 "Pools") and cost a longer set-up."""
-_LABEL_CHUNK = 1 << 18
-"""Labels of which a refresh makes temporaries at once."""
 _DRAW_CHUNK = 1 << 24
 """Elements of the largest temporary of a per-instance draw."""
 
@@ -95,36 +94,14 @@ class MidxSampler:
         self.set_codebook(codebook, bias_L)
 
     def set_codebook(self, codebook: Codebook, bias_L: torch.Tensor) -> None:
-        """Use `codebook` as it is; `bias_L` (L,) is read by the bias prior alone, which copies it.
-
-        A label takes 12 bytes here besides its codes, four for its place and eight for its mass; all that is made on
-        the way is made for a chunk of labels after the other.
-        """
+        """Use `codebook` as it is; `bias_L` (L,) is read by the bias prior alone, which copies it."""
         if self._frequency_L is not None:
             self._frequency_L = self._frequency_L.to(bias_L.device)
         self._bias_L = bias_L.detach().clone() if self.prior == "bias" else None
         num_codewords, dtype = codebook.num_codewords, codebook.codewords1.dtype
         self.codebook = codebook
-        self._labels_by_cell, counts = _sort_by_cell(codebook)
-        self._cell_starts = torch.cat([counts.new_zeros(1), torch.cumsum(counts, 0)])
-        self._cumulative_mass, self._log_total = self._accumulate(self._labels_by_cell)
-        before = self._cumulative_mass[(self._cell_starts - 1).clamp(min=0)]
-        self._mass_before_cell = torch.where(self._cell_starts > 0, before, 0.0)
-        self._cell_mass_CC = self._mass_before_cell.diff().to(dtype).view(num_codewords, num_codewords)
-
-    def _accumulate(self, label_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The cumulative mass (L,) of the labels in this order, and the log of what it was before its total was 1.
-
-        In float64: 10^8 labels leave a sum exact to 1e-16.
-        """
-        cumulative_L = torch.empty(label_ids.shape[0], dtype=torch.float64, device=label_ids.device)
-        chunks = [slice(begin, begin + _LABEL_CHUNK) for begin in range(0, label_ids.shape[0], _LABEL_CHUNK)]
-        largest = torch.stack([self._log_prior(label_ids[chunk]).max() for chunk in chunks]).max()
-        total = torch.zeros_like(largest)
-        for chunk in chunks:
-            torch.cumsum((self._log_prior(label_ids[chunk]) - largest).exp_(), 0, out=cumulative_L[chunk])
-            total = cumulative_L[chunk].add_(total)[-1].clone()
-        return cumulative_L.div_(total), largest + torch.log(total)
+        self._order = CellOrder.build(codebook, self._log_prior)
+        self._cell_mass_CC = self._order.cell_mass().to(dtype).view(num_codewords, num_codewords)
 
     def _log_prior(self, label_ids: torch.Tensor) -> torch.Tensor:
         """Unnormalised, float64, of the shape of `label_ids`."""
@@ -138,7 +115,7 @@ class MidxSampler:
     def _log_mass(self, label_ids: torch.Tensor) -> torch.Tensor:
         """log pi_i of a prior that sums to one, in the codewords' dtype."""
         assert self.codebook is not None, "refresh before use"
-        return (self._log_prior(label_ids) - self._log_total).to(self.codebook.codewords1.dtype)
+        return (self._log_prior(label_ids) - self._order.log_total).to(self.codebook.codewords1.dtype)
 
     # ------------------------------------------------------------------ draws
 
@@ -153,14 +130,11 @@ class MidxSampler:
         weights need a (B, P) matrix, and the inclusion probability is exact.
         """
         ratio = self._mean_ratio(query_BD).flatten()
-        cumulative = torch.cumsum(ratio * self._cell_mass_CC.flatten(), 0, dtype=torch.float64)
+        cell_law = ratio * self._cell_mass_CC.flatten()
 
         def draw_labels(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-            cells, inside = draw_and_rest(cumulative, count, generator)
-            places = self._place(cells, inside)
-            is_new = places.diff(prepend=places.new_full((1,), -1)) != 0
-            places, cells = places[is_new], cells[is_new]
-            return self._labels_by_cell[places].long(), self._mass_at(places) * ratio[cells]
+            label_ids, mass, cells = self._order.draw_distinct(cell_law, count, generator)
+            return label_ids, mass.to(ratio.dtype) * ratio[cells]
 
         def probability(label_ids: torch.Tensor) -> torch.Tensor:
             codes1, codes2 = self._codes(label_ids)
@@ -180,7 +154,7 @@ class MidxSampler:
             first_BM = draw(torch.cumsum(factor1_BC * psi_BC, 1, dtype=torch.float64), num_draws, generator)
             second_BMC = self._cell_mass_CC[first_BM] * factor2_BC[:, None, :]
             second_BM = draw(torch.cumsum(second_BMC, 2, dtype=torch.float64), 1, generator)[..., 0]
-            parts.append(self._draw_in_cells(first_BM * codewords + second_BM, generator))
+            parts.append(self._order.draw_in(first_BM * codewords + second_BM, generator))
         label_ids = torch.cat(parts)
         log_weight = self.log_proposal(query_BD, label_ids) + math.log(num_draws)
         return LabelSample(label_ids=label_ids, log_weight=log_weight)
@@ -223,23 +197,6 @@ class MidxSampler:
         partition_B1 = (factor1_BC * (factor2_BC @ self._cell_mass_CC.T)).sum(1, keepdim=True)
         return (factor1_BC / (partition_B1 * query_BD.shape[0])).T @ factor2_BC
 
-    def _draw_in_cells(self, cells: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """One label from the prior inside each given (non-empty) cell; same shape as `cells`."""
-        uniform = torch.rand(cells.shape, dtype=torch.float64, generator=generator, device=cells.device)
-        return self._labels_by_cell[self._place(cells, uniform)].long()
-
-    def _place(self, cells: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-        """The place, in the order of the cells, of the label at a share `inside` (0 to 1) of the mass of each given
-        (non-empty) cell."""
-        low, high = self._mass_before_cell[cells], self._mass_before_cell[cells + 1]
-        position = torch.searchsorted(self._cumulative_mass, low + inside * (high - low), right=True)
-        return torch.minimum(torch.maximum(position, self._cell_starts[cells]), self._cell_starts[cells + 1] - 1)
-
-    def _mass_at(self, places: torch.Tensor) -> torch.Tensor:
-        """pi of the labels at these places, in the codewords' dtype: two numbers that the search has just read."""
-        before = torch.where(places > 0, self._cumulative_mass[(places - 1).clamp(min=0)], 0.0)
-        return (self._cumulative_mass[places] - before).to(self._cell_mass_CC.dtype)
-
     # ------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -265,30 +222,3 @@ class MidxSampler:
             if codebook.num_codewords != self.num_codewords:
                 raise RuntimeError(f"codebooks of {codebook.num_codewords} codewords, expected {self.num_codewords}")
             self.set_codebook(codebook, bias_L)
-
-
-def _sort_by_cell(codebook: Codebook) -> tuple[torch.Tensor, torch.Tensor]:
-    """Labels in the order of their cells, by id inside a cell, int32 where L allows; labels in each of the C^2 cells.
-
-    Equals `argsort(cells, stable=True)` and `bincount(cells)`: a counting sort, whose temporaries are a chunk's.
-    """
-    num_labels, device = codebook.num_labels, codebook.codes1.device
-
-    def cells(begin: int) -> torch.Tensor:
-        chunk = slice(begin, begin + _LABEL_CHUNK)
-        return codebook.codes1[chunk].long() * codebook.num_codewords + codebook.codes2[chunk]
-
-    counts = torch.zeros(codebook.num_codewords**2, dtype=torch.int64, device=device)
-    for begin in range(0, num_labels, _LABEL_CHUNK):
-        counts += torch.bincount(cells(begin), minlength=counts.shape[0])
-    dtype = torch.int32 if num_labels <= torch.iinfo(torch.int32).max else torch.int64
-    order_L = torch.empty(num_labels, dtype=dtype, device=device)
-    free = torch.cumsum(counts, 0) - counts
-    for begin in range(0, num_labels, _LABEL_CHUNK):
-        sorted_cells, order = torch.sort(cells(begin), stable=True)
-        found, sizes = torch.unique_consecutive(sorted_cells, return_counts=True)
-        starts = torch.cumsum(sizes, 0) - sizes
-        shift = torch.repeat_interleave(free[found] - starts, sizes, output_size=order.shape[0])
-        order_L[torch.arange(order.shape[0], device=device) + shift] = (order + begin).to(dtype)
-        free[found] += sizes
-    return order_L, counts

@@ -45,15 +45,16 @@ def draw_pool(
         num_made = math.ceil(num_draws / elsewhere)
     label_ids, probability_P = draw_labels(num_made)
     if certain is not None:
-        others = ~_is_among(label_ids, certain)
+        others = (~_is_among(label_ids, certain)).nonzero()[:, 0]
         label_ids, probability_P = label_ids[others], probability_P[others]
     return LabelSample(label_ids=label_ids, log_weight=log_inclusion(probability_P, num_made))
 
 
 def _is_among(label_ids: torch.Tensor, rising: torch.Tensor) -> torch.Tensor:
     """(P,) bool: which labels are among the rising ones. `torch.isin` sorts both."""
-    place = torch.searchsorted(rising, label_ids).clamp_(max=max(rising.shape[0] - 1, 0))
-    return rising[place] == label_ids if rising.shape[0] else torch.zeros_like(label_ids, dtype=torch.bool)
+    if not rising.shape[0]:
+        return torch.zeros_like(label_ids, dtype=torch.bool)
+    return rising[torch.searchsorted(rising, label_ids).clamp_(max=rising.shape[0] - 1)] == label_ids
 
 
 def distinct(

@@ -189,54 +189,39 @@ def _draw_rising(
     cells: Any,
 ) -> int:
     """`_distinct_by_torch` into `found`, `mass` and `cells`; returns how many are distinct."""
-    num_draws = found.shape[0]
-    cumulative = np.empty(cell_law.shape[0])
+    num_draws, num_cells = found.shape[0], cell_law.shape[0]
+    cumulative = np.empty(num_cells)
     total = 0.0
-    for cell in range(cell_law.shape[0]):
+    for cell in range(num_cells):
         total += cell_law[cell]
         cumulative[cell] = total
-    last = cell_law.shape[0] - 1
+    last = num_cells - 1
     while last > 0 and cumulative[last - 1] >= total:
         last -= 1
 
-    target = mass
+    target, sizes = mass, np.empty(num_draws, dtype=np.int64)
     rising = 0.0
     for draw in range(num_draws):
         rising -= np.log1p(-gaps[draw])
-        target[draw] = rising
+        target[draw], cells[draw], sizes[draw] = rising, 0, last + 1
     scale = total / (rising - np.log1p(-gaps[num_draws]))
-    cell = 0
     for draw in range(num_draws):
-        value = target[draw] * scale
-        size = last - cell + 1
-        while size > 1:
-            half = size // 2
-            cell += half * (cumulative[cell + half - 1] <= value)
-            size -= half
-        below = cumulative[cell - 1] if cell > 0 else 0.0
-        cells[draw] = cell
-        target[draw] = min(max((value - below) / (cumulative[cell] - below), 0.0), 1.0)
+        target[draw] *= scale
+    _search(cumulative, target, cells, sizes)
 
     place = found
-    sizes = np.empty(num_draws, dtype=np.int64)
-    largest = 0
     for draw in range(num_draws):
         cell = cells[draw]
+        below = cumulative[cell - 1] if cell > 0 else 0.0
+        inside = min(max((target[draw] - below) / (cumulative[cell] - below), 0.0), 1.0)
         low, high = mass_before_cell[cell], mass_before_cell[cell + 1]
-        target[draw] = low + target[draw] * (high - low)
+        target[draw] = low + inside * (high - low)
         place[draw] = cell_starts[cell]
+        # A law of NaN may take an empty cell, at the end of all labels too.
         sizes[draw] = max(1, cell_starts[cell + 1] - cell_starts[cell])
-        largest = max(largest, sizes[draw])
-    while largest > 1:
-        for draw in range(num_draws):
-            # No branch for those that have arrived: the processor would guess wrong.
-            half = sizes[draw] // 2
-            place[draw] += half * (cumulative_mass[max(place[draw] + half - 1, 0)] <= target[draw])
-            sizes[draw] -= half
-        largest -= largest // 2
+    _search(cumulative_mass, target, place, sizes)
 
-    count = 0
-    previous = -1
+    count, previous = 0, -1
     for draw in range(num_draws):
         here = min(place[draw], labels.shape[0] - 1)
         if here != previous:
@@ -245,3 +230,22 @@ def _draw_rising(
             mass[count] = cumulative_mass[here] - (cumulative_mass[here - 1] if here > 0 else 0.0)
             count += 1
     return count
+
+
+@numba.njit(nogil=True, cache=True)
+def _search(rising: Any, target: Any, place: Any, sizes: Any) -> None:
+    """Move each place to the first of the `sizes` rising values from it on that is above its target, or to the last of
+    them. `sizes`, at least 1, are 1 afterwards.
+
+    All take a step before any takes the next: one search after the other waits for memory, or for the comparison
+    before, at each step (EXPERIMENTS.md, "Cost of a draw").
+    """
+    largest = sizes.max()
+    while largest > 1:
+        for draw in range(place.shape[0]):
+            # No branch, for those that have arrived neither: the processor would guess wrong.
+            half = sizes[draw] // 2
+            middle = place[draw] + half
+            place[draw] = middle if rising[max(middle - 1, 0)] <= target[draw] else place[draw]
+            sizes[draw] -= half
+        largest -= largest // 2

@@ -238,7 +238,7 @@ def _search(rising: Any, target: Any, place: Any, sizes: Any) -> None:
     them. `sizes`, at least 1, are 1 afterwards.
 
     All take a step before any takes the next: one search after the other waits for memory, or for the comparison
-    before, at each step (EXPERIMENTS.md, "Cost of a draw").
+    before, at each step (EXPERIMENTS.md, "What a draw costs").
     """
     largest = sizes.max()
     while largest > 1:

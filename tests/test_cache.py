@@ -511,3 +511,27 @@ def test_a_dataset_is_read_through_the_cache(parsed: Path, source: Path, reads: 
     fingerprints = {load_dataset(source.parent).fingerprint() for _ in range(2)}
     assert len(fingerprints) == 1
     assert reads.number == 2
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages are counted by /proc")
+def test_pages_that_are_given_back_come_again_with_what_was_changed(parsed: Path, source: Path) -> None:
+    def resident() -> int:
+        """Pages of the entry that this process holds, of 4 KiB."""
+        lines = Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines()
+        at = next(number for number, line in enumerate(lines) if line.endswith(".csr"))
+        return next(int(line.split()[1]) for line in lines[at:] if line.startswith("Rss:")) // 4
+
+    source.write_bytes(b"80000 5 4\n" + ROWS * 20_000)
+    load_split(source)
+    mapped = load_split(source)
+    mapped.features.data[7] = -3.0
+    before = resident()
+    cache.page_out((mapped.features, mapped.labels))
+    assert before > 300 and resident() < before / 10
+    expected = read_xmc(source)[0]
+    assert mapped.features.data[7] == -3.0
+    mapped.features.data[7] = expected.data[7]
+    assert np.array_equal(mapped.features.data, expected.data)
+    assert np.array_equal(mapped.features.indices, expected.indices)
+    cache.page_out((expected, expected))
+    assert expected.data[7] != -3.0

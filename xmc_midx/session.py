@@ -23,6 +23,7 @@ from xmc_midx.cells import fit_cells
 from xmc_midx.checkpoint import CheckpointStore, refuse_misfits
 from xmc_midx.crash import crash_point
 from xmc_midx.data.batches import BatchStream
+from xmc_midx.data.cache import page_out
 from xmc_midx.data.dataset import Split
 from xmc_midx.data.features import normalize_rows, row_hashes
 from xmc_midx.device import find_device, keep_freed_memory, release_freed_memory
@@ -90,12 +91,12 @@ class TrainingSession:
             torch.set_num_threads(config.training.num_threads)
         if device.type == "cpu":
             keep_freed_memory()
-        features = normalize_rows(training.features) if config.data.normalize == "l2" else training.features
+        features = self._normalized(training)
         assert isinstance(config.data.validation_fraction, float), "the configuration is resolved"
         kept, held_out = _hold_out(features, training.labels, config.data.validation_fraction, config.training.seed)
         self.held_out = (features[held_out], training.labels[held_out]) if held_out.size else None
         labels = training.labels
-        self._whole = (features, labels)
+        self._training = training
         if held_out.size:
             features, labels = features[kept], labels[kept]
         self.frequencies = _label_counts(labels)
@@ -120,7 +121,11 @@ class TrainingSession:
         )
         self.store = CheckpointStore(run.checkpoints)
         self.store.clean()
+        del features, labels
         release_freed_memory()
+        if held_out.size:
+            # What trains is a copy; the whole is read again at the end.
+            page_out((training.features, training.labels))
         self.history: list[dict[str, Any]] = []
         self.best_step, self.best_epoch, self.best_score, self.stale = 0, 0, -1.0, 0
         self.validation: dict[str, float] = {}
@@ -142,6 +147,9 @@ class TrainingSession:
         """That training stood still for the last save."""
         self._postponed: _Postponed | None = None
         self._signals = PendingSignal()
+
+    def _normalized(self, training: Split) -> csr_matrix:
+        return normalize_rows(training.features) if self.config.data.normalize == "l2" else training.features
 
     def run(self) -> None:
         """Train to the end: all epochs, or until the validation score has not risen for `patience` epochs.
@@ -185,7 +193,7 @@ class TrainingSession:
 
     def release(self) -> None:
         """Give tables and training rows back: what follows a finished training reads the run directory."""
-        del self.trainer, self._whole, self.held_out
+        del self.trainer, self._training, self.held_out
         release_freed_memory()
 
     def _run_epochs(self, started: float) -> None:
@@ -242,6 +250,11 @@ class TrainingSession:
         held_out = features[tuned if len(tuned) else fitted] if self.held_out is None else self.held_out[0]
         held_out = held_out[: _CELL_QUERIES[1]]
         query_ND, held_out_ND = (self._queries(part) for part in (features[fitted], held_out))
+        on_cpu = self.trainer.device.type == "cpu"
+        if on_cpu:
+            # Another copy of the model beside the queries and sketches would be the peak of the whole training.
+            self.trainer.release_tables()
+            release_freed_memory()
         cells = fit_cells(table, bias, query_ND, seed=self.config.training.seed)
         effort = tune_effort(table, bias, cells, held_out_ND)
         index = CellIndex(table, bias, cells, effort)
@@ -250,9 +263,8 @@ class TrainingSession:
             f"label cells: a search reads {effort.depth:,} of {bias.shape[0]:,} labels and finds "
             f"{effort.recall:.2%} of the five best"
         )
-        if self.trainer.device.type == "cpu":
+        if on_cpu:
             self._stored = stored_encoder(stored, self.config.model), index
-            self.trainer.release_tables()
 
     def _queries(self, features: csr_matrix) -> torch.Tensor:
         """(N, D) on the CPU, of all rows at once."""
@@ -317,7 +329,7 @@ class TrainingSession:
         del neighbors, found, votes, shortlist, top
         release_freed_memory()
         # What is kept knows all training rows, the held-out ones too.
-        rows = self._whole if chosen.needs_neighbors else None
+        rows = (self._normalized(self._training), self._training.labels) if chosen.needs_neighbors else None
         kept = ranker if chosen.needs_ranker else None
         self.run_directory.write_interpolation(chosen, rows, kept, self.validation, calibration)
 

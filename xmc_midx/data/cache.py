@@ -17,6 +17,7 @@ import mmap
 import os
 import shutil
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -34,7 +35,7 @@ from xmc_midx.errors import ResourceError, UsageError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["read_cached"]
+__all__ = ["page_out", "read_cached"]
 
 MAX_BYTES = 16 * 2**30
 """The entries that were used last are kept up to this size."""
@@ -49,6 +50,8 @@ _SETTLED_NS = 2 * 10**9
 """A file that changed less than this ago may change again without another time: FAT counts in steps of 2 s."""
 _STRAY_SECONDS = 24 * 3600
 """After this a temporary file is one that a killed process left."""
+_MADV_PAGEOUT = 21
+"""Of Linux, from 5.4 on; Python has no name for it."""
 _WAIT_SECONDS = 300.0
 """For another process that reads the same source; after that, both do."""
 
@@ -89,6 +92,18 @@ def read_cached(read: Callable[[], Matrices], *, reader: str, sources: Sequence[
             if is_mine:
                 cache.keep(found)
     return found
+
+
+def page_out(matrices: Matrices) -> None:
+    """Give the memory of mapped matrices back, until they are read again; changes of theirs stay. On Linux alone, and
+    nothing for matrices that are not mapped."""
+    for matrix in matrices:
+        base: Any = matrix.indices
+        while isinstance(base, np.ndarray | memoryview):
+            base = base.obj if isinstance(base, memoryview) else base.base
+        if isinstance(base, mmap.mmap) and sys.platform.startswith("linux"):
+            with suppress(OSError, ValueError):
+                base.madvise(_MADV_PAGEOUT)
 
 
 def _is_wanted(paths: list[Path]) -> bool:

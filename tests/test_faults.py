@@ -26,7 +26,9 @@ import numpy as np
 import pytest
 import torch
 import victims
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
+from scipy.sparse import csr_matrix
 
 from xmc_midx import crash
 from xmc_midx.checkpoint import CheckpointStore
@@ -34,6 +36,7 @@ from xmc_midx.config import load_config
 from xmc_midx.data.files import sha256_of
 from xmc_midx.errors import DataError, DivergedError, ResourceError, UsageError
 from xmc_midx.interpolation import Interpolation
+from xmc_midx.packing import pack_rows
 from xmc_midx.pipeline import evaluate, resume, train
 from xmc_midx.predictor import Predictor
 from xmc_midx.rundir import RunDirectory
@@ -767,24 +770,20 @@ def test_malicious_json_and_training_rows_are_refused(whole: Path, tmp_path: Pat
         with pytest.raises(DataError):
             Predictor.load(run)
     rows = run / "neighbors.safetensors"
-    arrays = {
-        "features.counts": torch.tensor([1, 1], dtype=torch.uint32),
-        "features.ids": torch.tensor([0, 39], dtype=torch.uint16),
-        "features.values": torch.ones(2, dtype=torch.int8),
-        "features.scale": torch.ones(2),
-        "labels.counts": torch.tensor([1, 1], dtype=torch.uint32),
-        "labels.ids": torch.tensor([0, 1], dtype=torch.int32),
-        "num_features_and_labels": torch.tensor([40, 23]),
-    }
+    features = csr_matrix(([1, 1], ([0, 1], [0, 39])), shape=(2, 40), dtype=np.int8)
+    labels = csr_matrix(([1, 1], ([0, 1], [0, 1])), shape=(2, 23), dtype=np.int8)
+    arrays = {"features.scale": np.ones(2, dtype=np.float32)}
+    for part, matrix in (("features", features), ("labels", labels)):
+        arrays |= {f"{part}.{name}": array for name, array in pack_rows(matrix).items()}
     for change in (
-        {"features.ids": torch.tensor([0, 40], dtype=torch.uint16)},
-        {"features.counts": torch.tensor([1, 9], dtype=torch.uint32)},
-        {"features.counts": torch.tensor([2], dtype=torch.uint32)},
-        {"labels.ids": torch.tensor([0, 23], dtype=torch.int32)},
-        {"labels.ids": torch.tensor([0, -1], dtype=torch.int32)},
-        {"labels.counts": torch.tensor([0, 1], dtype=torch.uint32)},
+        {"features.shape": np.array([2, 39, 2])},
+        {"features.shape": np.array([3, 40, 2])},
+        {"features.gaps": arrays["features.gaps"][:-1]},
+        {"labels.sizes": arrays["features.gaps"]},
+        {"labels.shape": np.array([2, 23, 10**12])},
+        {"features.scale": np.ones(3, dtype=np.float32)},
     ):
-        save_file(arrays | change, rows)
+        save_arrays(arrays | change, rows)
         values = Interpolation(votes=1.0).as_dict() | {"neighbors_sha256": sha256_of(rows)}
         (run / "interpolation.json").write_text(json.dumps(values))
         with pytest.raises(DataError, match=r"neighbors\.safetensors: is not what"):

@@ -265,22 +265,22 @@ def test_rows_are_read_back_to_half_a_step(tmp_path: Path, num_features: int, mo
     assert not often[found.indices].any() and found.nnz == (~often[rows.indices]).sum()
 
 
-def test_counts_that_lie_are_refused(tmp_path: Path) -> None:
-    rows, labels = normalize_rows(random_rows(30, 12, 0.3, seed=4)), random_rows(30, 6, 0.3, seed=5)
-    save_rows(tmp_path / "rows.safetensors", rows, labels)
-    arrays = load_file(tmp_path / "rows.safetensors")
-    huge = np.full(30, 2**32 - 1, dtype=np.uint32)
+def test_parts_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+    parts = []
+    for count in (30, 29):
+        rows, labels = normalize_rows(random_rows(count, 12, 0.3, seed=4)), random_rows(count, 6, 0.3, seed=5)
+        save_rows(tmp_path / "rows.safetensors", rows, labels)
+        parts.append(load_file(tmp_path / "rows.safetensors"))
+    arrays, others = parts
     for lie in (
-        {"features.counts": huge},
-        {"features.counts": arrays["features.counts"][:-1]},
-        {"labels.counts": huge},
-        {"labels.ids": np.full_like(arrays["labels.ids"], 6)},
-        {"features.ids": np.full_like(arrays["features.ids"], 12)},
+        {name: others[name] for name in others if name.startswith("labels.")},
+        {name: others[name] for name in others if name.startswith("features.")},
         {"features.scale": arrays["features.scale"][:-1]},
         {"features.scale": np.full_like(arrays["features.scale"], np.nan)},
         {"features.scale": np.full_like(arrays["features.scale"], np.inf)},
         {"features.values": arrays["features.values"][:-1]},
-        {"num_features_and_labels": np.array([2**40, 6])},
+        {"labels.gaps": others["labels.gaps"]},
+        {"labels.shape": np.array([2**40, 6, 3])},
     ):
         with pytest.raises((ValueError, LookupError)):
             module._read_rows(arrays | lie)

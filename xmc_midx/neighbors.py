@@ -27,6 +27,7 @@ from safetensors.numpy import load_file
 from scipy.sparse import csr_matrix
 
 from xmc_midx.data.features import scale_rows, with_values
+from xmc_midx.packing import pack_rows, unpack_rows
 from xmc_midx.selection import keep_best, write_best
 from xmc_midx.tensorfile import write_arrays
 from xmc_midx.threads import in_threads, scratch, touch, zeros
@@ -243,55 +244,32 @@ def _mean_precision(votes: csr_matrix, labels: csr_matrix) -> float:
 
 
 def save_rows(path: Path, features: csr_matrix, labels: csr_matrix) -> str:
-    """Write training rows (N, F), ids rising, and their labels (N, L) as safetensors, three bytes a value; the sha256.
+    """Write training rows (N, F) and their labels (N, L) as safetensors, some two bytes a value; the sha256.
 
-    `features.counts` (N x blocks) is the number of a row's values in each block of 65,536 features, `features.ids`
-    (nnz,) uint16 their places in it, `features.values` (nnz,) int8 their sizes in units of `features.scale` (N,), the
-    row's largest / 127. Features that the index leaves out are not written. `labels.counts` (N,), `labels.ids` (Y,).
+    `features.*` and `labels.*` are packed rows (`xmc_midx.packing`): of the features, values are int8 in units of
+    `features.scale` (N,), the row's largest / 127, and those that the index leaves out are not written.
     """
-    assert features.has_sorted_indices, "the blocks of a row follow one another"
-    num_rows, num_features = features.shape
-    features, blocks = _only(features, _kept_features(features)), _num_blocks(num_features)
-    ids, (codes, scale) = features.indices, _quantize(features)
-    row = np.repeat(np.arange(num_rows), np.diff(features.indptr))
-    arrays: dict[str, NDArray[Any]] = {
-        "features.counts": np.bincount(row * blocks + (ids >> 16), minlength=num_rows * blocks).astype(np.uint32),
-        "features.ids": (ids & 0xFFFF).astype(np.uint16),
-        "features.values": codes,
-        "features.scale": scale,
-        "labels.counts": np.diff(labels.indptr).astype(np.uint32),
-        "labels.ids": labels.indices.astype(np.int32),
-        "num_features_and_labels": np.array([num_features, labels.shape[1]], dtype=np.int64),
-    }
-    return write_arrays(path, arrays)
+    features = _only(features, _kept_features(features))
+    codes, scale = _quantize(features)
+    ones = np.ones(labels.nnz, dtype=np.int8)
+    parts = {"features": with_values(features, codes), "labels": with_values(labels, ones)}
+    packed = {f"{part}.{name}": a for part, rows in parts.items() for name, a in pack_rows(rows).items()}
+    return write_arrays(path, packed | {"features.scale": scale})
 
 
 def _read_rows(arrays: Mapping[str, NDArray[Any]]) -> tuple[csr_matrix, csr_matrix]:
     """What `save_rows` was given, values as exact as they are stored; a ValueError where it is not that."""
-    num_features, num_labels = (int(n) for n in arrays["num_features_and_labels"])
-    blocks, scale = _num_blocks(num_features), arrays["features.scale"]
-    counts, ids = arrays["features.counts"].astype(np.int64), arrays["features.ids"]
-    if counts.shape != (scale.shape[0] * blocks,) or counts.sum() != ids.shape[0]:
-        raise ValueError("counts and ids of the features do not fit together")
-    if arrays["labels.counts"].sum(dtype=np.int64) != arrays["labels.ids"].shape[0]:
-        raise ValueError("counts and ids of the labels do not fit together")
+    features, labels = (
+        unpack_rows({name.removeprefix(part): a for name, a in arrays.items() if name.startswith(part)}, "int8")
+        for part in ("features.", "labels.")
+    )
+    scale = arrays["features.scale"]
+    if scale.shape != (features.shape[0],) or labels.shape[0] != features.shape[0]:
+        raise ValueError("features, their units and labels are not of the same rows")
     if not (np.abs(scale) < _LARGEST).all():
         raise ValueError("a value of the features is not finite")
-    per_row = counts.reshape(-1, blocks).sum(axis=1)
-    place = np.repeat(np.tile(np.arange(blocks, dtype=np.int32) << 16, scale.shape[0]), counts)
-    values = arrays["features.values"].astype(np.float32) * np.repeat(scale, per_row)
-    features = csr_matrix((values, place + ids, _offsets(per_row)), shape=(scale.shape[0], num_features))
-    ones = np.ones(arrays["labels.ids"].shape[0], dtype=np.float32)
-    offsets = _offsets(arrays["labels.counts"])
-    labels = csr_matrix((ones, arrays["labels.ids"], offsets), shape=(scale.shape[0], num_labels))
-    for matrix in (features, labels):
-        # Compiled code follows these ids without looking: the file must not lead it out of bounds.
-        matrix.check_format(full_check=True)
-    return features, labels
-
-
-def _num_blocks(num_features: int) -> int:
-    return max(1, -(-num_features // 0x10000))
+    values = features.data.astype(np.float32) * np.repeat(scale, np.diff(features.indptr))
+    return with_values(features, values), with_values(labels, np.ones(labels.nnz, dtype=np.float32))
 
 
 def _offsets(counts: NDArray[Any]) -> NDArray[np.int64]:

@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
+from xmc_midx.data.features import with_values
+from xmc_midx.packing import pack_rows, unpack_rows
 from xmc_midx.threads import in_threads, zeros
 
 __all__ = ["LinearRanker"]
@@ -43,32 +45,22 @@ class LinearRanker:
 
     Parameters
     ----------
-    offsets : (L+1,) int64; label l owns the entries `offsets[l]:offsets[l+1]`.
-    feature_ids, weights : (nnz,) int32 and float16.
+    weights : (L, F) float16, few of a row; ids rising.
     bias : (L,) float16.
-    num_features : F.
     """
 
-    def __init__(
-        self,
-        offsets: NDArray[np.int64],
-        feature_ids: NDArray[np.int32],
-        weights: NDArray[np.float16],
-        bias: NDArray[np.float16],
-        num_features: int,
-    ) -> None:
-        self.num_features = num_features
-        self._arrays: dict[str, NDArray[Any]] = {
-            "offsets": offsets,
-            "feature_ids": feature_ids,
-            "weights": weights,
-            "bias": bias,
-        }
-        self._model = (offsets, feature_ids, weights.astype(np.float32), bias.astype(np.float32))
+    def __init__(self, weights: csr_matrix, bias: NDArray[np.float16]) -> None:
+        self.weights, self.bias = weights, bias
+        offsets, ids = weights.indptr.astype(np.int64), weights.indices
+        self._model = (offsets, ids, weights.data.astype(np.float32), bias.astype(np.float32))
 
     @property
     def num_labels(self) -> int:
-        return int(self._arrays["bias"].shape[0])
+        return int(self.weights.shape[0])
+
+    @property
+    def num_features(self) -> int:
+        return int(self.weights.shape[1])
 
     @classmethod
     def fit(
@@ -114,7 +106,11 @@ class LinearRanker:
             parts = list(pool.map(train, blocks))
         sizes, ids, weights, bias = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         assert bias.shape[0] == num_labels
-        return cls(np.concatenate([[0], np.cumsum(sizes)]), ids, weights, bias, num_features)
+        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        # SciPy knows no half precision: it sorts the bits.
+        found = csr_matrix((weights.view(np.int16), ids, offsets), shape=(num_labels, num_features))
+        found.sort_indices()
+        return cls(with_values(found, found.data.view(np.float16)), bias)
 
     def margins(
         self, features: csr_matrix, instance: NDArray[np.int64], label_ids: NDArray[np.int64]
@@ -140,28 +136,16 @@ class LinearRanker:
         return found
 
     def as_arrays(self) -> dict[str, NDArray[Any]]:
-        """What `from_arrays` reads."""
-        return self._arrays | {"num_features": np.array([self.num_features], dtype=np.int64)}
+        """What `from_arrays` reads: the weights as packed rows (`xmc_midx.packing`), and the biases."""
+        return pack_rows(self.weights) | {"bias": self.bias}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> LinearRanker:
         """The ranker of `as_arrays`; a ValueError or LookupError where it is not that."""
-        num_features = int(arrays["num_features"][0])
-        offsets, ids, weights, bias = (arrays[name] for name in ("offsets", "feature_ids", "weights", "bias"))
-        sound = (
-            [array.dtype.name for array in (offsets, ids, weights, bias)] == ["int64", "int32", "float16", "float16"]
-            and all(array.ndim == 1 for array in (offsets, ids, weights, bias))
-            and offsets.shape[0] == bias.shape[0] + 1
-            and ids.shape == weights.shape
-            and offsets[0] == 0
-            and offsets[-1] == ids.shape[0]
-            and bool((np.diff(offsets) >= 0).all())
-            # Compiled code follows these ids without looking: the file must not lead it out of bounds.
-            and (not ids.size or (ids.min() >= 0 and ids.max() < num_features))
-        )
-        if not sound:
-            raise ValueError("offsets, ids, weights and bias do not fit together")
-        return cls(offsets, ids, weights, bias, num_features)
+        weights, bias = unpack_rows(arrays, "float16"), arrays["bias"]
+        if bias.dtype != np.float16 or bias.shape != weights.shape[:1]:
+            raise ValueError("weights and biases do not fit together")
+        return cls(weights, bias)
 
 
 def _blocks(sizes: NDArray[np.int64]) -> list[tuple[int, int]]:

@@ -398,7 +398,9 @@ class RunDirectory:
         try:
             return read(path)
         except (SafetensorError, ValueError, LookupError, TypeError) as error:
-            raise DataError(f"{path}: is not what `train` wrote: {error}.", hint="It was edited.") from None
+            raise DataError(
+                f"{path}: is not what `train` wrote: {error}.", hint="It was edited, or an earlier version wrote it."
+            ) from None
 
     # --------------------------------------------------------- names and words
 

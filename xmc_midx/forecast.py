@@ -4,8 +4,9 @@ Memory on the CPU, each term in bytes, with F, L, D, C, B, N as in the shape leg
 the positives, `u` and `p` the rows of the two tables that an average batch touches:
 
 - libraries, 375 MB: interpreter, torch, compiled code and products
-- data, 1.7 x (8 (nnz + Y) + 8 N) of all splits: CSR matrices, and what reading them leaves
-- training rows, 4 nnz + 8 (nnz + Y): normalised values, and the rows that are not held out
+- data, 0.5 x (8 (nnz + Y) + 8 N) of all splits: what reading them leaves, as the CSR matrices are mapped from the cache
+  and given back; 1.7 x where nothing is held out
+- training rows, 8 (nnz + Y): normalised, those that are not held out; where nothing is, 4 nnz
 - tables, 4 (D + 1) (F + L): both, with the labels' bias; a bfloat16 label table half of its part
 - optimiser, 4 F + 16 L: a second moment of each row, and of each label's row and bias a count
 - sampler, 24 L + 28 C^2 + 8 C D: codes, places, cumulative mass, frequencies; codebooks
@@ -14,8 +15,8 @@ the positives, `u` and `p` the rows of the two tables that an average batch touc
     labels, a query for each positive of a part
   - epoch, 12 u D + 32 p D + 32 B p + 100 MB + 4 min(L, 4096) C + 4 D min(L, 1024 C) where that is below L + 4 x 256 L,
     64 MB at most, + 8 L: gathered rows, their gradients, logits, fragments; refresh; validation
-  - label cells, from 4,096 labels, the tables in int8 + 4 D (22,000 + 4 x 4,096) + 440 L + 24 D^2 + 100 MB: queries
-    of training instances, sketches, the directions, fragments
+  - label cells, from 4,096 labels, without tables, optimiser and sampler: the tables in int8 + 4 D (22,000 + 4 x 4,096)
+    + 440 L + 24 D^2 + 100 MB: queries of training instances, sketches, the directions, fragments
   - neighbours, 12 nnz + 164 F + 16 Y + 160 MB + 70 MB: the index, the shortlist (or 300 bytes for each label that is
     voted for, where that is more: instances with many labels), compiled code; and
     24 (Y + 50 x 30,000) + 50 MB for the linear ranker; where there are cells, tables, optimiser and sampler are gone
@@ -42,7 +43,7 @@ __all__ = ["Forecast", "Speed", "TrainingData", "cheaper_options", "forecast", "
 
 _MB = 10**6
 _LIBRARIES = 375 * _MB
-_READING = 1.7
+_READING, _READING_ALL = 0.5, 1.7
 _FRAGMENTS = 100 * _MB
 _SHORTLIST_CHUNKS = 160 * _MB
 _NEIGHBOR_CODE = 70 * _MB
@@ -170,8 +171,8 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     kept = 1.0 - _fraction(config)
     host = {
         "libraries": _LIBRARIES,
-        "data": int(_READING * data.loaded_bytes),
-        "training rows": int(4 * data.num_values + 8 * kept * (data.num_values + data.num_positives)),
+        "data": int((_READING if held_out else _READING_ALL) * data.loaded_bytes),
+        "training rows": int(8 * kept * (data.num_values + data.num_positives) if held_out else 4 * data.num_values),
         "tables": tables,
     }
     device: dict[str, int] = {}
@@ -201,7 +202,9 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
         if num_labels >= CELLS_FROM:
             queries = sum(_CELL_QUERIES) + 4 * min(data.num_instances, _ENCODE_CHUNK)
             stages["cells"] = tables // 4 + 4 * dim * (queries + 6 * dim) + _CELL_LABEL * num_labels + _FRAGMENTS
-            stages["neighbours"] += tables // 4 - tables - optimizer - sampler_state
+            stages["neighbours"] += tables // 4
+            for stage in ("cells", "neighbours"):
+                stages[stage] -= tables + optimizer + sampler_state
         largest = max(stages, key=lambda stage: stages[stage])
         host[largest] = int(stages[largest])
     checkpoint = tables + optimizer + 16 * num_labels + 4 * codewords * dim

@@ -91,6 +91,8 @@ def read_cached(read: Callable[[], Matrices], *, reader: str, sources: Sequence[
             found = read()
             if is_mine:
                 cache.keep(found)
+                # From now on what was read is the kernel's to take back (`page_out`).
+                found = cache.open() or found
     return found
 
 

@@ -399,7 +399,8 @@ class RunDirectory:
             return read(path)
         except (SafetensorError, ValueError, LookupError, TypeError) as error:
             raise DataError(
-                f"{path}: is not what `train` wrote: {error}.", hint="It was edited, or an earlier version wrote it."
+                f"{path}: is not what `train` wrote: {error}.",
+                hint="It was edited, or an earlier version wrote it: train anew.",
             ) from None
 
     # --------------------------------------------------------- names and words

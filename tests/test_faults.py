@@ -775,17 +775,23 @@ def test_malicious_json_and_training_rows_are_refused(whole: Path, tmp_path: Pat
     arrays = {"features.scale": np.ones(2, dtype=np.float32)}
     for part, matrix in (("features", features), ("labels", labels)):
         arrays |= {f"{part}.{name}": array for name, array in pack_rows(matrix).items()}
-    for change in (
-        {"features.shape": np.array([2, 39, 2])},
-        {"features.shape": np.array([3, 40, 2])},
-        {"features.gaps": arrays["features.gaps"][:-1]},
-        {"labels.sizes": arrays["features.gaps"]},
-        {"labels.shape": np.array([2, 23, 10**12])},
-        {"features.scale": np.ones(3, dtype=np.float32)},
-    ):
-        save_arrays(arrays | change, rows)
+
+    def keep(stored: dict[str, np.ndarray]) -> None:
+        save_arrays(stored, rows)
         values = Interpolation(votes=1.0).as_dict() | {"neighbors_sha256": sha256_of(rows)}
         (run / "interpolation.json").write_text(json.dumps(values))
+
+    keep(arrays)
+    Predictor.load(run)
+    for change in (
+        {"features.shape": np.array([2, 39])},
+        {"features.shape": np.array([3, 40])},
+        {"features.gaps": arrays["features.gaps"][:-1]},
+        {"labels.sizes": arrays["features.gaps"]},
+        {"labels.shape": np.array([2, 10**12])},
+        {"features.scale": np.ones(3, dtype=np.float32)},
+    ):
+        keep(arrays | change)
         with pytest.raises(DataError, match=r"neighbors\.safetensors: is not what"):
             Predictor.load(run)
     (run / "interpolation.json").write_text(json.dumps(Interpolation(margin=1.0).as_dict()))

@@ -61,11 +61,11 @@ def test_what_lies_is_refused() -> None:
 
     sizes, bomb = np.diff(rows.indptr), np.frombuffer(zlib.compress(bytes(10**8)), dtype=np.uint8)
     for lie in (
-        {"shape": np.array([30, 50, 10**12])},
-        {"shape": np.array([10**15, 50, rows.nnz])},
-        {"shape": np.array([-30, 50, rows.nnz])},
-        {"shape": np.array([30, 49, rows.nnz])},
-        {"shape": np.array([30, 50])},
+        {"shape": np.array([30, 10**12])},
+        {"shape": np.array([10**15, 50])},
+        {"shape": np.array([-30, 50])},
+        {"shape": np.array([30, 49])},
+        {"shape": np.array([30, 50, 1])},
         {"sizes": packed(sizes[:-1])},
         {"sizes": packed(sizes + 1)},
         {"sizes": packed(np.full(30, 2**32 - 1))},

@@ -766,9 +766,11 @@ def _order(num_labels: int, codewords: int, seed: int) -> tuple[CellOrder, torch
 def test_compiled_draws_are_those_of_torch(num_labels: int, codewords: int) -> None:
     for seed in range(4):
         order, law, cells = _order(num_labels, codewords, seed)
-        gaps = torch.rand(1 + 700 * (seed % 3 + 1), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        found = order_module._distinct(order, law, gaps)
-        expected = order_module._distinct_by_torch(order, law, gaps)
+        uniform = torch.rand(
+            1 + 700 * (seed % 3 + 1), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        )
+        found = order_module._distinct(order, law, uniform)
+        expected = order_module._distinct_by_torch(order, law, uniform)
         assert torch.equal(found[0], expected[0]) and torch.equal(found[2], expected[2])
         torch.testing.assert_close(found[1], expected[1], rtol=1e-12, atol=0)
         assert np.array_equal(found[2].numpy(), cells[found[0].numpy()]) and (found[1] > 0).all()

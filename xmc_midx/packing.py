@@ -2,7 +2,7 @@
 
 Before it: training rows and the linear ranker's weights; after it: `rundir`. Columns are numbered by falling frequency
 and a row holds the gaps between its columns, most of which are small; integers are cut into their bytes, all first
-bytes together, then all second ones; and zlib does the rest. gnd-tib's training rows: 23.6 -> 12.9 MB (EXPERIMENTS.md,
+bytes together, then all second ones; and zlib does the rest. gnd-tib's training rows: 23.6 -> 13.4 MB (EXPERIMENTS.md,
 "The saved model").
 """
 
@@ -34,7 +34,7 @@ def pack_rows(rows: csr_matrix) -> dict[str, NDArray[Any]]:
 
     Returns
     -------
-    `shape` (3,) int64: R, F and the number of values; and zlib streams (uint8) of integers (uint32 but for the values),
+    `shape` (2,) int64, R and F; and zlib streams (uint8) of integers (uint32 but for the values),
     least significant bytes first: `frequencies` (F,) of the columns, which are numbered anew by falling frequency (of
     equal ones by id); `sizes` (R,) of the rows; `gaps`, of each value's new column to the one before in its row, the
     first to column 0; `values`.
@@ -50,7 +50,7 @@ def pack_rows(rows: csr_matrix) -> dict[str, NDArray[Any]]:
     first = rows.indptr[:-1][sizes > 0]
     gaps[first] = renumbered.indices[first]
     return {
-        "shape": np.array([*rows.shape, rows.nnz], dtype=np.int64),
+        "shape": np.array(rows.shape, dtype=np.int64),
         "frequencies": _deflate(frequencies.astype("<u4")),
         "sizes": _deflate(sizes.astype("<u4")),
         "gaps": _deflate(gaps.astype("<u4")),
@@ -60,11 +60,10 @@ def pack_rows(rows: csr_matrix) -> dict[str, NDArray[Any]]:
 
 def unpack_rows(arrays: Mapping[str, NDArray[Any]], dtype: str) -> csr_matrix:
     """The rows of `pack_rows`, ids rising, values of `dtype`; a ValueError or LookupError where it is not that."""
-    num_rows, num_columns, num_values = (int(size) for size in arrays["shape"])
+    num_rows, num_columns = (int(size) for size in arrays["shape"])
     sizes = _inflate(arrays["sizes"], "<u4", num_rows)
     offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-    if offsets[-1] != num_values:
-        raise ValueError("the sizes of the rows do not fit the number of values")
+    num_values = int(offsets[-1])
     frequencies = _inflate(arrays["frequencies"], "<u4", num_columns)
     sums = np.cumsum(_inflate(arrays["gaps"], "<u4", num_values), dtype=np.int64)
     columns = sums - np.repeat(np.concatenate([[0], sums])[offsets[:-1]], sizes)

@@ -97,7 +97,7 @@ def auto_num_codewords(num_labels: int) -> int:
     """C from L: 1.25 sqrt(L), in 4..320.
 
     More codewords come nearer to the softmax (gnd-tib, KL(P||Q): 4.0 nats at 101, 3.4 at 256, 3.2 at 400), and the
-    set-up of a batch costs O(C^2): at 320, 7 to 9% of a step.
+    set-up of a batch costs O(C^2): at 320, 3 to 4% of a step.
     """
     return max(4, min(320, round(1.25 * math.sqrt(num_labels))))
 

@@ -1,9 +1,9 @@
 """Layer 3. The labels in the order of their cells: what the MIDX sampler keeps of them, and how it draws from them.
 
 A draw is two binary searches, one for the cell in a law that changes with the batch and one for the label in the mass
-of its cell. On the CPU they are compiled: all draws take a step of their search before any takes the next, so that the
-processor waits for many places of memory at once. Elsewhere torch searches. Both find the same labels from the same
-random numbers.
+of its cell. For a pool on the CPU they are compiled: all draws take a step of their search before any takes the next,
+so that the processor waits for many places of memory at once. Elsewhere torch searches. Both find the same labels from
+the same random numbers.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class CellOrder:
         -------
         labels (P,) int64, in the order of their cells; the prior of each (P,) float64; the cell of each (P,) int64.
         """
-        gaps = torch.rand(num_draws + 1, dtype=torch.float64, generator=generator, device=cell_law.device)
-        return (_distinct if cell_law.device.type == "cpu" else _distinct_by_torch)(self, cell_law, gaps)
+        uniform = torch.rand(num_draws + 1, dtype=torch.float64, generator=generator, device=cell_law.device)
+        return (_distinct if cell_law.device.type == "cpu" else _distinct_by_torch)(self, cell_law, uniform)
 
     def draw_in(self, cells: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """One label from the prior inside each given (non-empty) cell; int64, of the shape of `cells`."""
@@ -130,14 +130,14 @@ def _accumulate(
 
 
 def _distinct(
-    order: CellOrder, cell_law: torch.Tensor, gaps: torch.Tensor
+    order: CellOrder, cell_law: torch.Tensor, uniform: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    num_draws = gaps.shape[0] - 1
+    num_draws = uniform.shape[0] - 1
     labels, cells = np.empty((2, num_draws), dtype=np.int64)
     mass = np.empty(num_draws)
     count = _draw_rising(
         cell_law.numpy(),
-        gaps.numpy(),
+        uniform.numpy(),
         order.labels.numpy(),
         order.cell_starts.numpy(),
         order.cumulative_mass.numpy(),
@@ -150,11 +150,11 @@ def _distinct(
 
 
 def _distinct_by_torch(
-    order: CellOrder, cell_law: torch.Tensor, gaps: torch.Tensor
+    order: CellOrder, cell_law: torch.Tensor, uniform: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     cumulative = torch.cumsum(cell_law, 0, dtype=torch.float64)
-    # The sums of exponential gaps, over the sum of one more, are uniform numbers in order.
-    rising = torch.cumsum(-torch.log1p(-gaps), 0)
+    # The sums of exponential numbers, over the sum of one more, are uniform numbers in order.
+    rising = torch.cumsum(-torch.log1p(-uniform), 0)
     target = rising[:-1] * (cumulative[-1] / rising[-1])
     last = torch.searchsorted(cumulative, cumulative[-1:])
     # The second bound matters for a law of NaN alone: the loss will be NaN and say so, an index error would not.
@@ -179,7 +179,7 @@ def _places(order: CellOrder, cells: torch.Tensor, inside: torch.Tensor) -> torc
 @numba.njit(nogil=True, cache=True)
 def _draw_rising(
     cell_law: Any,
-    gaps: Any,
+    uniform: Any,
     labels: Any,
     cell_starts: Any,
     cumulative_mass: Any,
@@ -202,9 +202,9 @@ def _draw_rising(
     target, sizes = mass, np.empty(num_draws, dtype=np.int64)
     rising = 0.0
     for draw in range(num_draws):
-        rising -= np.log1p(-gaps[draw])
+        rising -= np.log1p(-uniform[draw])
         target[draw], cells[draw], sizes[draw] = rising, 0, last + 1
-    scale = total / (rising - np.log1p(-gaps[num_draws]))
+    scale = total / (rising - np.log1p(-uniform[num_draws]))
     for draw in range(num_draws):
         target[draw] *= scale
     _search(cumulative, target, cells, sizes)

@@ -144,6 +144,21 @@ def test_the_best_preset_is_wide_where_there_are_many_labels(num_labels: int, di
     assert resolve(load_config(assignments=["training.preset=best"]), shape).model.dim == dim
 
 
+def test_fewer_passes_get_less_dropout_and_larger_steps_whoever_set_them() -> None:
+    shape = data(90_000, 40_000)
+    few, many, most = (
+        resolve(load_config(assignments=[f"training.epochs={n}"]), shape).model_dump() for n in (2, 8, 100)
+    )
+    assert [tree["model"]["dropout"] for tree in (few, many, most)] == [0.1, 0.4, 0.6]
+    rates = [tree["training"]["encoder_learning_rate"] for tree in (few, many, most)]
+    assert rates[0] == pytest.approx(2 * rates[1]) and rates[1] > rates[2] > 0.03
+    # A preset has its own passes, and each of the two values can be given.
+    fast = resolve(load_config(assignments=["training.preset=fast"]), shape)
+    assert fast.model.dropout == fast.training.epochs / 20 < resolve(Config(), shape).model.dropout  # type: ignore[operator]
+    given = resolve(load_config(assignments=["training.preset=fast", "model.dropout=0.6"]), shape)
+    assert given.training.encoder_learning_rate == fast.training.encoder_learning_rate
+
+
 def label_rate(shape: DataShape, *assignments: str) -> float:
     rate = resolve(load_config(assignments=assignments), shape).training.label_learning_rate
     assert isinstance(rate, float)

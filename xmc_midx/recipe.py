@@ -75,10 +75,13 @@ def resolve(config: Config, shape: DataShape) -> Config:
     batch_size = shape.num_instances * passes / _TARGET_STEPS
     derive("training", "batch_size", min(1024, max(32, 2 ** round(math.log2(max(batch_size, 1))))))
     # Steps fall with the root of a row's gradients so far (`RowAdam`, moment "sum"): one rate for rare and common rows.
-    derive("training", "encoder_learning_rate", 0.08)
+    # How far a row gets grows with the root of its gradients, too: fewer passes need larger steps. And what is seen
+    # twice is not learned by heart yet, what is seen ten times is (EXPERIMENTS.md, "Passes, dropout and rate").
+    num_epochs = tree["training"]["epochs"]
+    derive("training", "encoder_learning_rate", 0.36 / math.sqrt(num_epochs))
     # More numbers than 512 gain nothing with few labels.
     derive("model", "dim", effort.dim if shape.num_labels > _FEW_LABELS else min(effort.dim, 512))
-    derive("model", "dropout", 0.6)
+    derive("model", "dropout", min(0.6, num_epochs / 20))
     derive("data", "validation_fraction", _validation_fraction(shape.num_instances))
     derive("sampler", "num_codewords", auto_num_codewords(shape.num_labels))
     num_draws = 64
@@ -87,7 +90,7 @@ def resolve(config: Config, shape: DataShape) -> Config:
         if num_draws < shape.num_labels:
             num_draws = max(1, min(num_draws, effort.num_pairs // tree["training"]["batch_size"]))
     derive("sampler", "num_draws", num_draws)
-    num_steps = tree["training"]["epochs"] * shape.num_instances / tree["training"]["batch_size"]
+    num_steps = num_epochs * shape.num_instances / tree["training"]["batch_size"]
     derive("training", "label_learning_rate", _label_learning_rate(_share_of_labels(tree, shape), num_steps))
     derive("ranker", "num_instances", effort.num_rivalled)
     return Config.model_validate(tree)

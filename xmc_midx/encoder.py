@@ -32,7 +32,8 @@ class SparseEncoder(nn.Module):
     """An embedding bag, an activation, optional square layers, dropout.
 
     `z = dropout(act(x E + e))`, then for each hidden layer `z = dropout(z + act(z H + h))` (without the sum where
-    `residual` is off). Heavy dropout on ReLU units measured best on every dataset tried (EXPERIMENTS.md).
+    `residual` is off). Heavy dropout on ReLU units measured best on every dataset in ten epochs and more, little of it
+    in shorter trainings (EXPERIMENTS.md, "Passes, dropout and rate").
 
     Parameters
     ----------

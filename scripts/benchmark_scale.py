@@ -321,7 +321,7 @@ def _clocked(clock: StageClock, trainer: Trainer) -> Iterator[None]:
     backward = torch.Tensor.backward
     clock.wrap(trainer.stream, "_batch", "batch")
     clock.wrap(trainer.encoder, "forward", "encoder")
-    clock.wrap(trainer.softmax, "_pool", "sampler")
+    clock.wrap(trainer.softmax, "_pools", "sampler")
     clock.wrap(trainer.softmax, "_rows", "gather")
     clock.wrap(trainer.softmax, "_pool_loss", "loss")
     clock.wrap(trainer.optimizer, "step", "optimiser")

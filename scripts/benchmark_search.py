@@ -1,13 +1,17 @@
-"""Recall against time of a search for the best labels: label cells, the exact scan, faiss's IVF and HNSW.
+"""Recall against time of a search for the best labels: label cells, the exact scan, faiss's IVF and HNSW, PECOS.
 
     python scripts/benchmark_search.py RUN DATA [--labels 1000000] [--queries 1000] [--threads 2]
-        [--systems exact,cells,ivf,hnsw] [--plot docs/search.png] [--json report.json]
+        [--systems exact,cells,ivf,hnsw] [--pecos WORK] [--plot docs/search.png] [--json report.json]
 
 The queries are encoded test instances, the tables those of a trained RUN. With --labels a larger table is made from
 them: a row is one of the run's plus half the difference of two others of its cell, so that it is clustered as a trained
 one is, and biases go with the rows. Cells are fitted to training instances and tuned on others of them, so the figures
 are held out. Each system answers all queries at once, in turns; the median of the passes counts. The share of the exact
 five best labels that are found is its recall@5.
+
+--pecos adds PECOS's predictor over its beam widths, by itself and after the others: from WORK, where
+`benchmark_peers.py DATA --systems pecos --work WORK` has trained it. Its exact answer is its own model's, and its time
+is that from features to labels; ours begin at the query (the encoder's few microseconds: `benchmark_predict.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,15 +27,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmark_peers import Bench
+from scipy.sparse import csr_matrix, save_npz
 
 from xmc_midx.cells import fit_cells
 from xmc_midx.data.dataset import load_dataset
+from xmc_midx.data.features import normalize_rows
 from xmc_midx.index import CellIndex, ExactIndex, tune_effort
 from xmc_midx.predictor import Predictor
 from xmc_midx.quantization import StoredTable, quantize
 
 K = 5
 FITTED, TUNED = 20_000, 2_000
+BEAMS = (1, 2, 5, 10, 20, 50)
+"""PECOS's own is 10."""
 Search = Callable[[torch.Tensor], np.ndarray]
 """Queries -> (B, K) label ids."""
 
@@ -94,13 +104,33 @@ def faiss_searches(table: StoredTable, bias: np.ndarray, systems: list[str], thr
     return found
 
 
+def pecos_results(work: Path, features: csr_matrix, threads: int) -> list[dict[str, Any]]:
+    """PECOS's recall and time by beam width, in its own interpreter."""
+    models = sorted(work.glob("data-*/pecos/model"))
+    if not models:
+        raise SystemExit(f"{work}: holds no PECOS model; expected what `benchmark_peers.py --work {work}` leaves.")
+    bench = Bench(str(work / "peers" / "bin" / "python"), threads)
+    with tempfile.TemporaryDirectory() as name:
+        save_npz(Path(name) / "queries.npz", features)
+        request = {
+            "model": str(models[0]),
+            "features": f"{name}/queries.npz",
+            "threads": threads,
+            "k": K,
+            "beams": BEAMS,
+        }
+        found = bench.call("beams", request, Path(name), peer=True)[0]
+    results: list[dict[str, Any]] = found["results"]
+    return results
+
+
 def plot(report: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    for kind in ("cells", "IVF", "HNSW", "exact"):
+    for kind in ("cells", "IVF", "HNSW", "PECOS", "exact"):
         points = sorted((r["microseconds"], r["recall@5"]) for r in report["results"] if r["name"].startswith(kind))
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label="label cells" if kind == "cells" else kind)
@@ -122,6 +152,7 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--systems", default="exact,cells,ivf,hnsw")
+    parser.add_argument("--pecos", type=Path, metavar="WORK")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -143,7 +174,8 @@ def main() -> None:
         cells = fit_cells(table, bias, fitted)
         effort = tune_effort(table, bias, cells, encode(predictor, training[order[:TUNED]]))
         print(f"cells: {time.perf_counter() - started:.0f} s to fit and tune")
-    queries = encode(predictor, test[np.sort(rng.permutation(test.shape[0])[: arguments.queries])])
+    asked = test[np.sort(rng.permutation(test.shape[0])[: arguments.queries])]
+    queries = encode(predictor, asked)
     exact = ExactIndex(torch.from_numpy(table.rows()), torch.from_numpy(bias))
     expected = exact.search(queries, K).label_ids
     searches: dict[str, Search] = {"exact": lambda query: exact.search(query, K).label_ids}
@@ -169,14 +201,21 @@ def main() -> None:
                 search(queries[row : row + 1])
                 single[name].append(time.perf_counter() - started)
     report: dict[str, Any] = {"num_labels": len(bias), "dim": table.shape[1], "queries": len(queries), "results": []}
-    print(f"{'search':44} {'recall@5':>9} {'µs a query':>11} {'exact / it':>10} {'alone, µs':>10} {'exact / it':>10}")
     for name in searches:
         recall = float((found[name][:, :, None] == expected[:, None, :]).any(axis=1).mean())
         us = 1e6 * statistics.median(seconds[name]) / len(queries)
         alone = 1e6 * statistics.median(single[name])
-        ratios = [statistics.median(times["exact"]) / statistics.median(times[name]) for times in (seconds, single)]
-        print(f"{name:44} {recall:9.4f} {us:11.0f} {ratios[0]:10.1f} {alone:10.0f} {ratios[1]:10.1f}")
         report["results"].append({"name": name, "recall@5": recall, "microseconds": us, "microseconds_alone": alone})
+    if arguments.pecos is not None:
+        report["results"] += pecos_results(arguments.pecos, normalize_rows(asked), arguments.threads)
+    print(f"{'search':44} {'recall@5':>9} {'µs a query':>11} {'exact / it':>10} {'alone, µs':>10} {'exact / it':>10}")
+    scan = report["results"][0]
+    for row in report["results"]:
+        ratio, ratio_alone = (scan[figure] / row[figure] for figure in ("microseconds", "microseconds_alone"))
+        print(
+            f"{row['name']:44} {row['recall@5']:9.4f} {row['microseconds']:11.0f} {ratio:10.1f}"
+            f" {row['microseconds_alone']:10.0f} {ratio_alone:10.1f}"
+        )
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     if arguments.plot:

@@ -40,8 +40,21 @@ def test_the_rows_of_a_batch_are_their_expectation() -> None:
     rng = np.random.default_rng(0)
     has = np.array([rng.permutation(100) < count for count in COUNTS])
     seen = [has[:, rng.integers(100, size=16)].any(1).sum() for _ in range(4000)]
-    rows, pool = _rows_of_a_batch(resolved("training.batch_size=16"), DATA)
-    assert rows == int(np.mean(seen)) and pool <= 4
+    rows, labels, pool = _rows_of_a_batch(resolved("training.batch_size=16"), DATA)
+    assert rows == int(np.mean(seen)) and pool == labels <= 4
+
+
+def test_an_instance_is_scored_against_the_pool_of_its_group() -> None:
+    data = TrainingData(
+        num_instances=1000, feature_counts=np.full(9, 10), label_counts=np.full(500, 4), loaded_bytes=1000
+    )
+    sizes = ["training.batch_size=64", "sampler.num_draws=20"]
+    pools = {}
+    for options in (["sampler.pool_instances=16"], ["sampler.pool_instances=64"], ["sampler.positives=certain"]):
+        config = resolved(*sizes, *options)
+        _, labels, pools[options[0]] = _rows_of_a_batch(config, data)
+        assert labels == int(20 + 500 * (1 - 0.996**64))
+    assert list(pools.values()) == [int(20 + 500 * (1 - 0.996**16)), labels, labels]
 
 
 def test_each_option_lowers_the_peak_and_the_most_useful_comes_first() -> None:

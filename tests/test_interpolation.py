@@ -256,9 +256,9 @@ def test_p_is_never_paid_for_psp_where_another_fit_has_more_of_it() -> None:
     assert (top.label_ids[:, 0] == classes).mean() > best - 0.01
 
 
-def test_a_standard_error_is_not_enough_to_add_nothing() -> None:
+def test_one_standard_error_weighs_the_tail_less_and_two_add_nothing() -> None:
     spread = np.tile([0.9, -0.9], 200)
-    for errors, higher, alone in ((0.4, False, False), (1.0, True, False), (2.1, True, True)):
+    for errors, higher, alone in ((0.8, False, False), (1.5, True, False), (2.1, True, True)):
         gain = spread + errors * spread.std() / np.sqrt(len(spread))
         scores, reference = (gain, gain), (np.zeros(400), np.zeros(400))
         assert interpolation._p_is_higher(scores, reference) is higher

@@ -74,6 +74,7 @@ def test_given_values_stay() -> None:
         "data.validation_fraction": 0.0,
         "sampler.num_codewords": 3,
         "sampler.num_draws": 5,
+        "sampler.pool_instances": 12,
         "ranker.num_instances": 11,
     }
     config = load_config(assignments=[f"{key}={value}" for key, value in given.items()])

@@ -11,7 +11,7 @@ from scipy.sparse import csr_matrix, vstack
 
 from xmc_midx.data.features import normalize_rows
 from xmc_midx.encoder import SparseEncoder
-from xmc_midx.rows import bag_rows, gather_rows, sparse_rows
+from xmc_midx.rows import bag_rows, gather_parts, gather_rows, sparse_rows
 from xmc_midx.types import SparseRows
 
 RowMaker = Callable[..., csr_matrix]
@@ -93,6 +93,22 @@ def test_gathered_rows_are_the_rows_and_so_is_their_gradient(shape: tuple[int, .
     assert_sparse_gradient(weight.grad, [0, 3, 10], shape)
     assert weight.grad is not None
     assert torch.equal(weight.grad.to_dense()[ids], factor)
+
+
+@pytest.mark.parametrize("shape", [(11, 4), (11,)])
+def test_parts_may_share_rows_whose_gradient_is_the_sum(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    parts = [torch.tensor(ids, dtype=torch.int64) for ids in ([0, 3, 10], [], [3, 4, 10])]
+    gathered = gather_parts(weight, parts)
+    factors = [torch.randn(len(part), *shape[1:], generator=torch.Generator().manual_seed(len(part))) for part in parts]
+    expected = torch.zeros(shape)
+    for rows, part, factor in zip(gathered, parts, factors, strict=True):
+        assert torch.equal(rows, weight[part])
+        expected[part] += factor
+    torch.stack([(rows * factor).sum() for rows, factor in zip(gathered, factors, strict=True)]).sum().backward()
+    assert_sparse_gradient(weight.grad, [0, 3, 4, 10], shape)
+    assert weight.grad is not None
+    assert torch.allclose(weight.grad.to_dense(), expected)
 
 
 def test_a_csr_matrix_becomes_rows_of_the_stated_types(random_rows: RowMaker) -> None:

@@ -251,25 +251,64 @@ def test_in_batch_negatives_are_the_batchs_positives_at_their_weights(weighting:
 
 @pytest.mark.usefixtures("chunks")
 @VARIANTS
-def test_positives_as_a_sample_are_weighed_against_the_draws(weighting: str, decoupled: bool) -> None:
-    """w / P(in the batch) where the batch has the label, and (1 - w) / P(drawn) where it was drawn."""
+@SPARSE
+@pytest.mark.parametrize("sizes", [[7], [2, 2, 3]], ids=["whole", "groups"])
+def test_positives_as_a_sample_are_weighed_against_the_draws(
+    weighting: str, decoupled: bool, sparse: bool, sizes: list[int]
+) -> None:
+    """w / P(in the group) where the group has the label, and (1 - w) / P(drawn) where it was drawn: a batch in groups
+    shares the draws, and a label of several groups has one gradient."""
     frequency_L = torch.arange(1, L + 1)
     law = InBatchSampler(frequency_L, num_instances=100)
     drawn = {1: -2.0, 3: -1.5, 8: -0.7, 9: -3.0, 12: 0.0, 16: -0.1}
-    softmax = make_softmax(Fixed(drawn), in_batch=law, num_draws=6, weighting=weighting, decoupled=decoupled)
-    chance = law.log_inclusion(torch.arange(L), len(RAGGED) - 1).exp().tolist()
-    expected_positives = len(RAGGED) * sum(range(1, L + 1)) / 100
-    certain = {label for row in RAGGED for label in row}
-    pool = []
-    for label in sorted(certain | set(drawn)):
-        part = chance[label] + (1 - chance[label]) * expected_positives / (expected_positives + 6)
-        weight = part / chance[label] if label in certain else 0.0
-        weight += (1 - part) / math.exp(drawn[label]) if label in drawn else 0.0
-        pool.append((label, -math.log(weight)))
+    softmax = make_softmax(
+        Fixed(drawn),
+        in_batch=law,
+        num_draws=6,
+        pool_instances=max(sizes),
+        weighting=weighting,
+        decoupled=decoupled,
+        sparse=sparse,
+    )
+    negatives: list[list[tuple[int, float]]] = []
+    for size in sizes:
+        chance = law.log_inclusion(torch.arange(L), size - 1).exp().tolist()
+        expected_positives = size * sum(range(1, L + 1)) / 100
+        certain = {label for row in RAGGED[len(negatives) : len(negatives) + size] for label in row}
+        pool = []
+        for label in sorted(certain | set(drawn)):
+            part = chance[label] + (1 - chance[label]) * expected_positives / (expected_positives + 6)
+            weight = part / chance[label] if label in certain else 0.0
+            weight += (1 - part) / math.exp(drawn[label]) if label in drawn else 0.0
+            pool.append((label, -math.log(weight)))
+        negatives += [pool] * size
     query_BD = make_queries()
     reference = Reference(softmax, query_BD)
-    expected = reference.loss(RAGGED, [pool] * len(RAGGED), weighting=weighting, decoupled=decoupled)
+    expected = reference.loss(RAGGED, negatives, weighting=weighting, decoupled=decoupled)
     assert_same_loss_and_gradients(softmax, query_BD, offsets_of(RAGGED), reference, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": None, "in_batch": InBatchSampler(torch.arange(1, L + 1), num_instances=100)},
+        {"sampler": InBatchSampler(torch.arange(1, L + 1), num_instances=100), "num_draws": 4},
+        {"sampler": UniformSampler(L), "num_draws": 4},
+        {
+            "sampler": UniformSampler(L),
+            "num_draws": L,
+            "in_batch": InBatchSampler(torch.arange(1, L + 1), num_instances=100),
+        },
+    ],
+    ids=["full", "in-batch", "positives-certain", "all-labels"],
+)
+def test_where_a_group_would_have_another_loss_the_batch_is_one(options: dict[str, Any]) -> None:
+    """Without a law of the positives, without draws, or with all labels in the pool."""
+    losses = []
+    for pool_instances in (None, 2):
+        softmax = make_softmax(**options, pool_instances=pool_instances)
+        losses.append(softmax(make_queries(), offsets_of(RAGGED)).item())
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("decoupled", [True, False])
@@ -388,7 +427,7 @@ def test_the_pools_estimate_of_the_partition_function_is_unbiased(name: str) -> 
     logits_BL = logits_BL.masked_fill(mine_BL, -torch.inf)
     estimates = torch.empty(400, len(RAGGED), dtype=torch.float64)
     for repetition in range(400):
-        pool, log_weight = softmax._pool(query_BD, ids)
+        pool, log_weight = softmax._pools(query_BD, [ids], [len(query_BD)])[0]
         estimates[repetition] = (logits_BL[:, pool] - log_weight).exp().sum(1)
     assert_unbiased(estimates, logits_BL.exp().sum(1))
 
@@ -410,7 +449,7 @@ def test_with_positives_as_a_sample_it_is_unbiased_over_random_batches(name: str
     for repetition in range(1500):
         batch = [0, *(1 + rng.permutation(39)[:5])]
         positives, _ = offsets_of([collection[i] for i in batch])
-        pool, log_weight = softmax._pool(queries_ND[batch], positives)
+        pool, log_weight = softmax._pools(queries_ND[batch], [positives], [len(batch)])[0]
         estimates[repetition] = (logits_L[pool] - log_weight).exp().sum()
     assert_unbiased(estimates, logits_L.exp().sum())
 
@@ -431,7 +470,8 @@ def test_positives_as_a_sample_save_draws() -> None:
         estimates = []
         for _ in range(400):
             batch = [0, *(1 + rng.permutation(399)[:30])]
-            pool, log_weight = softmax._pool(queries_ND[batch], offsets_of([collection[i] for i in batch])[0])
+            positives = offsets_of([collection[i] for i in batch])[0]
+            pool, log_weight = softmax._pools(queries_ND[batch], [positives], [len(batch)])[0]
             estimates.append(float((logits_L[pool] - log_weight).exp().sum()))
         variances.append(np.var(estimates))
     assert variances[1] < 0.3 * variances[0]
@@ -880,8 +920,8 @@ def test_midx_softmax_takes_positives_for_a_sample_where_it_knows_their_law() ->
     knowing = MIDXSoftmax(5000, 7, label_frequencies=frequency_L, num_instances=9000)
     assert plain.in_batch is None and knowing.in_batch is not None
     queries, positives = make_queries(4, 7).detach(), torch.tensor([1, 4999, 3, 3])
-    _, certain = plain._pool(queries, positives)
-    ids, sampled = knowing._pool(queries, positives)
+    _, certain = plain._pools(queries, [positives], [len(queries)])[0]
+    ids, sampled = knowing._pools(queries, [positives], [len(queries)])[0]
     assert (certain == 0).sum() == 3 and sampled[ids == 1] < -3, "a rare positive stands for many that are not there"
     with pytest.raises(ValueError, match="num_instances goes with label_frequencies"):
         MIDXSoftmax(5000, 7, num_instances=9000)

@@ -95,6 +95,8 @@ class SamplerConfig(_Section):
     """`pool`: one set of labels scored by the whole batch; `instance`: own draws for each instance (the paper)."""
     num_draws: PositiveInt | Auto = "auto"
     """Labels drawn for a batch (`pool`) or for each instance (`instance`)."""
+    pool_instances: PositiveInt | Auto = "auto"
+    """Instances that share a pool, at most; a larger batch has several, with the same draws."""
     num_codewords: PositiveInt | Auto = "auto"
     """Codewords C in each of the two codebooks."""
     prior: Literal["uniform", "frequency", "bias"] = "frequency"

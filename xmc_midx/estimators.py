@@ -6,6 +6,8 @@ samplers. The formulas stand at the head of `xmc_midx.softmax`.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +62,15 @@ class Targets:
         if weighting == "mean":
             weight = weight / counts[instance]
         return cls(label_ids, instance, weight / weight.sum())
+
+    def split(self, bounds: Sequence[int]) -> list[Targets]:
+        """Those of the instances `bounds[i]..bounds[i + 1]`, for each i: rows count from the first of them."""
+        firsts = torch.tensor(bounds, device=self.instance.device)
+        places = torch.searchsorted(self.instance, firsts).tolist()
+        return [
+            Targets(self.label_ids[part], self.instance[part] - first, self.weight[part])
+            for first, part in zip(bounds, itertools.starmap(slice, itertools.pairwise(places)), strict=False)
+        ]
 
     def hits(self, drawn_BM: torch.Tensor, num_labels: int) -> torch.Tensor:
         """(B, M) bool: where a draw is one of its instance's positives."""

@@ -159,9 +159,9 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     tables = (4 * dim + 4) * num_features + (label_bytes * dim + 4) * num_labels + 4 * model.num_hidden_layers * dim**2
     optimizer = 4 * num_features + 16 * num_labels + 8 * model.num_hidden_layers * dim**2
     sampler_state = 24 * num_labels + 28 * codewords**2 + 8 * codewords * dim
-    rows, pool = _rows_of_a_batch(config, data)
+    rows, labels, pool = _rows_of_a_batch(config, data)
     logits = batch * min(pool, _SCORES_AT_ONCE // batch)
-    epoch = 12 * rows * dim + 32 * pool * dim + 32 * logits + _FRAGMENTS
+    epoch = 12 * rows * dim + 32 * labels * dim + 32 * logits + _FRAGMENTS
     if sampler.name.startswith("midx"):
         epoch += 4 * min(num_labels, _ASSIGN_CHUNK) * codewords
         sample = _POINTS_PER_CODEWORD * codewords
@@ -211,7 +211,7 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     finished = tables // 4 + (_RANKER_LABEL * num_labels if config.ranker.enabled else 0)
     rows_kept = 2 * data.num_values + 4 * data.num_positives if config.neighbors.enabled else 0
     keep = training.keep_checkpoints
-    step = {} if speed is None else _step(config, data, rows, pool, speed)
+    step = {} if speed is None else _step(config, data, rows + labels, pool, speed)
     steps = -(-data.num_instances * kept // batch)
     return Forecast(
         host=host,
@@ -255,19 +255,23 @@ def cheaper_options(config: Config, data: TrainingData, *, cuda: bool = False) -
     return sorted((cost for cost in costs if cost[1] < now), key=lambda cost: cost[1])[:3]
 
 
-def _rows_of_a_batch(config: Config, data: TrainingData) -> tuple[int, int]:
-    """Features, and labels of the pool, that an average batch touches."""
-    batch = _number(config.training.batch_size)
+def _rows_of_a_batch(config: Config, data: TrainingData) -> tuple[int, int, int]:
+    """Features and labels that an average batch touches, and labels that one of its instances is scored against."""
+    batch, sampler = _number(config.training.batch_size), config.sampler
 
-    def distinct(counts: NDArray[np.int64]) -> float:
+    def distinct(counts: NDArray[np.int64], instances: float) -> float:
         share = np.minimum(counts / max(data.num_instances, 1), 1.0)
-        return float((1.0 - (1.0 - share) ** batch).sum())
+        return float((1.0 - (1.0 - share) ** instances).sum())
 
-    num_labels = data.label_counts.shape[0]
-    if config.sampler.name == "full":
-        return int(distinct(data.feature_counts)), num_labels
-    draws = _number(config.sampler.num_draws) * (1 if config.sampler.estimator == "pool" else batch)
-    return int(distinct(data.feature_counts)), int(min(num_labels, draws + distinct(data.label_counts)))
+    num_labels, rows = data.label_counts.shape[0], int(distinct(data.feature_counts, batch))
+    if sampler.name == "full":
+        return rows, num_labels, num_labels
+    draws = _number(sampler.num_draws) * (1 if sampler.estimator == "pool" else batch)
+    labels = int(min(num_labels, draws + distinct(data.label_counts, batch)))
+    if sampler.estimator != "pool" or sampler.positives != "sampled" or draws >= num_labels:
+        return rows, labels, labels
+    groups = 1 if sampler.name == "in-batch" else -(-batch // _number(sampler.pool_instances))
+    return rows, labels, int(min(num_labels, draws + distinct(data.label_counts, batch / groups)))
 
 
 def step_floor(batch: int, values: int, rows: int, pool: int, dim: int, speed: Speed) -> tuple[float, float]:
@@ -286,7 +290,7 @@ def _step(config: Config, data: TrainingData, rows: int, pool: int, speed: Speed
     values = batch * data.num_values / max(data.num_instances, 1)
     return {
         "products": 6.0 * batch * pool * dim / speed.flops,
-        "rows": 4.0 * dim * (2 * values + 6 * (rows + pool)) / speed.bytes,
+        "rows": 4.0 * dim * (2 * values + 6 * rows) / speed.bytes,
         "overhead": _STEP_OVERHEAD,
     }
 

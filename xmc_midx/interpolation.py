@@ -55,8 +55,8 @@ _CONSTANT = 1e-9
 """Standard deviation up to which a term is the same for all candidates, but for rounding."""
 _NEGLIGIBLE = 1e-3
 """A coefficient this close to 0, in standard deviations of its term, is 0."""
-_STANDARD_ERRORS = 0.5
-"""By how many standard errors of the paired difference P may fall: less is chance."""
+_STANDARD_ERRORS = 1.0
+"""By how many standard errors of the paired difference P may fall: less is chance (EXPERIMENTS.md, "The last step")."""
 _STANDARD_ERRORS_ALONE = 2.0
 """By how many the model alone must be better for nothing to be added: what is added pays on every dataset measured, so
 that a little more on a few hundred instances is chance (EXPERIMENTS.md, "The last step")."""

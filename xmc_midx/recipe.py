@@ -19,6 +19,8 @@ _TARGET_STEPS = 1000
 larger batches. Fewer epochs keep the batch: it costs no quality, and half of it twice the time."""
 
 
+_POOL_INSTANCES = 256
+"""Positives of more instances cost more in products than they are worth as negatives (EXPERIMENTS.md, "Groups")."""
 _FEW_LABELS = 4096
 """Up to so many the pool holds them all at every step."""
 CELLS_FROM = 4096
@@ -90,6 +92,7 @@ def resolve(config: Config, shape: DataShape) -> Config:
         if num_draws < shape.num_labels:
             num_draws = max(1, min(num_draws, effort.num_pairs // tree["training"]["batch_size"]))
     derive("sampler", "num_draws", num_draws)
+    derive("sampler", "pool_instances", _POOL_INSTANCES)
     num_steps = num_epochs * shape.num_instances / tree["training"]["batch_size"]
     derive("training", "label_learning_rate", _label_learning_rate(_share_of_labels(tree, shape), num_steps))
     derive("ranker", "num_instances", effort.num_rivalled)

@@ -1,13 +1,14 @@
 """Layer 1. Row-sparse differentiation: read a few rows of a large table, and return a gradient for those rows only.
 
-`bag_rows` and `gather_rows` give `weight.grad` as a `torch.sparse_coo_tensor` with unique, rising row ids, which the
-optimisers of `xmc_midx.optim` and `torch.optim.SparseAdam` take. Nothing of the size of the table is allocated.
-Measured in EXPERIMENTS.md ("Row gathers"): torch's own `embedding_bag` is as fast on two CPU cores as fused numba
-kernels, so there are none here, and the same lines run on CUDA.
+`bag_rows`, `gather_rows` and `gather_parts` give `weight.grad` as a `torch.sparse_coo_tensor` with unique, rising row
+ids, which the optimisers of `xmc_midx.optim` and `torch.optim.SparseAdam` take. Nothing of the size of the table is
+allocated. Measured in EXPERIMENTS.md ("Row gathers"): torch's own `embedding_bag` is as fast on two CPU cores as fused
+numba kernels, so there are none here, and the same lines run on CUDA.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from scipy.sparse import csr_matrix
 
 from xmc_midx.types import SparseRows
 
-__all__ = ["bag_rows", "gather_rows", "sparse_rows"]
+__all__ = ["bag_rows", "gather_parts", "gather_rows", "sparse_rows"]
 
 
 def sparse_rows(features: csr_matrix) -> SparseRows:
@@ -41,7 +42,22 @@ def gather_rows(weight: torch.Tensor, row_ids: torch.Tensor) -> torch.Tensor:
     -------
     (U, D) or (U,) of weight's dtype.
     """
-    return _GatherRows.apply(weight, row_ids)  # type: ignore[no-any-return,no-untyped-call]
+    return gather_parts(weight, [row_ids])[0]
+
+
+def gather_parts(weight: torch.Tensor, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """`weight[row_ids]` for each of the parts, with one row-sparse gradient: a row may be in several.
+
+    Parameters
+    ----------
+    weight : (R, D) or (R,) float.
+    parts : each (U,) int64, unique and rising.
+
+    Returns
+    -------
+    (U, D) or (U,) of weight's dtype, for each part.
+    """
+    return _GatherParts.apply(weight, *parts)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def bag_rows(weight: torch.Tensor, rows: SparseRows) -> torch.Tensor:
@@ -61,17 +77,23 @@ def bag_rows(weight: torch.Tensor, rows: SparseRows) -> torch.Tensor:
     return _BagRows.apply(weight, rows.feature_ids, rows.values, rows.offsets)  # type: ignore[no-any-return,no-untyped-call]
 
 
-class _GatherRows(torch.autograd.Function):
+class _GatherParts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, row_ids: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(row_ids)
+    def forward(ctx: Any, weight: torch.Tensor, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(*parts)
         ctx.shape = weight.shape
-        return weight.index_select(0, row_ids)
+        return tuple(weight.index_select(0, row_ids) for row_ids in parts)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (row_ids,) = ctx.saved_tensors
-        return _row_gradient(row_ids, grad, ctx.shape), None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        parts = ctx.saved_tensors
+        if len(parts) == 1:
+            return _row_gradient(parts[0], grads[0], ctx.shape), None
+        row_ids = torch.unique(torch.cat(parts))
+        total = grads[0].new_zeros(row_ids.shape[0], *ctx.shape[1:])
+        for part, grad in zip(parts, grads, strict=True):
+            total.index_add_(0, torch.searchsorted(row_ids, part), grad)
+        return _row_gradient(row_ids, total, ctx.shape), *(None for _ in parts)
 
 
 class _BagRows(torch.autograd.Function):

@@ -20,8 +20,9 @@ and the estimators replace S by a sum over sampled labels, each logit less its l
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from torch import nn
 from xmc_midx.device import empty_table
 from xmc_midx.estimators import PoolLoss, Positives, Targets, logsumexp_or_empty, without_autocast
 from xmc_midx.recipe import auto_num_codewords, auto_num_draws
-from xmc_midx.rows import gather_rows
+from xmc_midx.rows import gather_parts
 from xmc_midx.samplers.midx import MidxSampler
 from xmc_midx.samplers.pools import beside, two_samples
 from xmc_midx.samplers.static import InBatchSampler
@@ -59,6 +60,9 @@ class LabelSoftmax(nn.Module):
     estimator : `"pool"` or `"instance"`.
     num_draws : labels drawn for a batch (pool) or for each instance (instance). A pool of `num_draws >= num_labels`
         holds every label once, so that the loss is the full softmax's.
+    pool_instances : where the positives are a sample (`in_batch`) and labels are drawn besides, the instances that
+        share a pool, at most: a larger batch is cut into groups, each with its own positives and the batch's draws.
+        Its products then cost what small batches' do, its rows what a large one's do. None: the whole batch is one.
     correction_power : what the log weights of sampled labels are multiplied by: 1 estimates the full softmax without
         bias, 0 counts each label of the pool once. Below 1 the loss has less variance, and labels that are drawn often
         weigh more than the softmax gives them.
@@ -87,6 +91,7 @@ class LabelSoftmax(nn.Module):
         in_batch: InBatchSampler | None = None,
         estimator: str = "pool",
         num_draws: int = 2048,
+        pool_instances: int | None = None,
         correction_power: float = 1.0,
         bias: bool = True,
         weighting: str = "mean",
@@ -100,13 +105,15 @@ class LabelSoftmax(nn.Module):
         super().__init__()
         if estimator not in ("pool", "instance"):
             raise ValueError(f"estimator {estimator!r}: expected 'pool' or 'instance'")
+        if pool_instances is not None and pool_instances < 1:
+            raise ValueError(f"pool_instances is {pool_instances}: expected at least 1")
         if weighting not in ("mean", "sum"):
             raise ValueError(f"weighting {weighting!r}: expected 'mean' or 'sum'")
         if precision not in (None, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(f"precision {precision}: expected None, bfloat16, float32 or float64")
         self.num_labels, self.dim = num_labels, dim
         self.sampler, self.in_batch, self.estimator, self.num_draws = sampler, in_batch, estimator, num_draws
-        self.correction_power = correction_power
+        self.pool_instances, self.correction_power = pool_instances, correction_power
         self.weighting, self.decoupled, self.sparse, self.precision = weighting, decoupled, sparse, precision
         self.weight = nn.Parameter(empty_table(num_labels, dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(
@@ -115,7 +122,7 @@ class LabelSoftmax(nn.Module):
         self.seed = seed
         self.generator = _seeded(self.weight.device, seed)
         self.pool_size = 0
-        """Labels in the last pool: a diagnostic."""
+        """Labels in the last pool, the mean of a batch's: a diagnostic."""
         # A fit that does not depend on the bias needs no copy of it: four bytes a label.
         self._keeps_bias = not (isinstance(sampler, MidxSampler) and sampler.prior != "bias")
         self._bias_at_refresh = self.bias.detach().clone() if self._keeps_bias else None
@@ -190,32 +197,52 @@ class LabelSoftmax(nn.Module):
         return queries.to(self._dtype)
 
     def _pool_loss(self, query_BD: torch.Tensor, targets: Targets, precision: torch.dtype) -> torch.Tensor:
-        label_ids, log_weight_P = self._pool(query_BD, targets.label_ids)
-        self.pool_size = label_ids.shape[0]
-        rows_PD, bias_P = self._rows(label_ids)
-        positions_Y = torch.searchsorted(label_ids, targets.label_ids)
-        loss: torch.Tensor = PoolLoss.apply(  # type: ignore[no-untyped-call]
-            query_BD, rows_PD, bias_P, log_weight_P, positions_Y, targets, self.decoupled, precision
-        )
+        sizes = self._sizes_of_groups(query_BD.shape[0])
+        groups = targets.split([0, *itertools.accumulate(sizes)]) if len(sizes) > 1 else [targets]
+        pools = self._pools(query_BD, [group.label_ids for group in groups], sizes)
+        self.pool_size = round(sum(len(label_ids) for label_ids, _ in pools) / len(pools))
+        rows, biases = self._rows([label_ids for label_ids, _ in pools])
+        loss = query_BD.new_zeros(())
+        for query, group, (label_ids, log_weight_P), rows_PD, bias_P in zip(
+            torch.split(query_BD, sizes), groups, pools, rows, biases, strict=True
+        ):
+            positions_Y = torch.searchsorted(label_ids, group.label_ids)
+            loss = loss + PoolLoss.apply(  # type: ignore[no-untyped-call]
+                query, rows_PD, bias_P, log_weight_P, positions_Y, group, self.decoupled, precision
+            )
         return loss
 
-    def _pool(self, query_BD: torch.Tensor, positives_Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rising label ids (P,) of the pool and their log weights (P,)."""
+    def _sizes_of_groups(self, num_rows: int) -> list[int]:
+        """Instances of each group that shares a pool: the whole batch, where a part of it would be another loss."""
+        size = self.pool_instances
+        in_batch_alone = self.sampler is None or isinstance(self.sampler, InBatchSampler)
+        if size is None or self.in_batch is None or in_batch_alone or self.num_draws >= self.num_labels:
+            return [num_rows]
+        num_groups = max(1, -(-num_rows // size))
+        return [(i + 1) * num_rows // num_groups - i * num_rows // num_groups for i in range(num_groups)]
+
+    def _pools(
+        self, query_BD: torch.Tensor, positives: Sequence[torch.Tensor], sizes: Sequence[int]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For each group of so many instances and with these positives, the rising label ids (P,) of its pool and their
+        log weights (P,)."""
         # In-batch negatives are a pool without draws.
         in_batch_alone = isinstance(self.sampler, InBatchSampler)
         if self.sampler is None or (self.num_draws >= self.num_labels and not in_batch_alone):
             label_ids = torch.arange(self.num_labels, device=query_BD.device)
-            return label_ids, query_BD.new_zeros(self.num_labels)
+            return [(label_ids, query_BD.new_zeros(self.num_labels))]
         sampler = self._fitted_sampler()
         law, num_draws = (sampler, 0) if isinstance(sampler, InBatchSampler) else (self.in_batch, self.num_draws)
         if law is None:
-            positives = torch.unique(positives_Y)
-            sample = sampler.sample_pool(query_BD.detach(), num_draws, self.generator, positives)
-            label_ids, log_weight_P = beside(positives, sample)
+            certain = torch.unique(positives[0])
+            sample = sampler.sample_pool(query_BD.detach(), num_draws, self.generator, certain)
+            pools = [beside(certain, sample)]
         else:
             sample = sampler.sample_pool(query_BD.detach(), num_draws, self.generator)
-            label_ids, log_weight_P = two_samples(positives_Y, sample, law, query_BD.shape[0] - 1, num_draws)
-        return label_ids, self.correction_power * log_weight_P.to(query_BD.dtype)
+            pools = [
+                two_samples(ids, sample, law, size - 1, num_draws) for ids, size in zip(positives, sizes, strict=True)
+            ]
+        return [(label_ids, self.correction_power * weight_P.to(query_BD.dtype)) for label_ids, weight_P in pools]
 
     def _instance_loss(self, query_BD: torch.Tensor, targets: Targets) -> torch.Tensor:
         sample = self._fitted_sampler().sample(query_BD.detach(), self.num_draws, self.generator)
@@ -223,7 +250,7 @@ class LabelSoftmax(nn.Module):
         both = torch.cat([targets.label_ids, sample.label_ids.flatten()])
         label_ids, inverse = torch.unique(both, return_inverse=True)
         self.pool_size = label_ids.shape[0]
-        rows_PD, bias_P = self._rows(label_ids)
+        (rows_PD,), (bias_P,) = self._rows([label_ids])
         positives_Y, drawn_BM = inverse.split([targets.label_ids.shape[0], sample.label_ids.numel()])
         drawn_BM = drawn_BM.view_as(sample.label_ids)
         log_weight_BM = self.correction_power * sample.log_weight.to(query_BD.dtype)
@@ -246,10 +273,12 @@ class LabelSoftmax(nn.Module):
             self.refresh()
         return self.sampler
 
-    def _rows(self, label_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rows(self, pools: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Rows (P, D) and biases (P,) of each pool of label ids."""
         tables = self.weight, self.bias
-        rows, bias = (gather_rows(t, label_ids) if self.sparse else t[label_ids] for t in tables)
-        return rows.to(self._dtype), bias.to(self._dtype)
+        found = (gather_parts(t, pools) if self.sparse else [t[label_ids] for label_ids in pools] for t in tables)
+        rows, biases = ([part.to(self._dtype) for part in parts] for parts in found)
+        return rows, biases
 
     # ---------------------------------------------------------------- the rest
 
@@ -394,8 +423,8 @@ class MIDXSoftmax(LabelSoftmax):
     num_labels, dim : L and D (D >= 2).
     num_codewords : C in each of the two codebooks; `"auto"`: 1.25 sqrt(L), at most 320.
     quantizer : `"pq"` or `"rq"`.
-    estimator, correction_power, bias, weighting, decoupled, sparse, precision, seed, device, dtype : as in
-        `LabelSoftmax`, which also says what `state_dict()` holds.
+    estimator, pool_instances, correction_power, bias, weighting, decoupled, sparse, precision, seed, device, dtype :
+        as in `LabelSoftmax`, which also says what `state_dict()` holds.
     num_draws : `"auto"`: 2,048 a batch, or all labels where they are few; 64 for each instance.
     prior, label_frequencies, frequency_power, refresh_iterations : as in `MidxSampler`; frequencies are (L,) counts.
         The default prior, the bias, needs none: a trained bias is about the log frequency.
@@ -424,6 +453,7 @@ class MIDXSoftmax(LabelSoftmax):
         quantizer: str = "pq",
         estimator: str = "pool",
         num_draws: int | str = "auto",
+        pool_instances: int | None = None,
         correction_power: float = 1.0,
         prior: str = "bias",
         label_frequencies: torch.Tensor | None = None,
@@ -472,6 +502,7 @@ class MIDXSoftmax(LabelSoftmax):
             ),
             estimator=estimator,
             num_draws=num_draws,
+            pool_instances=pool_instances,
             correction_power=correction_power,
             bias=bias,
             weighting=weighting,

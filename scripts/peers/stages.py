@@ -210,6 +210,39 @@ def predict(request: dict) -> dict:
     }
 
 
+def beams(request: dict) -> dict:
+    """PECOS over its beam widths, for `benchmark_search.py`: how many of its own best labels, which a beam of all
+    clusters finds, a narrower one finds too, and its time."""
+    from pecos.xmc.xlinear.model import XLinearModel
+    from scipy.sparse import load_npz
+
+    model, threads, k = XLinearModel.load(request["model"], is_predict_only=True), request["threads"], request["k"]
+    features = load_npz(request["features"])
+
+    def search(rows, beam):
+        return model.predict(rows, only_topk=k, beam_size=beam, threads=threads)
+
+    def timed(rows, beam):
+        started = time.perf_counter()
+        search(rows, beam)
+        return time.perf_counter() - started
+
+    exact = search(features, model.nr_labels)
+    found = {"num_labels": model.nr_labels, "results": []}
+    for beam in request["beams"]:
+        hits = search(features, beam).astype(bool).multiply(exact.astype(bool)).nnz
+        alone = [timed(features[row], beam) for row in range(min(60, features.shape[0]))]
+        found["results"].append(
+            {
+                "name": f"PECOS, beam {beam}",
+                f"recall@{k}": hits / max(exact.nnz, 1),
+                "microseconds": 1e6 * statistics.median(timed(features, beam) for _ in range(3)) / features.shape[0],
+                "microseconds_alone": 1e6 * statistics.median(alone),
+            }
+        )
+    return found
+
+
 LOADERS = {"pecos": load_pecos, "omikuji": load_omikuji, "napkinxc": load_napkinxc, "xmc_midx": load_xmc_midx}
 TRAINERS = {"pecos": train_pecos, "omikuji": train_omikuji, "napkinxc": train_napkinxc}
 STAGES = {
@@ -217,6 +250,7 @@ STAGES = {
     "train": lambda request: TRAINERS[request["function"]](request),
     "predict": predict,
     "score": score,
+    "beams": beams,
 }
 
 

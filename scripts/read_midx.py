@@ -47,7 +47,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 class Model:
     def __init__(self, directory: Path) -> None:
         names, document = verified(directory), json.loads((directory / "export.json").read_bytes())
-        if (document["format"], document["kind"], document["version"]) != ("xmc-midx export", "midx", 1):
+        if (document["format"], document["kind"]) != ("xmc-midx export", "midx") or document["version"] not in (1, 2):
             raise ValueError("export.json is of another format, kind or version")
         self.facts, self.num_candidates = document["model"], document["index"]["num_candidates"]
         self.tensors, self.idf, self.feature = read_tensors(directory / "model.safetensors"), {}, {}
@@ -71,6 +71,8 @@ class Model:
         """Features -> query (D,): an embedding bag, an activation, hidden layers."""
         activate = (lambda z: np.maximum(z, 0)) if self.facts["activation"] == "relu" else (lambda z: z)
         ids, values = np.array([*row], np.int64), np.array([*row.values()], np.float32)
+        if "features.idf" in self.tensors:
+            values = np.sign(values) * np.log1p(np.abs(values)) * self.tensors["features.idf"][ids]
         if self.facts["normalize"] == "l2":
             values = values / (np.linalg.norm(values) or 1)
         z = activate(values @ self.tensors["encoder.embedding"][ids] + self.tensors["encoder.bias"])

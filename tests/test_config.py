@@ -39,7 +39,7 @@ def refusal(*assignments: str, path: Path | None = None) -> str:
         ("model.Dim=5", "model.Dim: unknown key", "dim, num_hidden_layers"),
         ("sampler.draws=5", "sampler.draws: unknown key", "num_draws"),
         ("loss.weight=5", "loss.weight: unknown key", "weighting, decoupled"),
-        ("data.normalise=l2", "data.normalise: unknown key", "normalize, validation_fraction"),
+        ("data.normalise=l2", "data.normalise: unknown key", "weighting, normalize"),
         ("optimizer.rate=5", "optimizer: unknown key", "data, model, sampler, loss, training"),
         ("training.epochs.max=5", "training.epochs.max: unknown key", "epochs"),
     ],

@@ -22,7 +22,7 @@ from xmc_midx.checkpoint import CheckpointStore
 from xmc_midx.cli import app
 from xmc_midx.config import SAMPLER_NAMES, Config, load_config
 from xmc_midx.data.dataset import load_split
-from xmc_midx.data.features import normalize_rows
+from xmc_midx.data.features import FeatureScaling, normalize_rows
 from xmc_midx.device import find_device
 from xmc_midx.diagnostics import Instances, TrainedModel, choose_instances, diagnose_samplers
 from xmc_midx.encoder import SparseEncoder
@@ -56,6 +56,7 @@ def make_model(*assignments: str) -> TrainedModel:
         bias=torch.randn(L, generator=generator),
         frequencies=frequencies,
         num_train=500,
+        scaling=FeatureScaling(),
     )
 
 

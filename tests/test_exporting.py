@@ -45,6 +45,7 @@ OPTIONS = (
 MODELS = {
     "default": (),
     "residual layers": ("model.num_hidden_layers=2", "neighbors.enabled=false"),
+    "weighted": ("data.weighting=tf-idf",),
     "plain layers, no relu, values as given": (
         "model.num_hidden_layers=1",
         "model.residual=false",
@@ -250,6 +251,7 @@ def test_what_is_in_the_directory_is_all_there_is_to_know(exported: Path, run: P
         "num_hidden_layers": 0,
         "activation": "relu",
         "residual": True,
+        "weighting": "none",
         "normalize": "l2",
         "num_train": 320,
     }
@@ -327,7 +329,7 @@ def test_cut_missing_swapped_and_foreign_files_are_refused(exported: Path, data:
 
     def other_version(copy: Path) -> None:
         document = json.loads((copy / "export.json").read_text(encoding="utf-8"))
-        (copy / "export.json").write_text(json.dumps(document | {"version": 2}))
+        (copy / "export.json").write_text(json.dumps(document | {"version": 3}))
         reseal(copy)
 
     assert "model.safetensors has another sha256" in damage(cut)
@@ -408,7 +410,9 @@ def test_stock_onnxruntime_encodes_as_torch_does(
             "offsets": part.indptr.astype(np.int64),
         }
         found = session.run(["queries"], inputs)[0]
-        expected = source.model.encode(source.scaled(part)).numpy() if part.shape[0] else np.empty((0, D), np.float32)
+        expected = (
+            source.model.encode(source.model.scaling(part)).numpy() if part.shape[0] else np.empty((0, D), np.float32)
+        )
         assert found.shape == expected.shape and found.dtype == np.float32
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 

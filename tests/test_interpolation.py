@@ -256,12 +256,29 @@ def test_p_is_never_paid_for_psp_where_another_fit_has_more_of_it() -> None:
     assert (top.label_ids[:, 0] == classes).mean() > best - 0.01
 
 
-def test_one_standard_error_weighs_the_tail_less_and_two_add_nothing() -> None:
+@pytest.mark.parametrize(
+    ("quarter", "nothing", "chosen"),
+    [(0.0, 0.0, 0.5), (0.8, 0.8, 0.5), (1.5, 1.5, 0.25), (0.0, 1.5, 0.5), (0.0, 2.1, 0.0), (1.5, 3.8, 0.0)],
+)
+def test_the_tail_is_weighed_less_where_p_is_better_by_more_than_chance(
+    quarter: float, nothing: float, chosen: float
+) -> None:
+    """A quarter by one standard error, nothing by two."""
     spread = np.tile([0.9, -0.9], 200)
-    for errors, higher, alone in ((0.8, False, False), (1.5, True, False), (2.1, True, True)):
-        gain = spread + errors * spread.std() / np.sqrt(len(spread))
+    error = spread.std() / np.sqrt(len(spread))
+    trials = []
+    for power, errors in ((0.5, 0.0), (0.25, quarter), (0.0, nothing)):
+        scores = (spread * (errors > 0) + errors * error, np.zeros(400))
+        trials.append((power, (Interpolation(), scores)))
+    assert interpolation._highest_power(trials)[0] == chosen
+
+
+def test_two_standard_errors_add_nothing() -> None:
+    spread = np.tile([0.9, -0.9], 200)
+    error = spread.std() / np.sqrt(len(spread))
+    for errors, alone in ((1.9, False), (2.1, True)):
+        gain = spread + errors * error
         scores, reference = (gain, gain), (np.zeros(400), np.zeros(400))
-        assert interpolation._p_is_higher(scores, reference) is higher
         assert interpolation._p_is_higher(scores, reference, interpolation._STANDARD_ERRORS_ALONE) is alone
 
 

@@ -75,6 +75,7 @@ def test_given_values_stay() -> None:
         "sampler.num_codewords": 3,
         "sampler.num_draws": 5,
         "sampler.pool_instances": 12,
+        "data.weighting": "tf-idf",
         "ranker.num_instances": 11,
     }
     config = load_config(assignments=[f"{key}={value}" for key, value in given.items()])

@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix, vstack
 
-from xmc_midx.data.features import normalize_rows
+from xmc_midx.config import DataConfig
+from xmc_midx.data.features import IDF, FeatureScaling, are_counts, normalize_rows
 from xmc_midx.encoder import SparseEncoder
 from xmc_midx.rows import bag_rows, gather_parts, gather_rows, sparse_rows
 from xmc_midx.types import SparseRows
@@ -189,3 +190,40 @@ class TestEncoder:
         # A kept coordinate is four times itself: standard error of the mean is sqrt(3 / 4000) of it.
         assert ((drawn.mean(0) - whole).abs() <= 4.5 * (3 / 4000) ** 0.5 * whole.abs() + 1e-6).all()
         assert set((drawn / whole)[..., whole[0] > 0][:, 0].round().unique().tolist()) <= {0.0, 4.0}
+
+
+@pytest.mark.parametrize("normalize", ["l2", "none"])
+def test_weighted_values_are_logarithms_times_idf(random_rows: RowMaker, normalize: str) -> None:
+    features = random_rows(17, 23, density=0.2)
+    features.data[:] = np.ceil(9 * np.abs(features.data))
+    features.data[0] *= -1
+    config = DataConfig(weighting="tf-idf", normalize=normalize)
+    scaling = FeatureScaling.fit(config, features)
+    dense = features.toarray().astype(np.float64)
+    idf = np.log(18 / ((dense != 0).sum(0) + 1)) + 1
+    expected = np.sign(dense) * np.log(1 + np.abs(dense)) * idf
+    if normalize == "l2":
+        expected /= np.maximum(np.linalg.norm(expected, axis=1, keepdims=True), 1e-30)
+    np.testing.assert_allclose(scaling(features).toarray(), expected, rtol=1e-5)
+    assert scaling(features).dtype == np.float32
+    # Of other rows, with the idf that the model keeps.
+    known = FeatureScaling.of(config, {IDF: scaling.idf})
+    assert (known(features[3:5]) != scaling(features)[3:5]).nnz == 0
+    for broken in ({}, {IDF: idf}, {IDF: np.full(23, np.nan, np.float32)}):
+        with pytest.raises((LookupError, ValueError)):
+            FeatureScaling.of(config, broken)
+
+
+def test_counts_are_whole_numbers_in_sparse_rows(random_rows: RowMaker) -> None:
+    features = random_rows(40, 60, density=0.1)
+    features.data[:] = 1
+    assert not are_counts(features), "whether a word occurs is no count"
+    features.data[::3] = 4
+    assert are_counts(features)
+    for value in (0, -2, 1.5, np.nan):
+        others = features.copy()
+        others.data[-1] = value
+        assert not are_counts(others)
+    assert not are_counts(features[:0])
+    pixels = csr_matrix(np.full((9, 16), 3, dtype=np.float32))
+    assert not are_counts(pixels)

@@ -59,6 +59,9 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """How the feature rows are used."""
 
+    weighting: Literal["none", "tf-idf"] | Auto = "auto"
+    """`tf-idf`: a value v counts ln(1 + v), times the log of how rare its feature is; `none`: the values as given. By
+    default, raw counts are weighted."""
     normalize: Literal["l2", "none"] = "l2"
     """Scale of each feature row; `none` uses the values as given."""
     validation_fraction: Fraction | Auto = "auto"

@@ -38,6 +38,7 @@ from scipy.sparse import csr_matrix
 from xmc_midx.build import build_encoder, build_sampler
 from xmc_midx.checkpoint import read_model
 from xmc_midx.config import Config
+from xmc_midx.data.features import FeatureScaling
 from xmc_midx.encoder import SparseEncoder
 from xmc_midx.errors import DataError, UsageError
 from xmc_midx.rows import sparse_rows
@@ -72,6 +73,8 @@ class TrainedModel:
     """(L,) int64, training instances of each label."""
     num_train: int
     """N of the training split."""
+    scaling: FeatureScaling
+    """Of the feature rows."""
 
     @classmethod
     def load(cls, run: RunDirectory, device: torch.device) -> TrainedModel:
@@ -97,6 +100,7 @@ class TrainedModel:
             bias=model["labels.bias"].to(device),
             frequencies=model["train.label_frequencies"].to(device),
             num_train=int(model["train.num_instances"]),
+            scaling=FeatureScaling.of(run.config.data, model),
         )
 
     @torch.no_grad()

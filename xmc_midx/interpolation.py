@@ -43,9 +43,10 @@ SHORTLIST = 100
 _TEMPERATURES = (0.05, 0.1)
 _NO_VOTES = 1e-3
 """What a label without votes has, so that its logarithm is finite."""
-_PROPENSITY_POWERS = (0.5, 0.25, 0.0)
+_PROPENSITY_POWERS = {0.5: 0.0, 0.25: 1.0, 0.0: 2.0}
 """Of the inverse propensity, as the weight of a positive: 0 ranks for P@k, 1 for PSP@k at the price of P@k. Half is
-mostly free; where it is not, less is taken."""
+mostly free and a quarter nearly always, so each of the lower ones has to be better in P by more than chance: by so many
+standard errors of the paired difference (EXPERIMENTS.md, "The last step")."""
 _MOST_VOTED = 300
 """Labels of the neighbours that an instance of the fit brings, at most: of instances with many labels, thousands are
 voted for, nearly all of them by next to nothing."""
@@ -55,8 +56,6 @@ _CONSTANT = 1e-9
 """Standard deviation up to which a term is the same for all candidates, but for rounding."""
 _NEGLIGIBLE = 1e-3
 """A coefficient this close to 0, in standard deviations of its term, is 0."""
-_STANDARD_ERRORS = 1.0
-"""By how many standard errors of the paired difference P may fall: less is chance (EXPERIMENTS.md, "The last step")."""
 _STANDARD_ERRORS_ALONE = 2.0
 """By how many the model alone must be better for nothing to be added: what is added pays on every dataset measured, so
 that a little more on a few hundred instances is chance (EXPERIMENTS.md, "The last step")."""
@@ -388,7 +387,7 @@ def fit_interpolation(
         for temperature in _TEMPERATURES:
             votes = _most_voted(neighbors.votes(*found, temperature))
             part = (_candidates(shortlist, votes, label_frequencies, margin_of), sets[-1], temperature)
-            quality = _mean(fit(part, _PROPENSITY_POWERS[0])[1])
+            quality = _mean(fit(part, max(_PROPENSITY_POWERS))[1])
             if best is None or quality > best[0]:
                 best = quality, part
         assert best is not None, "there is a temperature"
@@ -485,13 +484,14 @@ _Part = tuple[_Candidates, tuple[int, ...], float]
 def _highest_power(trials: list[tuple[float, _Trial]]) -> tuple[float, _Trial]:
     """The first of the falling powers that no later one beats in P by more than chance."""
     for place, (power, trial) in enumerate(trials):
-        if not any(_p_is_higher(later[1], trial[1]) for _, later in trials[place + 1 :]):
+        later = trials[place + 1 :]
+        if not any(_p_is_higher(other[1], trial[1], _PROPENSITY_POWERS[lower]) for lower, other in later):
             return power, trial
     raise AssertionError("nothing comes after the last")
 
 
-def _p_is_higher(scores: _Scores, reference: _Scores, errors: float = _STANDARD_ERRORS) -> bool:
-    """By more than chance, so many standard errors: a paired comparison."""
+def _p_is_higher(scores: _Scores, reference: _Scores, errors: float) -> bool:
+    """By more than so many standard errors of a paired comparison."""
     gain = scores[0] - reference[0]
     error = gain.std() / np.sqrt(max(gain.shape[0], 1))
     return bool(gain.mean() > errors * error)

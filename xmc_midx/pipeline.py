@@ -363,17 +363,21 @@ def plan(
     from xmc_midx.forecast import Speed, TrainingData, forecast
 
     reporter = reporter or SilentReporter()
+    has_counts = False
     if not isinstance(data, TrainingData):
         reporter.start("read", None)
         dataset = load_dataset(data, test=test)
-        data = _training_data(dataset, _training_split(dataset, data))
-        del dataset
+        training = _training_split(dataset, data)
+        has_counts = _shape(dataset, training).has_counts
+        data = _training_data(dataset, training)
+        del dataset, training
     num_labels = data.label_counts.shape[0]
     shape = DataShape(
         num_instances=data.num_instances,
         num_features=data.feature_counts.shape[0],
         num_labels=num_labels,
         num_positives=int(data.label_counts.sum()),
+        has_counts=has_counts,
     )
     resolved = resolve(config or Config(), shape)
     available = available_memory_bytes()
@@ -1145,7 +1149,6 @@ def diagnose(
     directory = RunDirectory.open(run)
     names = _sampler_names(samplers, directory.config.sampler.estimator)
 
-    from xmc_midx.data.features import normalize_rows
     from xmc_midx.device import find_device
     from xmc_midx.diagnostics import Instances, TrainedModel, choose_instances, diagnose_samplers
 
@@ -1159,9 +1162,7 @@ def diagnose(
     assert isinstance(batch_size, int) and isinstance(draws, int), "the configuration is resolved"
     started = time.perf_counter()
     rows = choose_instances(split.labels, max(num_instances, batch_size), seed)
-    features = split.features[rows]
-    if config.data.normalize == "l2":
-        features = normalize_rows(features)
+    features = model.scaling(split.features[rows])
     figures = diagnose_samplers(
         model,
         Instances.build(model.encode(features, dropout=dropout, seed=seed), split.labels[rows]),
@@ -1262,11 +1263,14 @@ def _training_split(dataset: XmcDataset, data: str | Path) -> Split:
 
 
 def _shape(dataset: XmcDataset, training: Split) -> DataShape:
+    from xmc_midx.data.features import are_counts
+
     return DataShape(
         num_instances=training.features.shape[0],
         num_features=dataset.num_features,
         num_labels=dataset.num_labels,
         num_positives=training.labels.nnz,
+        has_counts=are_counts(training.features),
     )
 
 

@@ -16,7 +16,7 @@ from scipy.sparse import csr_matrix, issparse
 
 from xmc_midx.calibration import BACKGROUND, Calibration, calibrate
 from xmc_midx.checkpoint import map_model, refuse_misfits
-from xmc_midx.data.features import normalize_rows, rows_from_pairs
+from xmc_midx.data.features import FeatureScaling, rows_from_pairs
 from xmc_midx.device import find_device
 from xmc_midx.encoder import SparseEncoder, stored_encoder
 from xmc_midx.errors import DataError, UsageError
@@ -52,6 +52,7 @@ class Predictor:
     Parameters
     ----------
     encoder, index : of the same model and device.
+    scaling : of the feature rows; None: to length 1.
     label_names : L names, or None where they are unknown.
     vocabulary : turns raw texts into features; None where the run has none.
     label_frequencies, num_train : (L,) int64 and N of the training split; None where unknown.
@@ -64,7 +65,7 @@ class Predictor:
         encoder: SparseEncoder,
         index: LabelIndex,
         *,
-        normalize: str = "l2",
+        scaling: FeatureScaling | None = None,
         label_names: Sequence[str] | None = None,
         vocabulary: Vocabulary | None = None,
         label_frequencies: np.ndarray | None = None,
@@ -74,7 +75,7 @@ class Predictor:
         ranker: LinearRanker | None = None,
         calibration: Calibration | None = None,
     ) -> None:
-        self.encoder, self.index, self.normalize = encoder.eval(), index, normalize
+        self.encoder, self.index, self.scaling = encoder.eval(), index, scaling or FeatureScaling()
         self.label_names, self.vocabulary = label_names, vocabulary
         self.label_frequencies, self.num_train = label_frequencies, num_train
         self.interpolation, self.neighbors, self.ranker = interpolation or Interpolation(), neighbors, ranker
@@ -140,7 +141,7 @@ class Predictor:
         return cls(
             stored_encoder(model, directory.config.model, device),
             index,
-            normalize=directory.config.data.normalize,
+            scaling=FeatureScaling.of(directory.config.data, model),
             label_names=label_names,
             vocabulary=directory.vocabulary(),
             label_frequencies=np.asarray(model["train.label_frequencies"]),
@@ -348,7 +349,7 @@ class Predictor:
             )
         if not np.isfinite(features.data).all():
             raise DataError("The instances hold a value that is not finite; expected numbers.")
-        return normalize_rows(features) if self.normalize == "l2" else features
+        return self.scaling(features)
 
     def _read(self, instances: Instances) -> csr_matrix:
         if issparse(instances) or isinstance(instances, np.ndarray):

@@ -19,8 +19,6 @@ _TARGET_STEPS = 1000
 larger batches. Fewer epochs keep the batch: it costs no quality, and half of it twice the time."""
 
 
-_POOL_INSTANCES = 256
-"""Positives of more instances cost more in products than they are worth as negatives (EXPERIMENTS.md, "Groups")."""
 _FEW_LABELS = 4096
 """Up to so many the pool holds them all at every step."""
 CELLS_FROM = 4096
@@ -39,14 +37,17 @@ class _Effort:
     num_pairs: int
     """Instances of a batch times draws, at most: in a large batch, more labels of other instances are negatives too
     (EXPERIMENTS.md, "Presets")."""
+    pool_instances: int
+    """Instances that share a pool: more of them are negatives of each other, at the price of larger products
+    (EXPERIMENTS.md, "Groups")."""
     num_rivalled: int
     """Training instances whose rivals the linear ranker learns from."""
 
 
 _PRESETS = {
-    "fast": _Effort(0.3, 256, 512, 1 << 19, 10_000),
-    "default": _Effort(1.0, 512, 2048, 1 << 20, 30_000),
-    "best": _Effort(1.2, 1024, 2048, 1 << 21, 60_000),
+    "fast": _Effort(0.3, 256, 512, 1 << 19, 256, 10_000),
+    "default": _Effort(1.0, 512, 2048, 1 << 20, 512, 30_000),
+    "best": _Effort(1.2, 1024, 2048, 1 << 21, 1024, 60_000),
 }
 
 
@@ -59,12 +60,17 @@ class DataShape:
     num_labels: int
     num_positives: int
     """Of all instances."""
+    has_counts: bool = False
+    """Whether the features' values are raw counts."""
 
 
 def resolve(config: Config, shape: DataShape) -> Config:
     """The configuration with every `"auto"` replaced; values that are given stay as they are."""
     tree = config.model_dump()
     effort = _PRESETS[config.training.preset]
+
+    if tree["data"]["weighting"] == "auto":
+        tree["data"]["weighting"] = "tf-idf" if shape.has_counts else "none"
 
     def derive(section: str, key: str, value: float) -> float:
         if tree[section][key] == "auto":
@@ -92,7 +98,7 @@ def resolve(config: Config, shape: DataShape) -> Config:
         if num_draws < shape.num_labels:
             num_draws = max(1, min(num_draws, effort.num_pairs // tree["training"]["batch_size"]))
     derive("sampler", "num_draws", num_draws)
-    derive("sampler", "pool_instances", _POOL_INSTANCES)
+    derive("sampler", "pool_instances", effort.pool_instances)
     num_steps = num_epochs * shape.num_instances / tree["training"]["batch_size"]
     derive("training", "label_learning_rate", _label_learning_rate(_share_of_labels(tree, shape), num_steps))
     derive("ranker", "num_instances", effort.num_rivalled)

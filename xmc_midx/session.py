@@ -25,7 +25,7 @@ from xmc_midx.crash import crash_point
 from xmc_midx.data.batches import BatchStream
 from xmc_midx.data.cache import page_out
 from xmc_midx.data.dataset import Split
-from xmc_midx.data.features import normalize_rows, row_hashes
+from xmc_midx.data.features import AS_GIVEN, IDF, FeatureScaling, row_hashes
 from xmc_midx.device import find_device, keep_freed_memory, release_freed_memory
 from xmc_midx.encoder import SparseEncoder, stored_encoder
 from xmc_midx.errors import DataError, DivergedError
@@ -91,7 +91,8 @@ class TrainingSession:
             torch.set_num_threads(config.training.num_threads)
         if device.type == "cpu":
             keep_freed_memory()
-        features = self._normalized(training)
+        self._scaling = FeatureScaling.fit(config.data, training.features)
+        features = self._scaling(training.features)
         assert isinstance(config.data.validation_fraction, float), "the configuration is resolved"
         kept, held_out = _hold_out(features, training.labels, config.data.validation_fraction, config.training.seed)
         self.held_out = (features[held_out], training.labels[held_out]) if held_out.size else None
@@ -106,6 +107,8 @@ class TrainingSession:
             "train.label_frequencies": torch.from_numpy(whole),
             "train.num_instances": torch.tensor(training.labels.shape[0]),
         }
+        if self._scaling.idf is not None:
+            self._known[IDF] = torch.from_numpy(self._scaling.idf)
         assert isinstance(config.training.batch_size, int)
         stream = BatchStream(
             features, labels, batch_size=config.training.batch_size, seed=config.training.seed, row_numbers=kept
@@ -147,9 +150,6 @@ class TrainingSession:
         """That training stood still for the last save."""
         self._postponed: _Postponed | None = None
         self._signals = PendingSignal()
-
-    def _normalized(self, training: Split) -> csr_matrix:
-        return normalize_rows(training.features) if self.config.data.normalize == "l2" else training.features
 
     def run(self) -> None:
         """Train to the end: all epochs, or until the validation score has not risen for `patience` epochs.
@@ -329,7 +329,7 @@ class TrainingSession:
         del neighbors, found, votes, shortlist, top
         release_freed_memory()
         # What is kept knows all training rows, the held-out ones too.
-        rows = (self._normalized(self._training), self._training.labels) if chosen.needs_neighbors else None
+        rows = (self._scaling(self._training.features), self._training.labels) if chosen.needs_neighbors else None
         kept = ranker if chosen.needs_ranker else None
         self.run_directory.write_interpolation(chosen, rows, kept, self.validation, calibration)
 
@@ -405,16 +405,16 @@ class TrainingSession:
         return self._metrics(self._predict(self.held_out[0], max(DEFAULT_KS)))
 
     def _predictor(self, exact: bool) -> Predictor:
-        """The model as it stands; its rows come normalised already."""
+        """The model as it stands; its rows come scaled already."""
         if self._stored is not None:
             encoder, cells = self._stored
-            return Predictor(encoder, cells.with_exact(exact), normalize="none")
+            return Predictor(encoder, cells.with_exact(exact), scaling=AS_GIVEN)
         softmax = self.trainer.softmax
         # A faster search needs the table in float32, and takes half of it once more.
         weight_LD = softmax.weight.detach()
         whole = weight_LD.dtype != torch.float32 or weight_LD.nbytes > _COPIED
         index = build_index(weight_LD, softmax.bias.detach(), exact=whole)
-        return Predictor(self.trainer.encoder, index, normalize="none")
+        return Predictor(self.trainer.encoder, index, scaling=AS_GIVEN)
 
     def _metrics(self, top: TopK) -> dict[str, float]:
         assert self.held_out is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numba
@@ -12,12 +13,93 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
+from xmc_midx.config import DataConfig
 from xmc_midx.errors import DataError
 
-__all__ = ["normalize_rows", "row_hashes", "rows_from_pairs", "scale_rows", "with_values"]
+__all__ = [
+    "AS_GIVEN",
+    "IDF",
+    "FeatureScaling",
+    "are_counts",
+    "feature_frequencies",
+    "inverse_document_frequency",
+    "normalize_rows",
+    "row_hashes",
+    "rows_from_pairs",
+    "scale_rows",
+    "with_values",
+]
 
 _HASHED = 1 << 20
 """Values of rows that are hashed at once, about."""
+IDF = "train.idf"
+"""What a model calls it."""
+_DENSE = 0.25
+"""Share of values from which rows are measurements, not words."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FeatureScaling:
+    """What is done to the values of feature rows before the model sees them.
+
+    With `idf`, a value v becomes `sign(v) ln(1 + |v|) idf`; then, with `normalize="l2"`, rows get length 1.
+    """
+
+    normalize: str = "l2"
+    """`"l2"` or `"none"`."""
+    idf: NDArray[np.float32] | None = None
+    """(F,), or None: the values as given."""
+
+    @classmethod
+    def fit(cls, config: DataConfig, features: csr_matrix) -> FeatureScaling:
+        """As a resolved configuration says, with the idf of all training rows."""
+        weighted = config.weighting == "tf-idf"
+        idf = inverse_document_frequency(feature_frequencies(features), features.shape[0]) if weighted else None
+        return cls(normalize=config.normalize, idf=idf)
+
+    @classmethod
+    def of(cls, config: DataConfig, model: Mapping[str, Any]) -> FeatureScaling:
+        """That of a trained model; a LookupError or ValueError where its idf is not there."""
+        if config.weighting != "tf-idf":
+            return cls(normalize=config.normalize)
+        idf = np.asarray(model[IDF])
+        if idf.dtype != np.float32 or idf.ndim != 1 or not np.isfinite(idf).all():
+            raise ValueError(f"{IDF}: expected a finite float32 number for each feature")
+        return cls(normalize=config.normalize, idf=idf)
+
+    def __call__(self, features: csr_matrix) -> csr_matrix:
+        """(N, F) -> (N, F) float32, sharing ids and offsets with `features`."""
+        if self.idf is not None:
+            values = np.sign(features.data) * np.log1p(np.abs(features.data)) * self.idf[features.indices]
+            features = with_values(features, values.astype(np.float32, copy=False))
+        return normalize_rows(features) if self.normalize == "l2" else features
+
+
+AS_GIVEN = FeatureScaling(normalize="none")
+"""Of rows that are scaled already."""
+
+
+def are_counts(features: csr_matrix) -> bool:
+    """Whether the values are how often a word occurs: whole numbers from 1, some above 1, in sparse rows."""
+    if features.nnz >= _DENSE * features.shape[0] * features.shape[1]:
+        return False
+    largest = 0.0
+    for begin in range(0, features.nnz, _HASHED):
+        part = features.data[begin : begin + _HASHED]
+        if not (np.floor(part) == part).all() or part.min() < 1:
+            return False
+        largest = max(largest, float(part.max()))
+    return largest > 1
+
+
+def feature_frequencies(features: csr_matrix) -> NDArray[np.int64]:
+    """(F,): the rows that have a feature."""
+    return np.bincount(features.indices, minlength=features.shape[1])
+
+
+def inverse_document_frequency(frequencies: NDArray[Any], num_rows: int) -> NDArray[np.float32]:
+    """(F,): `log((N + 1) / (n + 1)) + 1`, as scikit-learn smooths it, of features that n of N rows have."""
+    return (np.log((num_rows + 1.0) / (frequencies + 1.0)) + 1.0).astype(np.float32)
 
 
 def normalize_rows(features: csr_matrix) -> csr_matrix:

@@ -29,6 +29,8 @@ __all__ = ["FORMAT", "export_midx"]
 
 FORMAT = "xmc-midx export"
 VERSION = 1
+_WEIGHTED_VERSION = 2
+"""With `features.idf`: a reader of the first version would leave the weights out."""
 _FEWEST = 64
 """Candidates that the search for the right number begins with."""
 
@@ -41,12 +43,14 @@ def export_midx(source: ExportSource, queries: Queries | None, target: Path) -> 
     queries : that the number of candidates is chosen on; None: an eighth of the labels.
     """
     index = _build_index(source)
-    table, bias = source.table(), source.bias()
+    table, bias, idf = source.table(), source.bias(), source.model.scaling.idf
     tensors = _encoder_tensors(source) | {
         "labels.weight": table,
         "labels.bias": bias,
         "labels.frequencies": source.model.frequencies.numpy(),
     }
+    if idf is not None:
+        tensors["features.idf"] = idf
     save_file(
         {name: np.ascontiguousarray(tensor) for name, tensor in (tensors | index).items()}, target / "model.safetensors"
     )
@@ -69,7 +73,7 @@ def export_midx(source: ExportSource, queries: Queries | None, target: Path) -> 
     source.copy_names(target)
     document = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if idf is None else _WEIGHTED_VERSION,
         "kind": "midx",
         "model": source.facts(),
         "index": {"quantizer": _QUANTIZER, "num_codewords": len(index["index.codewords1"]), **settings},

@@ -62,6 +62,7 @@ def export_onnx(source: ExportSource, queries: Queries | None, target: Path) -> 
     source.copy_names(target)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     measured, largest = _measure(session, source, queries)
+    is_scaled = source.model.scaling.idf is not None or source.model.scaling.normalize != "none"
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -69,7 +70,7 @@ def export_onnx(source: ExportSource, queries: Queries | None, target: Path) -> 
         "model": source.facts(),
         "inputs": {
             "feature_ids": "(nnz,) int64",
-            "values": "(nnz,) float32, scaled by the graph" if source.normalize == "l2" else "(nnz,) float32",
+            "values": f"(nnz,) float32{', scaled by the graph' if is_scaled else ''}",
             "offsets": "(B + 1,) int64: row i owns offsets[i]:offsets[i+1]",
         },
         "outputs": {"queries": "(B, dim) float32"},
@@ -100,7 +101,8 @@ def _measure(session: Any, source: ExportSource, queries: Queries | None) -> tup
         raise DataError(f"onnxruntime's queries differ from torch's by {largest:.2g}; expected rounding alone.")
     found = exact_topk(torch.from_numpy(query_ND), table, bias, MEASURED_K).label_ids
     seconds = seconds_each(lambda rows: run(queries.features[rows]), len(query_ND))
-    torch_seconds = seconds_each(lambda rows: source.model.encode(queries.features[rows]), len(query_ND))
+    scaling = source.model.scaling
+    torch_seconds = seconds_each(lambda rows: source.model.encode(scaling(queries.features[rows])), len(query_ND))
     ours = Measurement(
         name="onnx encoder",
         recall_1=queries.recall(found, 1),
@@ -147,8 +149,14 @@ def _build(onnx: Any, source: ExportSource) -> Any:
     counted = node("CumSum", marks, constant("axis_0", np.array(0, dtype=np.int64)))
     row_of = node("Slice", counted, zero, num_entries)
 
-    values = "values"
-    if source.normalize == "l2":
+    values, scaling = "values", source.model.scaling
+    if scaling.idf is not None:
+        logarithm = node(
+            "Log", node("Add", node("Abs", values), constant("one_float", np.array(1.0, dtype=np.float32)))
+        )
+        weight = node("Gather", constant("idf", scaling.idf), "feature_ids")
+        values = node("Mul", node("Mul", node("Sign", values), logarithm), weight)
+    if scaling.normalize == "l2":
         wide = node("Cast", values, to=kind.DOUBLE)
         empty = filled(num_rows, 0.0, kind.DOUBLE)
         squares = node("ScatterElements", empty, row_of, node("Mul", wide, wide), axis=0, reduction="add")

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from xmc_midx.calibration import Calibration
-from xmc_midx.data.features import normalize_rows
 from xmc_midx.device import find_device
 from xmc_midx.diagnostics import TrainedModel
 from xmc_midx.interpolation import Interpolation
@@ -107,10 +106,6 @@ class ExportSource:
     def dim(self) -> int:
         return int(self.model.encoder.embedding.shape[1])
 
-    @property
-    def normalize(self) -> str:
-        return self.model.config.data.normalize
-
     def table(self) -> NDArray[np.float32]:
         """(L, D) label vectors."""
         return self.model.label_table.float().numpy()
@@ -118,9 +113,6 @@ class ExportSource:
     def bias(self) -> NDArray[np.float32]:
         """(L,)."""
         return self.model.bias.float().numpy()
-
-    def scaled(self, features: csr_matrix) -> csr_matrix:
-        return normalize_rows(features) if self.normalize == "l2" else features
 
     def facts(self) -> dict[str, Any]:
         """What every export's JSON says of the model."""
@@ -132,7 +124,8 @@ class ExportSource:
             "num_hidden_layers": config.num_hidden_layers,
             "activation": config.activation,
             "residual": config.residual,
-            "normalize": self.normalize,
+            "weighting": "none" if self.model.scaling.idf is None else "tf-idf",
+            "normalize": self.model.scaling.normalize,
             "num_train": self.model.num_train,
         }
 
@@ -148,7 +141,7 @@ class Queries:
     """Instances that an export is measured on."""
 
     features: csr_matrix
-    """(N, F), scaled as in training."""
+    """(N, F), as they come."""
     vectors: NDArray[np.float32]
     """(N, D) float32."""
     exact_ids: NDArray[np.int64]
@@ -161,8 +154,7 @@ class Queries:
         """None of no instances."""
         if not features.shape[0]:
             return None
-        features = source.scaled(features)
-        query_ND = source.model.encode(features)
+        query_ND = source.model.encode(source.model.scaling(features))
         table, bias = source.model.label_table, source.model.bias
         exact = exact_topk(query_ND, table, bias, MEASURED_K).label_ids
         seconds = seconds_each(lambda row: exact_topk(query_ND[row], table, bias, MEASURED_K), len(query_ND))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from scipy.sparse import csr_matrix, vstack
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from xmc_midx import rows as rows_module
 from xmc_midx.config import DataConfig
 from xmc_midx.data.features import IDF, FeatureScaling, are_counts, normalize_rows
 from xmc_midx.encoder import SparseEncoder
@@ -110,6 +114,22 @@ def test_parts_may_share_rows_whose_gradient_is_the_sum(shape: tuple[int, ...]) 
     assert_sparse_gradient(weight.grad, [0, 3, 4, 10], shape)
     assert weight.grad is not None
     assert torch.allclose(weight.grad.to_dense(), expected)
+
+
+def test_rows_of_a_table_in_the_hosts_memory_move_to_the_device_and_their_gradient_comes_back() -> None:
+    """Where tensors are, as a machine with a GPU would have them: torch's fake tensors compute nothing."""
+    with FakeTensorMode(shape_env=ShapeEnv(allow_dynamic_output_shape_ops=True)):
+        weight = torch.empty(11, 4)
+        parts = [torch.zeros(count, dtype=torch.int64, device="cuda") for count in (3, 5)]
+        gathered = gather_parts(weight, parts)
+        assert [rows.device.type for rows in gathered] == ["cuda", "cuda"]
+        assert [tuple(rows.shape) for rows in gathered] == [(3, 4), (5, 4)]
+        # Autograd's own thread for the device would look for a GPU.
+        for some in (parts, parts[:1]):
+            context = SimpleNamespace(saved_tensors=some, shape=weight.shape, device=weight.device)
+            gradient, *others = rows_module._GatherParts.backward(context, *gathered[: len(some)])
+            assert gradient is not None and others == [None] * len(some)
+            assert gradient.is_sparse and gradient.device.type == "cpu" and gradient.shape == (11, 4)
 
 
 def test_a_csr_matrix_becomes_rows_of_the_stated_types(random_rows: RowMaker) -> None:

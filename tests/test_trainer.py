@@ -15,7 +15,7 @@ from xmc_midx.build import build_encoder, build_softmax
 from xmc_midx.config import Config, load_config
 from xmc_midx.data.batches import BatchStream, made_ahead
 from xmc_midx.data.features import normalize_rows
-from xmc_midx.errors import DivergedError
+from xmc_midx.errors import DivergedError, UsageError
 from xmc_midx.recipe import DataShape, resolve
 from xmc_midx.rows import sparse_rows
 from xmc_midx.trainer import Trainer
@@ -394,3 +394,31 @@ def test_a_training_on_any_device_has_the_losses_of_the_cpu(
         losses.append([trainer.run_epoch(SilentReporter()).loss for _ in range(3)])
         assert trainer.softmax.weight.device.type == place
     assert losses[1] == pytest.approx(losses[0], rel=1e-4 if precision == "float32" else 2e-2)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("name", ["midx-pq", "midx-rq", "uniform", "in-batch"])
+def test_a_label_table_in_the_hosts_memory_trains_as_one_on_the_device(
+    topic_data: TopicMaker, device: str, name: str
+) -> None:
+    losses, tables = [], []
+    for memory in ("device", "host"):
+        options = (f"sampler.name={name}", "sampler.num_draws=6", "sampler.pool_instances=8")
+        trainer = make_trainer(topic_data(130), *options, f"model.label_memory={memory}", device=device)
+        assert trainer.softmax.weight.device.type == ("cpu" if memory == "host" else device)
+        assert trainer.softmax.bias.device.type == trainer.device.type == device
+        losses.append([trainer.run_epoch(SilentReporter()).loss for _ in range(3)])
+        tables.append(trainer.softmax.weight.detach().cpu())
+        queries = torch.ones(2, trainer.softmax.dim, device=device)
+        assert trainer.softmax.topk(queries, 3).label_ids.shape == (2, 3)
+        moments = trainer.optimizer.state[trainer.softmax.weight]["second_moment"]
+        assert moments.device == trainer.softmax.weight.device
+    tolerance = 0.0 if device == "cpu" else 1e-4
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance)
+    assert torch.allclose(tables[0], tables[1], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["full", "rff", "lsh", "hard-negatives"])
+def test_a_sampler_that_reads_the_table_at_each_step_wants_it_on_the_device(topic_data: TopicMaker, name: str) -> None:
+    with pytest.raises(UsageError, match=f"label_memory=host: sampler {name} reads"):
+        make_trainer(topic_data(40), f"sampler.name={name}", "model.label_memory=host")

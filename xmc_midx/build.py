@@ -23,6 +23,9 @@ from xmc_midx.types import Sampler
 
 __all__ = ["build_encoder", "build_sampler", "build_softmax"]
 
+_READ_NO_TABLE = ("uniform", "frequency", "in-batch")
+"""Samplers whose law does not look at the label table."""
+
 
 def build_encoder(config: Config, num_features: int) -> SparseEncoder:
     """The encoder that a resolved configuration describes, on the CPU, its table not yet filled."""
@@ -47,6 +50,10 @@ def build_softmax(config: Config, frequencies: np.ndarray, num_instances: int, d
     frequencies : (L,) integers, instances of each label among those that train the model.
     num_instances : N, of those that train the model.
     device : of training.
+
+    Raises
+    ------
+    UsageError : the sampler cannot do with a label table in the host's memory.
     """
     model, options = config.model, config.sampler
     assert isinstance(model.dim, int) and isinstance(options.num_draws, int), "the configuration is resolved"
@@ -64,8 +71,14 @@ def build_softmax(config: Config, frequencies: np.ndarray, num_instances: int, d
         "precision": find_precision(config.training.precision, device),
         "seed": config.training.seed,
         "device": device,
+        "table_device": "cpu" if model.label_memory == "host" else None,
         "dtype": torch.bfloat16 if model.label_precision == "bfloat16" else torch.float32,
     }
+    if model.label_memory == "host" and not (options.name.startswith("midx-") or options.name in _READ_NO_TABLE):
+        raise UsageError(
+            f"model.label_memory=host: sampler {options.name} reads the label table at each step; expected midx-pq, "
+            f"midx-rq, {', '.join(_READ_NO_TABLE)}."
+        )
     size = {"num_labels": frequencies.shape[0], "dim": model.dim}
     sampled = options.positives == "sampled"
     if options.name.startswith("midx-"):

@@ -79,6 +79,7 @@ def fit_codebook(
     generator: torch.Generator,
     start: Codebook | None = None,
     num_iterations: int = 10,
+    device: torch.device | None = None,
 ) -> Codebook:
     """Quantise a label table.
 
@@ -87,10 +88,12 @@ def fit_codebook(
     label_table_LD : (L, D) float32, D >= 2.
     quantizer : `"pq"` or `"rq"`.
     num_codewords : C in each codebook; more than L is allowed, the surplus cells stay empty.
-    generator : on the table's device.
+    generator : on `device`.
     start : a codebook of an earlier table, whose codewords start the iterations (a refresh).
     num_iterations : of Lloyd's algorithm, for each codebook.
+    device : where it is computed, chunk by chunk of the table; None: where the table lies.
     """
+    device = device or label_table_LD.device
     if start is not None and (start.num_codewords != num_codewords or start.quantizer != quantizer):
         start = None
 
@@ -99,12 +102,12 @@ def fit_codebook(
 
     if quantizer == "pq":
         half = label_table_LD.shape[1] // 2
-        first, second = _Rows(label_table_LD[:, :half]), _Rows(label_table_LD[:, half:])
+        first, second = _Rows(label_table_LD[:, :half], device), _Rows(label_table_LD[:, half:], device)
         words1, codes1 = fit(first, None if start is None else start.codewords1)
         words2, codes2 = fit(second, None if start is None else start.codewords2)
     elif quantizer == "rq":
-        words1, codes1 = fit(_Rows(label_table_LD), None if start is None else start.codewords1)
-        residual = _Rows(label_table_LD, less=(words1, codes1))
+        words1, codes1 = fit(_Rows(label_table_LD, device), None if start is None else start.codewords1)
+        residual = _Rows(label_table_LD, device, less=(words1, codes1))
         words2, codes2 = fit(residual, None if start is None else start.codewords2)
     else:
         raise ValueError(f"quantizer {quantizer!r}: expected 'pq' or 'rq'")
@@ -123,15 +126,18 @@ class RowSource(Protocol):
 
 
 class _Rows:
-    """Rows of a table, float32 at the least, less a codeword each: made when they are read, so that neither a residual
-    nor another dtype is a second table."""
+    """Rows of a table on `device`, float32 at the least, less a codeword each: made when they are read, so that neither
+    a residual nor another dtype is a second table."""
 
-    def __init__(self, table_ND: torch.Tensor, *, less: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
+    def __init__(
+        self, table_ND: torch.Tensor, device: torch.device, *, less: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> None:
         self.table_ND, self.less = table_ND, less
-        self.shape, self.device = table_ND.shape, table_ND.device
+        self.shape, self.device = table_ND.shape, device
 
     def __getitem__(self, index: torch.Tensor | slice) -> torch.Tensor:
-        rows_nD = self.table_ND[index].to(torch.promote_types(self.table_ND.dtype, torch.float32))
+        there = index.to(self.table_ND.device) if isinstance(index, torch.Tensor) else index
+        rows_nD = self.table_ND[there].to(self.device, torch.promote_types(self.table_ND.dtype, torch.float32))
         if self.less is None:
             return rows_nD
         words_CD, codes_N = self.less

@@ -86,6 +86,9 @@ class ModelConfig(_Section):
     label_precision: Literal["float32", "bfloat16"] = "float32"
     """Of the label table while it is trained: bfloat16 takes half the memory, and each update is rounded at random, up
     or down with chances that leave its mean what it is."""
+    label_memory: Literal["device", "host"] = "device"
+    """Where the label table lies while it is trained on a GPU: `host` keeps it and its optimiser's state in the
+    machine's memory, and moves the rows of each pool."""
     storage: Literal["int8", "float16", "float32"] = "int8"
     """Of the finished model's tables on the disk; int8 has a scale for each row."""
 

@@ -197,6 +197,9 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     if cuda:
         device |= {"tables": tables, "epoch": int(max(start, epoch))}
         host["neighbours"] = int(neighbors)
+        if model.label_memory == "host":
+            # The host has room for all tables already: it saves them.
+            device["tables"] -= label_bytes * dim * num_labels
     else:
         stages: dict[str, float] = {"start": start, "epoch": epoch, "neighbours": neighbors}
         if num_labels >= CELLS_FROM:
@@ -237,6 +240,7 @@ def cheaper_options(config: Config, data: TrainingData, *, cuda: bool = False) -
         f"sampler.num_draws={max(1, draws // 4)}": {"sampler": {"num_draws": max(1, draws // 4)}},
         "model.label_precision=bfloat16": {"model": {"label_precision": "bfloat16"}},
         "model.label_init=random": {"model": {"label_init": "random"}},
+        "model.label_memory=host": {"model": {"label_memory": "host"}},
         "neighbors.enabled=false": {"neighbors": {"enabled": False}},
         "ranker.enabled=false": {"ranker": {"enabled": False}},
     }

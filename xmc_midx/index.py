@@ -40,7 +40,7 @@ class ExactIndex:
 
     Parameters
     ----------
-    label_table_LD, bias_L : (L, D) and (L,) float32 on one device.
+    label_table_LD, bias_L : (L, D) and (L,) float32, the bias on the queries' device.
     """
 
     def __init__(self, label_table_LD: torch.Tensor, bias_L: torch.Tensor) -> None:
@@ -87,7 +87,7 @@ class HalfPrecisionIndex(ExactIndex):
 
     Parameters
     ----------
-    label_table_LD, bias_L : as of `ExactIndex`.
+    label_table_LD, bias_L : as of `ExactIndex`, on one device.
     """
 
     def __init__(self, label_table_LD: torch.Tensor, bias_L: torch.Tensor) -> None:

@@ -48,6 +48,9 @@ def gather_rows(weight: torch.Tensor, row_ids: torch.Tensor) -> torch.Tensor:
 def gather_parts(weight: torch.Tensor, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """`weight[row_ids]` for each of the parts, with one row-sparse gradient: a row may be in several.
 
+    The table may lie in the host's memory and the row ids on a device: then the rows of all parts move there, each
+    once, and their gradient comes back.
+
     Parameters
     ----------
     weight : (R, D) or (R,) float.
@@ -55,7 +58,7 @@ def gather_parts(weight: torch.Tensor, parts: Sequence[torch.Tensor]) -> tuple[t
 
     Returns
     -------
-    (U, D) or (U,) of weight's dtype, for each part.
+    (U, D) or (U,) of weight's dtype, for each part, where its row ids are.
     """
     return _GatherParts.apply(weight, *parts)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -81,19 +84,23 @@ class _GatherParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(*parts)
-        ctx.shape = weight.shape
-        return tuple(weight.index_select(0, row_ids) for row_ids in parts)
+        ctx.shape, ctx.device = weight.shape, weight.device
+        if weight.device == parts[0].device:
+            return tuple(weight.index_select(0, row_ids) for row_ids in parts)
+        row_ids = torch.unique(torch.cat(parts))
+        rows = _moved_rows(weight, row_ids)
+        return tuple(rows.index_select(0, torch.searchsorted(row_ids, part)) for part in parts)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         parts = ctx.saved_tensors
-        if len(parts) == 1:
-            return _row_gradient(parts[0], grads[0], ctx.shape), None
-        row_ids = torch.unique(torch.cat(parts))
-        total = grads[0].new_zeros(row_ids.shape[0], *ctx.shape[1:])
-        for part, grad in zip(parts, grads, strict=True):
-            total.index_add_(0, torch.searchsorted(row_ids, part), grad)
-        return _row_gradient(row_ids, total, ctx.shape), *(None for _ in parts)
+        row_ids, total = parts[0], grads[0]
+        if len(parts) > 1:
+            row_ids = torch.unique(torch.cat(parts))
+            total = grads[0].new_zeros(row_ids.shape[0], *ctx.shape[1:])
+            for part, grad in zip(parts, grads, strict=True):
+                total.index_add_(0, torch.searchsorted(row_ids, part), grad)
+        return _row_gradient(row_ids.to(ctx.device), total.to(ctx.device), ctx.shape), *(None for _ in parts)
 
 
 class _BagRows(torch.autograd.Function):
@@ -121,6 +128,13 @@ class _BagRows(torch.autograd.Function):
         torch.cumsum(counts, 0, out=row_offsets[1:])
         grad_UD = _bag(instance[order], grad_BD.contiguous(), values[order], row_offsets)
         return _row_gradient(row_ids, grad_UD, ctx.shape), None, None, None
+
+
+def _moved_rows(weight: torch.Tensor, row_ids: torch.Tensor) -> torch.Tensor:
+    """`weight[row_ids]` on the device of the row ids, by way of pinned memory: the table itself need not be pinned."""
+    rows = torch.empty(row_ids.shape[0], *weight.shape[1:], dtype=weight.dtype, pin_memory=torch.cuda.is_available())
+    torch.index_select(weight, 0, row_ids.to(weight.device), out=rows)
+    return rows.to(row_ids.device, non_blocking=True)
 
 
 def _bag(ids: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

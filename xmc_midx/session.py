@@ -413,6 +413,7 @@ class TrainingSession:
         # A faster search needs the table in float32, and takes half of it once more.
         weight_LD = softmax.weight.detach()
         whole = weight_LD.dtype != torch.float32 or weight_LD.nbytes > _COPIED
+        whole = whole or weight_LD.device != softmax.bias.device
         index = build_index(weight_LD, softmax.bias.detach(), exact=whole)
         return Predictor(self.trainer.encoder, index, scaling=AS_GIVEN)
 

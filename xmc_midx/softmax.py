@@ -76,6 +76,10 @@ class LabelSoftmax(nn.Module):
         most labels of a pool below the smallest float16 (6e-8).
     seed : of the draws and of the table's start.
     device, dtype : of the table, as of any module of torch; the bias is float32 at the least.
+    table_device : where the table lies, if not on `device`: in the host's memory, `"cpu"`, where it is too large for
+        the device, to which the rows of each pool then move and from which their gradients come back. Needs `sparse`
+        and a sampler that reads the table at a refresh alone: MIDX or a static one. `.to()` moves it like any
+        parameter.
 
     Raises
     ------
@@ -100,6 +104,7 @@ class LabelSoftmax(nn.Module):
         precision: torch.dtype | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
+        table_device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -115,12 +120,14 @@ class LabelSoftmax(nn.Module):
         self.sampler, self.in_batch, self.estimator, self.num_draws = sampler, in_batch, estimator, num_draws
         self.pool_instances, self.correction_power = pool_instances, correction_power
         self.weighting, self.decoupled, self.sparse, self.precision = weighting, decoupled, sparse, precision
-        self.weight = nn.Parameter(empty_table(num_labels, dim, device=device, dtype=dtype))
+        if table_device is not None and not sparse:
+            raise ValueError("a table on another device has sparse gradients: expected sparse=True")
+        self.weight = nn.Parameter(empty_table(num_labels, dim, device=table_device or device, dtype=dtype))
         self.bias = nn.Parameter(
             torch.zeros(num_labels, device=device, dtype=_at_least_float32(dtype)), requires_grad=bias
         )
         self.seed = seed
-        self.generator = _seeded(self.weight.device, seed)
+        self.generator = _seeded(self.bias.device, seed)
         self.pool_size = 0
         """Labels in the last pool, the mean of a batch's: a diagnostic."""
         # A fit that does not depend on the bias needs no copy of it: four bytes a label.
@@ -292,7 +299,7 @@ class LabelSoftmax(nn.Module):
         if self.sampler is not None:
             # The codebooks read a table of any dtype in chunks; what the others compute with is a copy.
             dtype = self.weight.dtype if isinstance(self.sampler, MidxSampler) else self._dtype
-            with without_autocast(self.weight):
+            with without_autocast(self.bias):
                 self.sampler.refresh(self.weight.to(dtype), self.bias.to(self._dtype))
             self._bias_at_refresh = self.bias.detach().clone() if self._keeps_bias else None
             self._outdated = False
@@ -304,7 +311,8 @@ class LabelSoftmax(nn.Module):
         least), under autocast too.
         """
         with without_autocast(queries):
-            logits = F.linear(self._typed(queries), self.weight.to(self._dtype), self.bias.to(self._dtype))
+            weight_LD = self.weight.to(self.bias.device, self._dtype)
+            logits = F.linear(self._typed(queries), weight_LD, self.bias.to(self._dtype))
             return torch.log_softmax(logits, dim=-1)
 
     def topk(self, queries: torch.Tensor, k: int) -> TopK:
@@ -360,7 +368,7 @@ class LabelSoftmax(nn.Module):
     def _restore_sampler(self, state: dict[str, torch.Tensor], bias_L: torch.Tensor) -> None:
         """Give the sampler copies on the table's device and in its dtype."""
         assert self.sampler is not None
-        device, dtype = self.weight.device, self._dtype
+        device, dtype = self.bias.device, self._dtype
         bias_L = bias_L.to(device, dtype, copy=self._keeps_bias)
         own = {
             name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
@@ -373,16 +381,16 @@ class LabelSoftmax(nn.Module):
         """On the table's device, from the seed: the state of one kind of generator says nothing to another."""
         if self.in_batch is not None:
             self.in_batch.load_state_dict({}, self.bias.detach())
-        if self.generator.device != self.weight.device:
-            self.generator = _seeded(self.weight.device, self.seed)
+        if self.generator.device != self.bias.device:
+            self.generator = _seeded(self.bias.device, self.seed)
 
     def _apply(self, fn: Any, recurse: bool = True) -> LabelSoftmax:
-        before = self.weight.device, self.weight.dtype
+        before = self.bias.device, self.weight.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._place_generator()
         if self._bias_at_refresh is not None:
             self._bias_at_refresh = fn(self._bias_at_refresh)
-        if self.sampler is not None and before != (self.weight.device, self.weight.dtype):
+        if self.sampler is not None and before != (self.bias.device, self.weight.dtype):
             bias_L = self.bias.detach() if self._bias_at_refresh is None else self._bias_at_refresh
             self._restore_sampler(self.sampler.state_dict(), bias_L)
         return self
@@ -423,8 +431,8 @@ class MIDXSoftmax(LabelSoftmax):
     num_labels, dim : L and D (D >= 2).
     num_codewords : C in each of the two codebooks; `"auto"`: 1.25 sqrt(L), at most 320.
     quantizer : `"pq"` or `"rq"`.
-    estimator, pool_instances, correction_power, bias, weighting, decoupled, sparse, precision, seed, device, dtype :
-        as in `LabelSoftmax`, which also says what `state_dict()` holds.
+    estimator, pool_instances, correction_power, bias, weighting, decoupled, sparse, precision, seed, device,
+    table_device, dtype : as in `LabelSoftmax`, which also says what `state_dict()` holds.
     num_draws : `"auto"`: 2,048 a batch, or all labels where they are few; 64 for each instance.
     prior, label_frequencies, frequency_power, refresh_iterations : as in `MidxSampler`; frequencies are (L,) counts.
         The default prior, the bias, needs none: a trained bias is about the log frequency.
@@ -467,6 +475,7 @@ class MIDXSoftmax(LabelSoftmax):
         precision: torch.dtype | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
+        table_device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         for name, size in (("num_labels", num_labels), ("num_codewords", num_codewords), ("num_draws", num_draws)):
@@ -511,5 +520,6 @@ class MIDXSoftmax(LabelSoftmax):
             precision=precision,
             seed=seed,
             device=device,
+            table_device=table_device,
             dtype=dtype,
         )

@@ -31,8 +31,8 @@ def exact_topk(
 
     Parameters
     ----------
-    query_ND, label_table_LD : (N, D) and (L, D) float32 on one device; a table of another dtype is converted by chunks.
-    bias_L : (L,) float32, or None for none.
+    query_ND, label_table_LD : (N, D) and (L, D) float32; a table of another dtype or device is moved by chunks.
+    bias_L : (L,) float32 on the queries' device, or None for none.
     k : results; a row that has fewer labels to choose from is padded with -1 and -inf.
     excluded_L : (L,) bool, True for a label that must not be returned.
     """
@@ -46,7 +46,7 @@ def exact_topk(
         for first in range(0, num_labels, label_chunk):
             labels = slice(first, first + label_chunk)
             scores_BL = linear(
-                chunk_BD, label_table_LD[labels].to(chunk_BD.dtype), None if bias_L is None else bias_L[labels]
+                chunk_BD, label_table_LD[labels].to(chunk_BD), None if bias_L is None else bias_L[labels]
             )
             if excluded_L is not None:
                 scores_BL[:, excluded_L[first : first + label_chunk]] = -torch.inf

@@ -51,7 +51,7 @@ class Trainer:
         assert isinstance(config.epochs, int), "the configuration is resolved"
         self.encoder, self.softmax, self.stream = encoder, softmax, stream
         self.num_epochs, self.refresh_every = config.epochs, refresh_every
-        self.device = softmax.weight.device
+        self.device = softmax.bias.device
         self.optimizer = _optimizer(encoder, softmax, config)
         groups = self.optimizer.param_groups
         self._biases = [parameter for group in groups for parameter in group["params"] if parameter.dim() == 1]
@@ -234,7 +234,8 @@ def _optimizer(encoder: SparseEncoder, softmax: LabelSoftmax, config: TrainingCo
 
 @torch.no_grad()
 def _start_from_mean_instances(encoder: SparseEncoder, softmax: LabelSoftmax, stream: BatchStream) -> None:
-    weight_LD, device = softmax.weight, softmax.weight.device
+    # The table may lie elsewhere: what is added to it comes over.
+    weight_LD, device = softmax.weight, softmax.bias.device
     weight_LD.zero_()
     counts_L = torch.zeros(weight_LD.shape[0], device=device)
     for rows, query_BD in encoder.encode(stream.features):
@@ -247,9 +248,9 @@ def _start_from_mean_instances(encoder: SparseEncoder, softmax: LabelSoftmax, st
         # A part at a time: of instances with many labels, the copies would be larger than the model.
         for part in torch.split(torch.arange(len(which), device=device), _START_POSITIVES):
             sums.index_add_(0, which[part], query_BD[instances[part]])
-        add_to_rows(weight_LD, label_ids, sums, seed=rows.start)
+        add_to_rows(weight_LD, label_ids.to(weight_LD.device), sums.to(weight_LD.device), seed=rows.start)
         counts_L.index_add_(0, label_ids, counts.to(counts_L.dtype))
-    weight_LD.div_(counts_L.clamp(min=1)[:, None])
+    weight_LD.div_(counts_L.clamp(min=1)[:, None].to(weight_LD.device))
     if softmax.bias.requires_grad:
         softmax.bias.copy_(torch.log(counts_L + 1.0))
 

@@ -81,8 +81,9 @@ class MidxSampler:
 
     @torch.no_grad()
     def refresh(self, label_table_LD: torch.Tensor, bias_L: torch.Tensor) -> None:
-        """Fit the codebooks to the table (from the previous ones, where there are any) and rebuild the cells."""
-        generator = torch.Generator(label_table_LD.device).manual_seed(self.seed)
+        """Fit the codebooks to the table (from the previous ones, where there are any) and rebuild the cells, on the
+        bias's device: the table may lie elsewhere, and is read by chunks."""
+        generator = torch.Generator(bias_L.device).manual_seed(self.seed)
         codebook = fit_codebook(
             label_table_LD,
             quantizer=self.quantizer,
@@ -90,6 +91,7 @@ class MidxSampler:
             generator=generator,
             start=self.codebook,
             num_iterations=_COLD_ITERATIONS if self.codebook is None else self.refresh_iterations,
+            device=bias_L.device,
         )
         self.set_codebook(codebook, bias_L)
 

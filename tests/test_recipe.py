@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from xmc_midx.config import Config, load_config
-from xmc_midx.recipe import DataShape, auto_num_codewords, auto_num_draws, resolve
+from xmc_midx.recipe import DataShape, as_started, auto_num_codewords, auto_num_draws, resolve
 
 SIZES = (1, 2, 37, 4_096, 4_097, 10**5, 10**8)
 
@@ -82,6 +82,17 @@ def test_given_values_stay() -> None:
     assert autos(config.model_dump()) == UNTOUCHED
     for size in SIZES:
         assert resolve(config, data(size, size, size)) == config
+
+
+def test_a_run_of_an_older_release_goes_on_as_it_was_started() -> None:
+    """Without weights, and with a pool for the whole batch; what a run of this release has says so itself."""
+    older = load_config(assignments=["training.batch_size=700"])
+    shape = DataShape(num_instances=90_000, num_features=500, num_labels=40_000, num_positives=10**6, has_counts=True)
+    resumed = resolve(as_started(older), shape)
+    assert (resumed.data.weighting, resumed.sampler.pool_instances) == ("none", 700)
+    fresh = resolve(older, shape)
+    assert (fresh.data.weighting, fresh.sampler.pool_instances) == ("tf-idf", 512)
+    assert as_started(fresh) == fresh
 
 
 def test_one_given_value_leaves_the_others_open() -> None:

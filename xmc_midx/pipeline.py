@@ -37,7 +37,7 @@ from xmc_midx.metrics import (
     frequency_deciles,
     without_ignored,
 )
-from xmc_midx.recipe import DataShape, resolve
+from xmc_midx.recipe import DataShape, as_started, resolve
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.types import (
     DEFAULT_KS,
@@ -332,7 +332,7 @@ def resume(
             )
         training = _training_split(dataset, data)
         # What an older release did not know is open in its configuration.
-        directory.config = resolve(directory.config, _shape(dataset, training))
+        directory.config = resolve(as_started(directory.config), _shape(dataset, training))
         with _memory_failures(directory.config, dataset, training):
             a_and_b = _propensity(None, None, dataset, training.num_instances)[:2]
             session = TrainingSession(directory, training, reporter, deadline=deadline, propensity=a_and_b)

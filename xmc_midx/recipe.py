@@ -12,7 +12,7 @@ from typing import Any
 
 from xmc_midx.config import Config
 
-__all__ = ["CELLS_FROM", "DataShape", "auto_num_codewords", "auto_num_draws", "resolve"]
+__all__ = ["CELLS_FROM", "DataShape", "as_started", "auto_num_codewords", "auto_num_draws", "resolve"]
 
 _TARGET_STEPS = 1000
 """Optimiser steps of a whole default training, whatever the number of instances: small sets repeat, large sets take
@@ -102,6 +102,16 @@ def resolve(config: Config, shape: DataShape) -> Config:
     num_steps = num_epochs * shape.num_instances / tree["training"]["batch_size"]
     derive("training", "label_learning_rate", _label_learning_rate(_share_of_labels(tree, shape), num_steps))
     derive("ranker", "num_instances", effort.num_rivalled)
+    return Config.model_validate(tree)
+
+
+def as_started(config: Config) -> Config:
+    """The configuration of a run that an older release may have started: what it did not know stays as it did it."""
+    tree = config.model_dump()
+    batch_size = tree["training"]["batch_size"]
+    for section, key, before in (("data", "weighting", "none"), ("sampler", "pool_instances", batch_size)):
+        if tree[section][key] == "auto":
+            tree[section][key] = before
     return Config.model_validate(tree)
 
 

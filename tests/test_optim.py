@@ -52,7 +52,7 @@ def test_rows_follow_the_formula_and_untouched_rows_keep_every_bit(shape: tuple[
         factor = torch.randn((5, *shape[1:]), generator=generator)
         rates.append(0.1 / (step + 1))
         optimizer.param_groups[0]["lr"] = rates[-1]
-        (gather_rows(table, ids) * factor).sum().backward()
+        (gather_rows(table, [ids])[0] * factor).sum().backward()
         steps.append((ids.tolist(), factor.numpy()))
         before = table.detach().clone()
         optimizer.step()
@@ -71,7 +71,7 @@ def test_summed_moments_follow_the_formula() -> None:
     total, above, below = np.zeros(NUM_ROWS), 0.0, 0.0
     for step, ids in enumerate(touched_rows(8)):
         factor = torch.randn((5, DIM), generator=generator) * 10.0 ** (step % 3 - 1)
-        (gather_rows(table, ids) * factor).sum().backward()
+        (gather_rows(table, [ids])[0] * factor).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         square = (factor.double().numpy() ** 2).mean(1)
@@ -90,7 +90,7 @@ def test_summed_moments_do_not_know_the_unit_of_the_loss(scale: float) -> None:
         generator = torch.Generator().manual_seed(2)
         for ids in touched_rows(6):
             factor = unit * torch.randn((5, DIM), generator=generator)
-            (gather_rows(table, ids) * factor).sum().backward()
+            (gather_rows(table, [ids])[0] * factor).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
     torch.testing.assert_close(*tables, rtol=1e-4, atol=1e-5)
@@ -100,10 +100,10 @@ def test_the_first_step_of_a_late_row_is_as_long_as_the_first_step_of_all() -> N
     table = nn.Parameter(torch.zeros(2, 3))
     optimizer = RowAdam([table], lr=0.1)
     for _ in range(20):
-        gather_rows(table, torch.tensor([0])).sum().backward()
+        gather_rows(table, [torch.tensor([0])])[0].sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    (-gather_rows(table, torch.tensor([1])).sum()).backward()
+    (-gather_rows(table, [torch.tensor([1])])[0].sum()).backward()
     optimizer.step()
     torch.testing.assert_close(table.detach()[1], torch.full((3,), 0.1), atol=1e-6, rtol=0)
 
@@ -124,7 +124,7 @@ def test_an_uncoalesced_gradient_counts_a_repeated_row_once() -> None:
 def test_an_empty_gradient_changes_nothing() -> None:
     table = nn.Parameter(torch.ones(4, 3))
     optimizer = RowAdam([table], lr=0.1)
-    gather_rows(table, torch.empty(0, dtype=torch.int64)).sum().backward()
+    gather_rows(table, [torch.empty(0, dtype=torch.int64)])[0].sum().backward()
     optimizer.step()
     assert torch.equal(table.detach(), torch.ones(4, 3))
 
@@ -156,7 +156,7 @@ def make_model() -> tuple[nn.Parameter, nn.Parameter, RowAdam]:
 def train(table: nn.Parameter, dense: nn.Parameter, optimizer: RowAdam, steps: list[torch.Tensor]) -> None:
     for ids in steps:
         optimizer.zero_grad()
-        (gather_rows(table, ids) @ dense).square().sum().backward()
+        (gather_rows(table, [ids])[0] @ dense).square().sum().backward()
         optimizer.step()
 
 
@@ -193,7 +193,7 @@ def test_the_state_of_a_table_is_two_numbers_a_row() -> None:
 def test_two_tables_may_share_the_memory_of_their_gradients() -> None:
     first, second = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4, 3))
     ids = torch.tensor([1, 2])
-    (gather_rows(first, ids) + gather_rows(second, ids)).square().sum().backward()
+    (gather_rows(first, [ids])[0] + gather_rows(second, [ids])[0]).square().sum().backward()
     RowAdam([first, second], lr=0.1).step()
     assert torch.equal(first, second)
     torch.testing.assert_close(first.detach()[1], torch.full((3,), 0.9))
@@ -246,7 +246,7 @@ def bfloat16_pair(moment: str) -> list[tuple[nn.Parameter, RowAdam]]:
 def fit(table: nn.Parameter, optimizer: RowAdam, steps: list[torch.Tensor]) -> None:
     for ids in steps:
         optimizer.zero_grad()
-        (gather_rows(table, ids).float() - 0.3).square().sum().backward()
+        (gather_rows(table, [ids])[0].float() - 0.3).square().sum().backward()
         optimizer.step()
 
 

@@ -16,7 +16,7 @@ from xmc_midx import rows as rows_module
 from xmc_midx.config import DataConfig
 from xmc_midx.data.features import IDF, FeatureScaling, are_counts, normalize_rows
 from xmc_midx.encoder import SparseEncoder
-from xmc_midx.rows import bag_rows, gather_parts, gather_rows, sparse_rows
+from xmc_midx.rows import bag_rows, gather_rows, sparse_rows
 from xmc_midx.types import SparseRows
 
 RowMaker = Callable[..., csr_matrix]
@@ -91,7 +91,7 @@ def test_a_batch_without_features_has_an_empty_gradient(num_rows: int) -> None:
 def test_gathered_rows_are_the_rows_and_so_is_their_gradient(shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
     ids = torch.tensor([0, 3, 10])
-    rows = gather_rows(weight, ids)
+    rows = gather_rows(weight, [ids])[0]
     assert torch.equal(rows, weight[ids])
     factor = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1))
     (rows * factor).sum().backward()
@@ -104,7 +104,7 @@ def test_gathered_rows_are_the_rows_and_so_is_their_gradient(shape: tuple[int, .
 def test_parts_may_share_rows_whose_gradient_is_the_sum(shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
     parts = [torch.tensor(ids, dtype=torch.int64) for ids in ([0, 3, 10], [], [3, 4, 10])]
-    gathered = gather_parts(weight, parts)
+    gathered = gather_rows(weight, parts)
     factors = [torch.randn(len(part), *shape[1:], generator=torch.Generator().manual_seed(len(part))) for part in parts]
     expected = torch.zeros(shape)
     for rows, part, factor in zip(gathered, parts, factors, strict=True):
@@ -121,13 +121,13 @@ def test_rows_of_a_table_in_the_hosts_memory_move_to_the_device_and_their_gradie
     with FakeTensorMode(shape_env=ShapeEnv(allow_dynamic_output_shape_ops=True)):
         weight = torch.empty(11, 4)
         parts = [torch.zeros(count, dtype=torch.int64, device="cuda") for count in (3, 5)]
-        gathered = gather_parts(weight, parts)
+        gathered = gather_rows(weight, parts)
         assert [rows.device.type for rows in gathered] == ["cuda", "cuda"]
         assert [tuple(rows.shape) for rows in gathered] == [(3, 4), (5, 4)]
         # Autograd's own thread for the device would look for a GPU.
         for some in (parts, parts[:1]):
             context = SimpleNamespace(saved_tensors=some, shape=weight.shape, device=weight.device)
-            gradient, *others = rows_module._GatherParts.backward(context, *gathered[: len(some)])
+            gradient, *others = rows_module._GatherRows.backward(context, *gathered[: len(some)])
             assert gradient is not None and others == [None] * len(some)
             assert gradient.is_sparse and gradient.device.type == "cpu" and gradient.shape == (11, 4)
 

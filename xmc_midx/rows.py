@@ -1,9 +1,9 @@
 """Layer 1. Row-sparse differentiation: read a few rows of a large table, and return a gradient for those rows only.
 
-`bag_rows`, `gather_rows` and `gather_parts` give `weight.grad` as a `torch.sparse_coo_tensor` with unique, rising row
-ids, which the optimisers of `xmc_midx.optim` and `torch.optim.SparseAdam` take. Nothing of the size of the table is
-allocated. Measured in EXPERIMENTS.md ("Row gathers"): torch's own `embedding_bag` is as fast on two CPU cores as fused
-numba kernels, so there are none here, and the same lines run on CUDA.
+`bag_rows` and `gather_rows` give `weight.grad` as a `torch.sparse_coo_tensor` with unique, rising row ids, which the
+optimisers of `xmc_midx.optim` and `torch.optim.SparseAdam` take. Nothing of the size of the table is allocated.
+Measured in EXPERIMENTS.md ("Row gathers"): torch's own `embedding_bag` is as fast on two CPU cores as fused numba
+kernels, so there are none here, and the same lines run on CUDA.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from scipy.sparse import csr_matrix
 
 from xmc_midx.types import SparseRows
 
-__all__ = ["bag_rows", "gather_parts", "gather_rows", "sparse_rows"]
+__all__ = ["bag_rows", "gather_rows", "sparse_rows"]
 
 
 def sparse_rows(features: csr_matrix) -> SparseRows:
@@ -30,22 +30,7 @@ def sparse_rows(features: csr_matrix) -> SparseRows:
     )
 
 
-def gather_rows(weight: torch.Tensor, row_ids: torch.Tensor) -> torch.Tensor:
-    """`weight[row_ids]`, with a row-sparse gradient.
-
-    Parameters
-    ----------
-    weight : (R, D) or (R,) float.
-    row_ids : (U,) int64, unique and rising.
-
-    Returns
-    -------
-    (U, D) or (U,) of weight's dtype.
-    """
-    return gather_parts(weight, [row_ids])[0]
-
-
-def gather_parts(weight: torch.Tensor, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def gather_rows(weight: torch.Tensor, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """`weight[row_ids]` for each of the parts, with one row-sparse gradient: a row may be in several.
 
     The table may lie in the host's memory and the row ids on a device: then the rows of all parts move there, each
@@ -60,7 +45,7 @@ def gather_parts(weight: torch.Tensor, parts: Sequence[torch.Tensor]) -> tuple[t
     -------
     (U, D) or (U,) of weight's dtype, for each part, where its row ids are.
     """
-    return _GatherParts.apply(weight, *parts)  # type: ignore[no-any-return,no-untyped-call]
+    return _GatherRows.apply(weight, *parts)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def bag_rows(weight: torch.Tensor, rows: SparseRows) -> torch.Tensor:
@@ -80,7 +65,7 @@ def bag_rows(weight: torch.Tensor, rows: SparseRows) -> torch.Tensor:
     return _BagRows.apply(weight, rows.feature_ids, rows.values, rows.offsets)  # type: ignore[no-any-return,no-untyped-call]
 
 
-class _GatherParts(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(*parts)

@@ -32,7 +32,7 @@ from torch import nn
 from xmc_midx.device import empty_table
 from xmc_midx.estimators import PoolLoss, Positives, Targets, logsumexp_or_empty, without_autocast
 from xmc_midx.recipe import auto_num_codewords, auto_num_draws
-from xmc_midx.rows import gather_parts
+from xmc_midx.rows import gather_rows
 from xmc_midx.samplers.midx import MidxSampler
 from xmc_midx.samplers.pools import beside, two_samples
 from xmc_midx.samplers.static import InBatchSampler
@@ -283,7 +283,7 @@ class LabelSoftmax(nn.Module):
     def _rows(self, pools: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Rows (P, D) and biases (P,) of each pool of label ids."""
         tables = self.weight, self.bias
-        found = (gather_parts(t, pools) if self.sparse else [t[label_ids] for label_ids in pools] for t in tables)
+        found = (gather_rows(t, pools) if self.sparse else [t[label_ids] for label_ids in pools] for t in tables)
         rows, biases = ([part.to(self._dtype) for part in parts] for parts in found)
         return rows, biases
 

@@ -104,7 +104,7 @@ def faiss_searches(table: StoredTable, bias: np.ndarray, systems: list[str], thr
     return found
 
 
-def pecos_results(work: Path, features: csr_matrix, threads: int) -> list[dict[str, Any]]:
+def pecos_results(work: Path, features: csr_matrix, num_labels: int, threads: int) -> list[dict[str, Any]]:
     """PECOS's recall and time by beam width, in its own interpreter."""
     models = sorted(work.glob("data-*/pecos/model"))
     if not models:
@@ -120,6 +120,8 @@ def pecos_results(work: Path, features: csr_matrix, threads: int) -> list[dict[s
             "beams": BEAMS,
         }
         found = bench.call("beams", request, Path(name), peer=True)[0]
+    if found["num_labels"] != num_labels:
+        raise SystemExit(f"{models[0]}: has {found['num_labels']} labels, expected {num_labels}: is it of other data?")
     results: list[dict[str, Any]] = found["results"]
     return results
 
@@ -157,6 +159,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.labels and arguments.pecos:
+        parser.error("--pecos has its model's own labels: not with --labels")
     systems = arguments.systems.split(",")
     predictor = Predictor.load(arguments.run, device="cpu")
     index = predictor.index
@@ -207,7 +211,7 @@ def main() -> None:
         alone = 1e6 * statistics.median(single[name])
         report["results"].append({"name": name, "recall@5": recall, "microseconds": us, "microseconds_alone": alone})
     if arguments.pecos is not None:
-        report["results"] += pecos_results(arguments.pecos, normalize_rows(asked), arguments.threads)
+        report["results"] += pecos_results(arguments.pecos, normalize_rows(asked), len(bias), arguments.threads)
     print(f"{'search':44} {'recall@5':>9} {'µs a query':>11} {'exact / it':>10} {'alone, µs':>10} {'exact / it':>10}")
     scan = report["results"][0]
     for row in report["results"]:

@@ -72,7 +72,9 @@ class Model:
         activate = (lambda z: np.maximum(z, 0)) if self.facts["activation"] == "relu" else (lambda z: z)
         ids, values = np.array([*row], np.int64), np.array([*row.values()], np.float32)
         if "features.idf" in self.tensors:
-            values = np.sign(values) * np.log1p(np.abs(values)) * self.tensors["features.idf"][ids]
+            size = np.abs(values)
+            size = np.minimum(size, 1) + np.log(np.maximum(size, 1))
+            values = np.sign(values) * size * self.tensors["features.idf"][ids]
         if self.facts["normalize"] == "l2":
             values = values / (np.linalg.norm(values) or 1)
         z = activate(values @ self.tensors["encoder.embedding"][ids] + self.tensors["encoder.bias"])

@@ -183,6 +183,8 @@ def test_numpy_alone_predicts_what_the_model_alone_predicts(
     run = runs(name)
     result = export(run, output=tmp_path / "out")
     assert [one.name for one in result.measured] == ["midx", "exact"] and result.measured[0].recall_5 == 1.0
+    version = json.loads((tmp_path / "out" / "export.json").read_text(encoding="utf-8"))["version"]
+    assert version == (2 if name == "weighted" else 1)
     _, queries = queries_of(run, rows(data))
     lines = (data / "test.txt").read_bytes().partition(b"\n")[2]
     (tmp_path / "rows.txt").write_bytes(lines)

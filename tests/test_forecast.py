@@ -40,8 +40,8 @@ def test_the_rows_of_a_batch_are_their_expectation() -> None:
     rng = np.random.default_rng(0)
     has = np.array([rng.permutation(100) < count for count in COUNTS])
     seen = [has[:, rng.integers(100, size=16)].any(1).sum() for _ in range(4000)]
-    rows, labels, pool = _rows_of_a_batch(resolved("training.batch_size=16"), DATA)
-    assert rows == int(np.mean(seen)) and pool == labels <= 4
+    rows, labels, pool, groups = _rows_of_a_batch(resolved("training.batch_size=16"), DATA)
+    assert rows == int(np.mean(seen)) and pool == labels <= 4 and groups == 1
 
 
 def test_an_instance_is_scored_against_the_pool_of_its_group() -> None:
@@ -49,12 +49,35 @@ def test_an_instance_is_scored_against_the_pool_of_its_group() -> None:
         num_instances=1000, feature_counts=np.full(9, 10), label_counts=np.full(500, 4), loaded_bytes=1000
     )
     sizes = ["training.batch_size=64", "sampler.num_draws=20"]
-    pools = {}
-    for options in (["sampler.pool_instances=16"], ["sampler.pool_instances=64"], ["sampler.positives=certain"]):
-        config = resolved(*sizes, *options)
-        _, labels, pools[options[0]] = _rows_of_a_batch(config, data)
+    pools = []
+    for option in ("sampler.pool_instances=16", "sampler.pool_instances=64", "sampler.positives=certain"):
+        _, labels, *pool = _rows_of_a_batch(resolved(*sizes, option), data)
         assert labels == int(20 + 500 * (1 - 0.996**64))
-    assert list(pools.values()) == [int(20 + 500 * (1 - 0.996**16)), labels, labels]
+        pools.append(pool)
+    assert pools == [[int(20 + 500 * (1 - 0.996**16)), 4], [labels, 1], [labels, 1]]
+
+
+def test_a_label_table_in_the_hosts_memory_is_no_burden_of_the_device() -> None:
+    there, here = (forecast(resolved(f"model.label_memory={memory}"), DATA, cuda=True) for memory in ("host", "device"))
+    num_labels, dim = DATA.label_counts.shape[0], resolved().model.dim
+    assert isinstance(dim, int)
+    assert here.device["tables"] - there.device["tables"] == 4 * num_labels * dim
+    assert here.device["optimiser"] - there.device["optimiser"] == 8 * num_labels == there.host["optimiser"]
+    assert here.host["tables"] == there.host["tables"]
+
+
+def test_the_host_is_offered_for_a_device_and_a_sampler_that_allow_it() -> None:
+    data = TrainingData(
+        num_instances=10**5, feature_counts=np.full(10, 5), label_counts=np.full(10**6, 1), loaded_bytes=10**6
+    )
+    shape = DataShape(num_instances=10**5, num_features=10, num_labels=10**6, num_positives=10**6)
+
+    def offered(name: str, cuda: bool) -> bool:
+        config = resolve(load_config(assignments=[f"sampler.name={name}", "model.dim=512"]), shape)
+        return "model.label_memory=host" in dict(cheaper_options(config, data, cuda=cuda))
+
+    assert offered("midx-pq", True)
+    assert not offered("midx-pq", False) and not offered("softmax", True)
 
 
 def test_each_option_lowers_the_peak_and_the_most_useful_comes_first() -> None:

@@ -100,8 +100,12 @@ def test_gathered_rows_are_the_rows_and_so_is_their_gradient(shape: tuple[int, .
     assert torch.equal(weight.grad.to_dense()[ids], factor)
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["here", "by way of the host"])
 @pytest.mark.parametrize("shape", [(11, 4), (11,)])
-def test_parts_may_share_rows_whose_gradient_is_the_sum(shape: tuple[int, ...]) -> None:
+def test_parts_may_share_rows_whose_gradient_is_the_sum(
+    shape: tuple[int, ...], apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_module, "_lies_apart", lambda weight, row_ids: apart)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
     parts = [torch.tensor(ids, dtype=torch.int64) for ids in ([0, 3, 10], [], [3, 4, 10])]
     gathered = gather_rows(weight, parts)
@@ -213,25 +217,29 @@ class TestEncoder:
 
 
 @pytest.mark.parametrize("normalize", ["l2", "none"])
-def test_weighted_values_are_logarithms_times_idf(random_rows: RowMaker, normalize: str) -> None:
+def test_weighted_values_are_damped_counts_times_idf(random_rows: RowMaker, normalize: str) -> None:
     features = random_rows(17, 23, density=0.2)
     features.data[:] = np.ceil(9 * np.abs(features.data))
     features.data[0] *= -1
+    features.data[1] = 0.25
     config = DataConfig(weighting="tf-idf", normalize=normalize)
     scaling = FeatureScaling.fit(config, features)
     dense = features.toarray().astype(np.float64)
     idf = np.log(18 / ((dense != 0).sum(0) + 1)) + 1
-    expected = np.sign(dense) * np.log(1 + np.abs(dense)) * idf
+    size = np.abs(dense)
+    damped = np.where(size >= 1, 1 + np.log(np.maximum(size, 1)), size)
+    expected = np.sign(dense) * damped * idf
     if normalize == "l2":
         expected /= np.maximum(np.linalg.norm(expected, axis=1, keepdims=True), 1e-30)
     np.testing.assert_allclose(scaling(features).toarray(), expected, rtol=1e-5)
     assert scaling(features).dtype == np.float32
     # Of other rows, with the idf that the model keeps.
-    known = FeatureScaling.of(config, {IDF: scaling.idf})
+    known = FeatureScaling.of(config, {IDF: scaling.idf}, 23)
     assert (known(features[3:5]) != scaling(features)[3:5]).nnz == 0
-    for broken in ({}, {IDF: idf}, {IDF: np.full(23, np.nan, np.float32)}):
+    assert scaling.idf is not None
+    for broken in ({}, {IDF: idf}, {IDF: scaling.idf[1:]}, {IDF: np.full(23, np.nan, np.float32)}):
         with pytest.raises((LookupError, ValueError)):
-            FeatureScaling.of(config, broken)
+            FeatureScaling.of(config, broken, 23)
 
 
 def test_counts_are_whole_numbers_in_sparse_rows(random_rows: RowMaker) -> None:

@@ -252,12 +252,13 @@ def test_in_batch_negatives_are_the_batchs_positives_at_their_weights(weighting:
 @pytest.mark.usefixtures("chunks")
 @VARIANTS
 @SPARSE
-@pytest.mark.parametrize("sizes", [[7], [2, 2, 3]], ids=["whole", "groups"])
+@pytest.mark.parametrize("sizes", [[7], [2, 2, 3], [1] * 7], ids=["whole", "groups", "each"])
 def test_positives_as_a_sample_are_weighed_against_the_draws(
     weighting: str, decoupled: bool, sparse: bool, sizes: list[int]
 ) -> None:
     """w / P(in the group) where the group has the label, and (1 - w) / P(drawn) where it was drawn: a batch in groups
-    shares the draws, and a label of several groups has one gradient."""
+    shares the draws, a label of several groups has one gradient, and a group may have no positives (of one instance,
+    its own are no negatives)."""
     frequency_L = torch.arange(1, L + 1)
     law = InBatchSampler(frequency_L, num_instances=100)
     drawn = {1: -2.0, 3: -1.5, 8: -0.7, 9: -3.0, 12: 0.0, 16: -0.1}
@@ -278,9 +279,10 @@ def test_positives_as_a_sample_are_weighed_against_the_draws(
         pool = []
         for label in sorted(certain | set(drawn)):
             part = chance[label] + (1 - chance[label]) * expected_positives / (expected_positives + 6)
-            weight = part / chance[label] if label in certain else 0.0
+            part = part if chance[label] > 0 else 0.0
+            weight = part / max(chance[label], 1e-9) if label in certain else 0.0
             weight += (1 - part) / math.exp(drawn[label]) if label in drawn else 0.0
-            pool.append((label, -math.log(weight)))
+            pool += [(label, -math.log(weight))] if weight > 0 else []
         negatives += [pool] * size
     query_BD = make_queries()
     reference = Reference(softmax, query_BD)
@@ -292,7 +294,11 @@ def test_positives_as_a_sample_are_weighed_against_the_draws(
     "options",
     [
         {"sampler": None, "in_batch": InBatchSampler(torch.arange(1, L + 1), num_instances=100)},
-        {"sampler": InBatchSampler(torch.arange(1, L + 1), num_instances=100), "num_draws": 4},
+        {
+            "sampler": InBatchSampler(torch.arange(1, L + 1), num_instances=100),
+            "num_draws": 4,
+            "in_batch": InBatchSampler(torch.arange(1, L + 1), num_instances=100),
+        },
         {"sampler": UniformSampler(L), "num_draws": 4},
         {
             "sampler": UniformSampler(L),
@@ -302,11 +308,13 @@ def test_positives_as_a_sample_are_weighed_against_the_draws(
     ],
     ids=["full", "in-batch", "positives-certain", "all-labels"],
 )
-def test_where_a_group_would_have_another_loss_the_batch_is_one(options: dict[str, Any]) -> None:
-    """Without a law of the positives, without draws, or with all labels in the pool."""
+def test_there_are_groups_only_where_labels_are_drawn_beside_positives_that_are_a_sample(
+    options: dict[str, Any],
+) -> None:
     losses = []
     for pool_instances in (None, 2):
         softmax = make_softmax(**options, pool_instances=pool_instances)
+        assert softmax._sizes_of_groups(7) == [7]
         losses.append(softmax(make_queries(), offsets_of(RAGGED)).item())
     assert losses[0] == losses[1]
 
@@ -432,9 +440,10 @@ def test_the_pools_estimate_of_the_partition_function_is_unbiased(name: str) -> 
     assert_unbiased(estimates, logits_BL.exp().sum(1))
 
 
+@pytest.mark.parametrize("sizes", [[6], [3, 3]], ids=["whole", "groups"])
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.fault("R17")
-def test_with_positives_as_a_sample_it_is_unbiased_over_random_batches(name: str) -> None:
+def test_with_positives_as_a_sample_it_is_unbiased_over_random_batches(name: str, sizes: list[int]) -> None:
     """One instance of a collection of 40, in batches of 6 with others that are drawn without replacement."""
     rng = np.random.default_rng(0)
     collection = [rng.choice(L - 2, size=rng.integers(1, 4), replace=False).tolist() for _ in range(40)]
@@ -448,8 +457,9 @@ def test_with_positives_as_a_sample_it_is_unbiased_over_random_batches(name: str
     estimates = torch.empty(1500, 1, dtype=torch.float64)
     for repetition in range(1500):
         batch = [0, *(1 + rng.permutation(39)[:5])]
-        positives, _ = offsets_of([collection[i] for i in batch])
-        pool, log_weight = softmax._pools(queries_ND[batch], [positives], [len(batch)])[0]
+        groups = [batch[: sizes[0]], batch[sizes[0] :]][: len(sizes)]
+        positives = [offsets_of([collection[i] for i in group])[0] for group in groups]
+        pool, log_weight = softmax._pools(queries_ND[batch], positives, sizes)[0]
         estimates[repetition] = (logits_L[pool] - log_weight).exp().sum()
     assert_unbiased(estimates, logits_L.exp().sum())
 

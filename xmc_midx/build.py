@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from xmc_midx.config import Config, SamplerConfig
+from xmc_midx.config import HOST_SAMPLERS, Config, SamplerConfig
 from xmc_midx.device import find_precision
 from xmc_midx.encoder import SparseEncoder
 from xmc_midx.errors import UsageError
@@ -22,9 +22,6 @@ from xmc_midx.softmax import LabelSoftmax, MIDXSoftmax
 from xmc_midx.types import Sampler
 
 __all__ = ["build_encoder", "build_sampler", "build_softmax"]
-
-_READ_NO_TABLE = ("uniform", "frequency", "in-batch")
-"""Samplers whose law does not look at the label table."""
 
 
 def build_encoder(config: Config, num_features: int) -> SparseEncoder:
@@ -74,10 +71,10 @@ def build_softmax(config: Config, frequencies: np.ndarray, num_instances: int, d
         "table_device": "cpu" if model.label_memory == "host" else None,
         "dtype": torch.bfloat16 if model.label_precision == "bfloat16" else torch.float32,
     }
-    if model.label_memory == "host" and not (options.name.startswith("midx-") or options.name in _READ_NO_TABLE):
+    if model.label_memory == "host" and options.name not in HOST_SAMPLERS:
         raise UsageError(
-            f"model.label_memory=host: sampler {options.name} reads the label table at each step; expected midx-pq, "
-            f"midx-rq, {', '.join(_READ_NO_TABLE)}."
+            f"model.label_memory=host: sampler {options.name} reads the label table at each step; expected "
+            f"{', '.join(HOST_SAMPLERS)}."
         )
     size = {"num_labels": frequencies.shape[0], "dim": model.dim}
     sampled = options.positives == "sampled"

@@ -60,8 +60,8 @@ class DataConfig(_Section):
     """How the feature rows are used."""
 
     weighting: Literal["none", "tf-idf"] | Auto = "auto"
-    """`tf-idf`: a value v counts ln(1 + v), times the log of how rare its feature is; `none`: the values as given. By
-    default, raw counts are weighted."""
+    """`tf-idf`: a count v is 1 + ln v, times the idf of its feature; `none`: the values as given. By default, raw
+    counts are weighted."""
     normalize: Literal["l2", "none"] = "l2"
     """Scale of each feature row; `none` uses the values as given."""
     validation_fraction: Fraction | Auto = "auto"
@@ -98,7 +98,7 @@ class SamplerConfig(_Section):
 
     name: SamplerName = "midx-pq"
     estimator: Literal["pool", "instance"] = "pool"
-    """`pool`: one set of labels scored by the whole batch; `instance`: own draws for each instance (the paper)."""
+    """`pool`: one set of labels for many instances; `instance`: own draws for each instance (the paper)."""
     num_draws: PositiveInt | Auto = "auto"
     """Labels drawn for a batch (`pool`) or for each instance (`instance`)."""
     pool_instances: PositiveInt | Auto = "auto"
@@ -287,3 +287,5 @@ def _known_keys(error: ValidationError) -> str | None:
 
 
 SAMPLER_NAMES: tuple[str, ...] = get_args(SamplerName)
+HOST_SAMPLERS = ("midx-pq", "midx-rq", "uniform", "frequency", "in-batch")
+"""Those that read the label table at a refresh alone, or never: it may lie in the host's memory."""

@@ -36,7 +36,7 @@ import torch
 from scipy.sparse import csr_matrix
 
 from xmc_midx.build import build_encoder, build_sampler
-from xmc_midx.checkpoint import read_model
+from xmc_midx.checkpoint import read_model, refuse_misfits
 from xmc_midx.config import Config
 from xmc_midx.data.features import FeatureScaling
 from xmc_midx.encoder import SparseEncoder
@@ -90,7 +90,10 @@ class TrainedModel:
                 f"{source}: does not hold the label frequencies, which the samplers need.",
                 hint="It is of an older release; train again.",
             )
-        encoder = build_encoder(run.config, model["encoder.embedding"].shape[0])
+        num_features = model["encoder.embedding"].shape[0]
+        with refuse_misfits(source):
+            scaling = FeatureScaling.of(run.config.data, model, num_features)
+        encoder = build_encoder(run.config, num_features)
         names = {n.removeprefix("encoder."): t for n, t in model.items() if n.startswith("encoder.")}
         encoder.load_state_dict(names, assign=True)
         return cls(
@@ -100,7 +103,7 @@ class TrainedModel:
             bias=model["labels.bias"].to(device),
             frequencies=model["train.label_frequencies"].to(device),
             num_train=int(model["train.num_instances"]),
-            scaling=FeatureScaling.of(run.config.data, model),
+            scaling=scaling,
         )
 
     @torch.no_grad()

@@ -93,8 +93,8 @@ class PoolLoss(torch.autograd.Function):
 
     Equals autograd on `logits = query @ rows.T + bias`, negatives less `log_weight`, the loss of the module's
     docstring. Written by hand because the gradient of all negatives of an instance is one softmax row times one
-    number: a single (B, P) matrix is kept, in the products' precision, and none at all where it would exceed
-    `_CHUNK_ELEMENTS`.
+    number: a single (B, P) matrix is kept, in the products' precision, and none at all where those of all groups of
+    the batch, `batch_size` instances, would exceed `_CHUNK_ELEMENTS`.
     """
 
     @staticmethod
@@ -108,10 +108,11 @@ class PoolLoss(torch.autograd.Function):
         targets: Targets,
         decoupled: bool,
         precision: torch.dtype,
+        batch_size: int,
     ) -> torch.Tensor:
         query = query_BD.to(precision)
         num_rows, pool_size = query_BD.shape[0], rows_PD.shape[0]
-        chunk = max(1, min(pool_size, _CHUNK_ELEMENTS // num_rows))
+        chunk = max(1, min(pool_size, _CHUNK_ELEMENTS // batch_size))
         log_negatives_B = query_BD.new_full((num_rows,), -torch.inf)
         logits_Y = query_BD.new_empty(positions_Y.shape[0])
         whole = None
@@ -161,7 +162,7 @@ class PoolLoss(torch.autograd.Function):
                 grad_query += slopes @ rows_PD[begin:end].to(ctx.precision)
                 grad_rows[begin:end] = slopes.T @ query
                 grad_bias[begin:end] = slopes.sum(0, dtype=bias_P.dtype)
-        return (grad_query.mul_(grad), grad_rows.mul_(grad), grad_bias.mul_(grad), *(None,) * 5)
+        return (grad_query.mul_(grad), grad_rows.mul_(grad), grad_bias.mul_(grad), *(None,) * 6)
 
 
 def _chunk_logits(

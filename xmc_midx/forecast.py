@@ -1,7 +1,8 @@
 """Layer 3. What a training will need: memory at its peak, disk, and time, from the data and a resolved configuration.
 
 Memory on the CPU, each term in bytes, with F, L, D, C, B, N as in the shape legend, nnz the stored feature values, Y
-the positives, `u` and `p` the rows of the two tables that an average batch touches:
+the positives, `u` and `l` the rows of the two tables that an average batch touches, `g` its groups of instances and
+`p` the labels of a group's pool:
 
 - libraries, 375 MB: interpreter, torch, compiled code and products
 - data, 0.5 x (8 (nnz + Y) + 8 N) of all splits: what reading them leaves, as the CSR matrices are mapped from the cache
@@ -13,8 +14,8 @@ the positives, `u` and `p` the rows of the two tables that an average batch touc
 - the largest of three stages, as each gives back what it took:
   - start, 4 D (4 x 4096 + min(y, L) + min(y, 65536)), y = 4096 Y / N: the queries of a chunk, a sum for each of its
     labels, a query for each positive of a part
-  - epoch, 12 u D + 32 p D + 32 B p + 100 MB + 4 min(L, 4096) C + 4 D min(L, 1024 C) where that is below L + 4 x 256 L,
-    64 MB at most, + 8 L: gathered rows, their gradients, logits, fragments; refresh; validation
+  - epoch, 12 u D + 16 (l + g p) D + 32 B p + 100 MB + 4 min(L, 4096) C + 4 D min(L, 1024 C) where that is below
+    L + 4 x 256 L, 64 MB at most, + 8 L: gathered rows, their gradients, logits, fragments; refresh; validation
   - label cells, from 4,096 labels, without tables, optimiser and sampler: the tables in int8 + 4 D (22,000 + 4 x 4,096)
     + 440 L + 24 D^2 + 100 MB: queries of training instances, sketches, the directions, fragments
   - neighbours, 12 nnz + 164 F + 16 Y + 160 MB + 70 MB: the index, the shortlist (or 300 bytes for each label that is
@@ -22,10 +23,12 @@ the positives, `u` and `p` the rows of the two tables that an average batch touc
     24 (Y + 50 x 30,000) + 50 MB for the linear ranker; where there are cells, tables, optimiser and sampler are gone
     and the int8 ones there
 
-u is exact in expectation: the sum over the features of 1 - (1 - share of the instances that have it)^B, and likewise p,
-plus the draws. On CUDA, tables, optimiser, sampler and epoch count on the device instead, and the host keeps a copy of
-the tables for the checkpoint. Where the terms come from: `xmc_midx.session` allocates them in this order; a change
-there is a change here. `scripts/check_forecast.py` measures how good it is (EXPERIMENTS.md, "Forecast").
+u is exact in expectation: the sum over the features of 1 - (1 - share of the instances that have it)^B, and likewise l
+and p (of B / g instances), plus the draws. On CUDA, tables, optimiser, sampler and epoch count on the device instead,
+and the host keeps a copy of the tables for the checkpoint; with `model.label_memory=host` the label table and its
+moments lie there, and the time of their rows' way is not forecast. Where the terms come from: `xmc_midx.session`
+allocates them in this order; a change there is a change here. `scripts/check_forecast.py` measures how good it is
+(EXPERIMENTS.md, "Forecast").
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from xmc_midx.config import Config
+from xmc_midx.config import HOST_SAMPLERS, Config
 from xmc_midx.recipe import CELLS_FROM
 
 __all__ = ["Forecast", "Speed", "TrainingData", "cheaper_options", "forecast", "step_floor"]
@@ -159,9 +162,9 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     tables = (4 * dim + 4) * num_features + (label_bytes * dim + 4) * num_labels + 4 * model.num_hidden_layers * dim**2
     optimizer = 4 * num_features + 16 * num_labels + 8 * model.num_hidden_layers * dim**2
     sampler_state = 24 * num_labels + 28 * codewords**2 + 8 * codewords * dim
-    rows, labels, pool = _rows_of_a_batch(config, data)
+    rows, labels, pool, groups = _rows_of_a_batch(config, data)
     logits = batch * min(pool, _SCORES_AT_ONCE // batch)
-    epoch = 12 * rows * dim + 32 * labels * dim + 32 * logits + _FRAGMENTS
+    epoch = 12 * rows * dim + 16 * (labels + groups * pool) * dim + 32 * logits + _FRAGMENTS
     if sampler.name.startswith("midx"):
         epoch += 4 * min(num_labels, _ASSIGN_CHUNK) * codewords
         sample = _POINTS_PER_CODEWORD * codewords
@@ -200,6 +203,8 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
         if model.label_memory == "host":
             # The host has room for all tables already: it saves them.
             device["tables"] -= label_bytes * dim * num_labels
+            device["optimiser"] -= 8 * num_labels
+            host["optimiser"] = 8 * num_labels
     else:
         stages: dict[str, float] = {"start": start, "epoch": epoch, "neighbours": neighbors}
         if num_labels >= CELLS_FROM:
@@ -240,10 +245,11 @@ def cheaper_options(config: Config, data: TrainingData, *, cuda: bool = False) -
         f"sampler.num_draws={max(1, draws // 4)}": {"sampler": {"num_draws": max(1, draws // 4)}},
         "model.label_precision=bfloat16": {"model": {"label_precision": "bfloat16"}},
         "model.label_init=random": {"model": {"label_init": "random"}},
-        "model.label_memory=host": {"model": {"label_memory": "host"}},
         "neighbors.enabled=false": {"neighbors": {"enabled": False}},
         "ranker.enabled=false": {"ranker": {"enabled": False}},
     }
+    if cuda and config.sampler.name in HOST_SAMPLERS:
+        trials["model.label_memory=host"] = {"model": {"label_memory": "host"}}
 
     def peak(settings: Config) -> int:
         result = forecast(settings, data, cuda=cuda)
@@ -259,8 +265,9 @@ def cheaper_options(config: Config, data: TrainingData, *, cuda: bool = False) -
     return sorted((cost for cost in costs if cost[1] < now), key=lambda cost: cost[1])[:3]
 
 
-def _rows_of_a_batch(config: Config, data: TrainingData) -> tuple[int, int, int]:
-    """Features and labels that an average batch touches, and labels that one of its instances is scored against."""
+def _rows_of_a_batch(config: Config, data: TrainingData) -> tuple[int, int, int, int]:
+    """Features and labels that an average batch touches, labels that one of its instances is scored against, and groups
+    of instances with a pool each."""
     batch, sampler = _number(config.training.batch_size), config.sampler
 
     def distinct(counts: NDArray[np.int64], instances: float) -> float:
@@ -269,13 +276,13 @@ def _rows_of_a_batch(config: Config, data: TrainingData) -> tuple[int, int, int]
 
     num_labels, rows = data.label_counts.shape[0], int(distinct(data.feature_counts, batch))
     if sampler.name == "full":
-        return rows, num_labels, num_labels
+        return rows, num_labels, num_labels, 1
     draws = _number(sampler.num_draws) * (1 if sampler.estimator == "pool" else batch)
     labels = int(min(num_labels, draws + distinct(data.label_counts, batch)))
     if sampler.estimator != "pool" or sampler.positives != "sampled" or draws >= num_labels:
-        return rows, labels, labels
+        return rows, labels, labels, 1
     groups = 1 if sampler.name == "in-batch" else -(-batch // _number(sampler.pool_instances))
-    return rows, labels, int(min(num_labels, draws + distinct(data.label_counts, batch / groups)))
+    return rows, labels, int(min(num_labels, draws + distinct(data.label_counts, batch / groups))), groups
 
 
 def step_floor(batch: int, values: int, rows: int, pool: int, dim: int, speed: Speed) -> tuple[float, float]:

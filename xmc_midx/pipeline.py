@@ -434,7 +434,7 @@ def _refuse_what_does_not_fit(
 @contextmanager
 def _memory_failures(config: Config, dataset: XmcDataset, training: Split) -> Iterator[None]:
     """An allocation that fails is said with the options that lower the peak."""
-    from xmc_midx.device import is_out_of_memory
+    from xmc_midx.device import find_device, is_out_of_memory
     from xmc_midx.forecast import cheaper_options
 
     try:
@@ -442,7 +442,9 @@ def _memory_failures(config: Config, dataset: XmcDataset, training: Split) -> It
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        options = ", ".join(name for name, _ in cheaper_options(config, _training_data(dataset, training)))
+        cuda = find_device(config.training.device).type == "cuda"
+        data = _training_data(dataset, training)
+        options = ", ".join(name for name, _ in cheaper_options(config, data, cuda=cuda))
         raise ResourceError(
             "The memory is used up; the run is saved up to its last checkpoint.",
             hint=f"Train anew with --set {options}, or --resume where there is more memory.",

@@ -138,10 +138,11 @@ class Predictor:
             raise DataError(
                 f"{directory.path / 'labels.txt'}: holds {len(label_names)} names, expected {index.num_labels}."
             )
+        encoder = stored_encoder(model, directory.config.model, device)
         return cls(
-            stored_encoder(model, directory.config.model, device),
+            encoder,
             index,
-            scaling=FeatureScaling.of(directory.config.data, model),
+            scaling=FeatureScaling.of(directory.config.data, model, encoder.num_features),
             label_names=label_names,
             vocabulary=directory.vocabulary(),
             label_frequencies=np.asarray(model["train.label_frequencies"]),
@@ -304,7 +305,8 @@ class Predictor:
             chunk = features if last - first == features.shape[0] else features[rows]
             mine = top.rows(rows)
             theirs = mine if reference is top else reference.rows(rows)
-            part = self._interpolate(mine, theirs, query_BD[rows], chunk, found, k, allow, deny)
+            near = None if found is None else (found[0][rows], found[1][rows])
+            part = self._interpolate(mine, theirs, query_BD[rows], chunk, near, k, allow, deny)
             result.label_ids[rows], result.scores[rows] = part.label_ids, part.scores
 
         in_threads(rank, features.shape[0])

@@ -35,8 +35,7 @@ class _Effort:
     num_draws: int
     """Where there are more labels than a pool holds, at most."""
     num_pairs: int
-    """Instances of a batch times draws, at most: in a large batch, more labels of other instances are negatives too
-    (EXPERIMENTS.md, "Presets")."""
+    """Instances of a batch times draws, at most (EXPERIMENTS.md, "Presets")."""
     pool_instances: int
     """Instances that share a pool: more of them are negatives of each other, at the price of larger products
     (EXPERIMENTS.md, "Groups")."""

@@ -70,7 +70,7 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx: Any, weight: torch.Tensor, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(*parts)
         ctx.shape, ctx.device = weight.shape, weight.device
-        if weight.device == parts[0].device:
+        if not _lies_apart(weight, parts[0]):
             return tuple(weight.index_select(0, row_ids) for row_ids in parts)
         row_ids = torch.unique(torch.cat(parts))
         rows = _moved_rows(weight, row_ids)
@@ -82,9 +82,12 @@ class _GatherRows(torch.autograd.Function):
         row_ids, total = parts[0], grads[0]
         if len(parts) > 1:
             row_ids = torch.unique(torch.cat(parts))
-            total = grads[0].new_zeros(row_ids.shape[0], *ctx.shape[1:])
+            # What several parts give a row is summed before it is rounded to the table's dtype.
+            wide = torch.promote_types(grads[0].dtype, torch.float32)
+            total = grads[0].new_zeros(row_ids.shape[0], *ctx.shape[1:], dtype=wide)
             for part, grad in zip(parts, grads, strict=True):
-                total.index_add_(0, torch.searchsorted(row_ids, part), grad)
+                total.index_add_(0, torch.searchsorted(row_ids, part), grad.to(wide))
+            total = total.to(grads[0].dtype)
         return _row_gradient(row_ids.to(ctx.device), total.to(ctx.device), ctx.shape), *(None for _ in parts)
 
 
@@ -113,6 +116,10 @@ class _BagRows(torch.autograd.Function):
         torch.cumsum(counts, 0, out=row_offsets[1:])
         grad_UD = _bag(instance[order], grad_BD.contiguous(), values[order], row_offsets)
         return _row_gradient(row_ids, grad_UD, ctx.shape), None, None, None
+
+
+def _lies_apart(weight: torch.Tensor, row_ids: torch.Tensor) -> bool:
+    return weight.device != row_ids.device
 
 
 def _moved_rows(weight: torch.Tensor, row_ids: torch.Tensor) -> torch.Tensor:

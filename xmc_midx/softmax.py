@@ -8,12 +8,13 @@ With logits o_i = z.W_i + b_i and the positives Y of an instance, the loss of a 
 
 and the estimators replace S by a sum over sampled labels, each logit less its log weight (METHOD.md, section 2):
 
-- `pool`: positives of the whole batch and labels drawn for it, every instance scored against all of them by one matrix
-  product. Both are samples: the positives of the other instances, who are a random part of the training set, come with
-  the chance `1 - C(N-1-n, B-1) / C(N-1, B-1)`, the draws with their own. The two estimates of exp(S) are added with
-  fixed parts for each label (multiple importance sampling), so that exp(S) is unbiased over batches and draws. Where
-  the label frequencies are unknown, the positives count once and the draws estimate the rest: unbiased for each batch
-  by itself, with far more variance where draws are few, because rare labels are estimated by the draws alone.
+- `pool`: positives of the whole batch, or of a group of its instances, and labels drawn for the batch, every instance
+  scored against all of them by one matrix product. Both are samples: the positives of the other instances of its B,
+  who are a random part of the training set, come with the chance `1 - C(N-1-n, B-1) / C(N-1, B-1)`, the draws with
+  their own. The two estimates of exp(S) are added with fixed parts for each label (multiple importance sampling), so
+  that exp(S) is unbiased over batches and draws. Where the label frequencies are unknown, the positives count once and
+  the draws estimate the rest: unbiased for each batch by itself, with far more variance where draws are few, because
+  rare labels are estimated by the draws alone.
 - `instance`: M draws of each instance's own proposal, weighted by M Q(i|z); accidental hits on Y are left out, which
   keeps exp(S) unbiased. This is the paper's estimator, with its positives exact.
 """
@@ -35,7 +36,7 @@ from xmc_midx.recipe import auto_num_codewords, auto_num_draws
 from xmc_midx.rows import gather_rows
 from xmc_midx.samplers.midx import MidxSampler
 from xmc_midx.samplers.pools import beside, two_samples
-from xmc_midx.samplers.static import InBatchSampler
+from xmc_midx.samplers.static import InBatchSampler, UniformSampler
 from xmc_midx.topk import exact_topk
 from xmc_midx.types import Sampler, TopK
 
@@ -62,7 +63,8 @@ class LabelSoftmax(nn.Module):
         holds every label once, so that the loss is the full softmax's.
     pool_instances : where the positives are a sample (`in_batch`) and labels are drawn besides, the instances that
         share a pool, at most: a larger batch is cut into groups, each with its own positives and the batch's draws.
-        Its products then cost what small batches' do, its rows what a large one's do. None: the whole batch is one.
+        Its products then cost what small batches' do, its updates of rows what a large one's do. None: the whole batch
+        is one.
     correction_power : what the log weights of sampled labels are multiplied by: 1 estimates the full softmax without
         bias, 0 counts each label of the pool once. Below 1 the loss has less variance, and labels that are drawn often
         weigh more than the softmax gives them.
@@ -120,8 +122,8 @@ class LabelSoftmax(nn.Module):
         self.sampler, self.in_batch, self.estimator, self.num_draws = sampler, in_batch, estimator, num_draws
         self.pool_instances, self.correction_power = pool_instances, correction_power
         self.weighting, self.decoupled, self.sparse, self.precision = weighting, decoupled, sparse, precision
-        if table_device is not None and not sparse:
-            raise ValueError("a table on another device has sparse gradients: expected sparse=True")
+        if table_device is not None and not (sparse and isinstance(sampler, MidxSampler | UniformSampler)):
+            raise ValueError("a table on another device: expected sparse=True, and a MIDX or a static sampler")
         self.weight = nn.Parameter(empty_table(num_labels, dim, device=table_device or device, dtype=dtype))
         self.bias = nn.Parameter(
             torch.zeros(num_labels, device=device, dtype=_at_least_float32(dtype)), requires_grad=bias
@@ -215,15 +217,23 @@ class LabelSoftmax(nn.Module):
         ):
             positions_Y = torch.searchsorted(label_ids, group.label_ids)
             loss = loss + PoolLoss.apply(  # type: ignore[no-untyped-call]
-                query, rows_PD, bias_P, log_weight_P, positions_Y, group, self.decoupled, precision
+                query, rows_PD, bias_P, log_weight_P, positions_Y, group, self.decoupled, precision, sum(sizes)
             )
         return loss
 
+    @property
+    def _pool_is_all(self) -> bool:
+        """Whether a pool holds every label: there is no sampler, or it is asked for as many draws as labels. In-batch
+        negatives are a pool without draws."""
+        if self.sampler is None:
+            return True
+        return self.num_draws >= self.num_labels and not isinstance(self.sampler, InBatchSampler)
+
     def _sizes_of_groups(self, num_rows: int) -> list[int]:
-        """Instances of each group that shares a pool: the whole batch, where a part of it would be another loss."""
+        """Instances of each group that shares a pool; groups only where labels are drawn beside positives that are a
+        sample."""
         size = self.pool_instances
-        in_batch_alone = self.sampler is None or isinstance(self.sampler, InBatchSampler)
-        if size is None or self.in_batch is None or in_batch_alone or self.num_draws >= self.num_labels:
+        if size is None or self.in_batch is None or self._pool_is_all or isinstance(self.sampler, InBatchSampler):
             return [num_rows]
         num_groups = max(1, -(-num_rows // size))
         return [(i + 1) * num_rows // num_groups - i * num_rows // num_groups for i in range(num_groups)]
@@ -233,9 +243,7 @@ class LabelSoftmax(nn.Module):
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """For each group of so many instances and with these positives, the rising label ids (P,) of its pool and their
         log weights (P,)."""
-        # In-batch negatives are a pool without draws.
-        in_batch_alone = isinstance(self.sampler, InBatchSampler)
-        if self.sampler is None or (self.num_draws >= self.num_labels and not in_batch_alone):
+        if self._pool_is_all:
             label_ids = torch.arange(self.num_labels, device=query_BD.device)
             return [(label_ids, query_BD.new_zeros(self.num_labels))]
         sampler = self._fitted_sampler()
@@ -297,8 +305,9 @@ class LabelSoftmax(nn.Module):
         moved. The first use refreshes by itself.
         """
         if self.sampler is not None:
-            # The codebooks read a table of any dtype in chunks; what the others compute with is a copy.
-            dtype = self.weight.dtype if isinstance(self.sampler, MidxSampler) else self._dtype
+            # The codebooks read a table of any dtype in chunks, a static law none; what others compute with is a copy.
+            by_chunks = isinstance(self.sampler, MidxSampler | UniformSampler)
+            dtype = self.weight.dtype if by_chunks else self._dtype
             with without_autocast(self.bias):
                 self.sampler.refresh(self.weight.to(dtype), self.bias.to(self._dtype))
             self._bias_at_refresh = self.bias.detach().clone() if self._keeps_bias else None
@@ -366,7 +375,7 @@ class LabelSoftmax(nn.Module):
             unexpected_keys += [start + name for name in state if name not in known]
 
     def _restore_sampler(self, state: dict[str, torch.Tensor], bias_L: torch.Tensor) -> None:
-        """Give the sampler copies on the table's device and in its dtype."""
+        """Give the sampler copies on the bias's device and in the table's dtype."""
         assert self.sampler is not None
         device, dtype = self.bias.device, self._dtype
         bias_L = bias_L.to(device, dtype, copy=self._keeps_bias)
@@ -378,7 +387,7 @@ class LabelSoftmax(nn.Module):
         self._bias_at_refresh = bias_L if self._keeps_bias else None
 
     def _place_generator(self) -> None:
-        """On the table's device, from the seed: the state of one kind of generator says nothing to another."""
+        """On the bias's device, from the seed: the state of one kind of generator says nothing to another."""
         if self.in_batch is not None:
             self.in_batch.load_state_dict({}, self.bias.detach())
         if self.generator.device != self.bias.device:

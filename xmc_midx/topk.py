@@ -16,6 +16,8 @@ __all__ = ["best_of", "concatenate_topk", "exact_topk", "merge_topk", "rescored_
 _CHUNK_ELEMENTS = 1 << 24
 """Scores held at once (64 MiB in float32)."""
 _LABEL_CHUNK = 1 << 17
+_MOVED_ROWS = 1 << 14
+"""Queries at once, at most, where the table lies on another device."""
 
 
 @torch.no_grad()
@@ -38,6 +40,9 @@ def exact_topk(
     """
     num_labels = label_table_LD.shape[0]
     label_chunk = min(num_labels, _LABEL_CHUNK)
+    if label_table_LD.device != query_ND.device:
+        # Each chunk of rows moves the table once: few chunks of many rows.
+        label_chunk = min(label_chunk, max(1, _CHUNK_ELEMENTS // max(1, min(query_ND.shape[0], _MOVED_ROWS))))
     row_chunk = max(1, _CHUNK_ELEMENTS // max(1, label_chunk))
     parts = []
     for begin in range(0, query_ND.shape[0], row_chunk):

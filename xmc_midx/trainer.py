@@ -33,7 +33,7 @@ class Trainer:
 
     Parameters
     ----------
-    encoder, softmax : on the device of training.
+    encoder, softmax : on the device of training; the label table may lie elsewhere.
     stream : the batches; they are moved to the device one by one.
     config : resolved: no value is `"auto"`.
     refresh_every : steps between two refreshes of the sampler; None refreshes at the start of each epoch.

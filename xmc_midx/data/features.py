@@ -30,8 +30,8 @@ __all__ = [
     "with_values",
 ]
 
-_HASHED = 1 << 20
-"""Values of rows that are hashed at once, about."""
+_PART = 1 << 20
+"""Values that are looked at at once, about."""
 IDF = "train.idf"
 """What a model calls it."""
 _DENSE = 0.25
@@ -42,7 +42,8 @@ _DENSE = 0.25
 class FeatureScaling:
     """What is done to the values of feature rows before the model sees them.
 
-    With `idf`, a value v becomes `sign(v) ln(1 + |v|) idf`; then, with `normalize="l2"`, rows get length 1.
+    With `idf`, a count v becomes `(1 + ln v) idf`, as `prepare` weights texts; between -1 and 1 a value counts as it
+    is, and a negative one like its opposite. Then, with `normalize="l2"`, rows get length 1.
     """
 
     normalize: str = "l2"
@@ -58,20 +59,21 @@ class FeatureScaling:
         return cls(normalize=config.normalize, idf=idf)
 
     @classmethod
-    def of(cls, config: DataConfig, model: Mapping[str, Any]) -> FeatureScaling:
-        """That of a trained model; a LookupError or ValueError where its idf is not there."""
+    def of(cls, config: DataConfig, model: Mapping[str, Any], num_features: int) -> FeatureScaling:
+        """That of a trained model; a LookupError or ValueError where its idf is not there, or of other features."""
         if config.weighting != "tf-idf":
             return cls(normalize=config.normalize)
         idf = np.asarray(model[IDF])
-        if idf.dtype != np.float32 or idf.ndim != 1 or not np.isfinite(idf).all():
+        if idf.dtype != np.float32 or idf.shape != (num_features,) or not np.isfinite(idf).all():
             raise ValueError(f"{IDF}: expected a finite float32 number for each feature")
         return cls(normalize=config.normalize, idf=idf)
 
     def __call__(self, features: csr_matrix) -> csr_matrix:
         """(N, F) -> (N, F) float32, sharing ids and offsets with `features`."""
         if self.idf is not None:
-            values = np.sign(features.data) * np.log1p(np.abs(features.data)) * self.idf[features.indices]
-            features = with_values(features, values.astype(np.float32, copy=False))
+            values = features.data.astype(np.float32)
+            _weigh(values, features.indices, self.idf)
+            features = with_values(features, values)
         return normalize_rows(features) if self.normalize == "l2" else features
 
 
@@ -84,8 +86,8 @@ def are_counts(features: csr_matrix) -> bool:
     if features.nnz >= _DENSE * features.shape[0] * features.shape[1]:
         return False
     largest = 0.0
-    for begin in range(0, features.nnz, _HASHED):
-        part = features.data[begin : begin + _HASHED]
+    for begin in range(0, features.nnz, _PART):
+        part = features.data[begin : begin + _PART]
         if not (np.floor(part) == part).all() or part.min() < 1:
             return False
         largest = max(largest, float(part.max()))
@@ -126,6 +128,15 @@ def with_values(features: csr_matrix, values: NDArray[Any]) -> csr_matrix:
     found = copy.copy(features)
     found.data = values
     return found
+
+
+@numba.njit(nogil=True, cache=True)
+def _weigh(values: Any, ids: Any, idf: Any) -> None:
+    """`values = sign(v) (min(|v|, 1) + ln max(|v|, 1)) idf`, in place."""
+    for place in range(values.shape[0]):
+        size = abs(values[place])
+        weight = (min(size, 1.0) + math.log(max(size, 1.0))) * idf[ids[place]]
+        values[place] = weight if values[place] >= 0 else -weight
 
 
 @numba.njit(nogil=True, cache=True)
@@ -196,7 +207,7 @@ def row_hashes(matrix: csr_matrix[Any]) -> NDArray[np.uint64]:
     """
     hashes = np.zeros(matrix.shape[0], dtype=np.uint64)
     # Some rows at once: what is made on the way takes eight times the room of the ids.
-    step = max(1, matrix.shape[0] * _HASHED // max(matrix.nnz, 1))
+    step = max(1, matrix.shape[0] * _PART // max(matrix.nnz, 1))
     for begin in range(0, matrix.shape[0], step):
         offsets = matrix.indptr[begin : begin + step + 1]
         part = slice(offsets[0], offsets[-1])

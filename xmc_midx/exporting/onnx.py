@@ -151,11 +151,10 @@ def _build(onnx: Any, source: ExportSource) -> Any:
 
     values, scaling = "values", source.model.scaling
     if scaling.idf is not None:
-        logarithm = node(
-            "Log", node("Add", node("Abs", values), constant("one_float", np.array(1.0, dtype=np.float32)))
-        )
+        size, one_float = node("Abs", values), constant("one_float", np.array(1.0, dtype=np.float32))
+        damped = node("Add", node("Min", size, one_float), node("Log", node("Max", size, one_float)))
         weight = node("Gather", constant("idf", scaling.idf), "feature_ids")
-        values = node("Mul", node("Mul", node("Sign", values), logarithm), weight)
+        values = node("Mul", node("Mul", node("Sign", values), damped), weight)
     if scaling.normalize == "l2":
         wide = node("Cast", values, to=kind.DOUBLE)
         empty = filled(num_rows, 0.0, kind.DOUBLE)

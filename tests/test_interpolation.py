@@ -337,7 +337,7 @@ def test_the_best_labels_do_not_depend_on_how_many_are_asked_for() -> None:
         many = predictor.predict(rows[:60], k=k)
         np.testing.assert_array_equal(many.label_ids[:, :5], few.label_ids)
         np.testing.assert_allclose(many.scores[:, :5], few.scores, atol=1e-5)
-    # A few rows look for neighbours beside the labels.
+    # A few rows are not shared by threads.
     for count in (1, 7):
         alone = predictor.predict(rows[:count], k=5)
         np.testing.assert_array_equal(alone.label_ids, few.label_ids[:count])

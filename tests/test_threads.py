@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from xmc_midx.threads import in_threads, side_by_side
+from xmc_midx.threads import in_threads
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -51,21 +51,6 @@ def test_work_within_work_stays_in_its_thread(num_threads: int) -> None:
             assert inner == [mine]
 
     in_threads(work, 64)
-
-
-def test_two_pieces_of_work_go_side_by_side(num_threads: int) -> None:
-    meeting = threading.Barrier(2 if num_threads > 1 else 1)
-
-    def piece(name: str) -> str:
-        # Neither goes on before the other has begun.
-        meeting.wait(timeout=30)
-        return name
-
-    for _ in range(50):
-        assert side_by_side(lambda: piece("first"), lambda: piece("second")) == ("first", "second")
-
-    with pytest.raises(ZeroDivisionError):
-        side_by_side(lambda: 1, lambda: 1 // 0)
 
 
 def test_an_error_in_any_part_reaches_the_caller_and_the_next_call_works(num_threads: int) -> None:

@@ -26,7 +26,7 @@ from xmc_midx.neighbors import NeighborIndex
 from xmc_midx.quantization import StoredTable
 from xmc_midx.ranker import LinearRanker
 from xmc_midx.rundir import RunDirectory
-from xmc_midx.threads import FEW_ROWS, in_threads, side_by_side
+from xmc_midx.threads import in_threads
 from xmc_midx.topk import concatenate_topk
 from xmc_midx.types import LabelIndex, Reporter, SilentReporter, TopK
 
@@ -39,8 +39,6 @@ Row = Mapping[int, float] | Sequence[tuple[int, float]]
 """Of features: `{id: value}` or `[(id, value), ...]`."""
 Instances = csr_matrix | str | Row | Sequence[str] | Sequence[Row] | np.ndarray
 """What `Predictor.predict` takes."""
-_Neighbors = tuple[np.ndarray, np.ndarray]
-"""Row numbers of the nearest training instances and their inner products (`NeighborIndex.search`)."""
 Scores = Literal["logits", "probabilities"]
 """`logits`: what the ranking is made by, comparable within an instance; `probabilities`: the calibrated chance that the
 label applies (`xmc_midx.calibration`), comparable between instances."""
@@ -280,18 +278,13 @@ class Predictor:
         allow: np.ndarray | None,
         deny: np.ndarray | None,
     ) -> TopK:
-        plain, found = self.interpolation.is_identity, None
-        search = functools.partial(
-            self.index.search,
+        plain = self.interpolation.is_identity
+        top = self.index.search(
             query_BD,
             k if plain else max(k, SHORTLIST),
             allow=None if allow is None else torch.from_numpy(allow),
             deny=None if deny is None else torch.from_numpy(deny),
         )
-        if self.neighbors is not None and not plain and features.shape[0] < FEW_ROWS:
-            top, found = side_by_side(search, functools.partial(self._neighbors_of, features))
-        else:
-            top = search()
         if plain:
             return top
         result = TopK.empty(features.shape[0], k)
@@ -305,8 +298,7 @@ class Predictor:
             chunk = features if last - first == features.shape[0] else features[rows]
             mine = top.rows(rows)
             theirs = mine if reference is top else reference.rows(rows)
-            near = None if found is None else (found[0][rows], found[1][rows])
-            part = self._interpolate(mine, theirs, query_BD[rows], chunk, near, k, allow, deny)
+            part = self._interpolate(mine, theirs, query_BD[rows], chunk, k, allow, deny)
             result.label_ids[rows], result.scores[rows] = part.label_ids, part.scores
 
         in_threads(rank, features.shape[0])
@@ -318,7 +310,6 @@ class Predictor:
         reference: TopK,
         query_BD: torch.Tensor,
         features: csr_matrix,
-        found: _Neighbors | None,
         k: int,
         allow: np.ndarray | None,
         deny: np.ndarray | None,
@@ -326,8 +317,9 @@ class Predictor:
         assert self.label_frequencies is not None, "an interpolation comes with the label frequencies"
         votes = None
         if self.neighbors is not None:
-            found = self._neighbors_of(features) if found is None else found
-            votes = self.neighbors.votes(*found, self.interpolation.temperature)
+            settings = self.interpolation
+            found = self.neighbors.search(features, settings.count, budget=settings.budget)
+            votes = self.neighbors.votes(*found, settings.temperature)
             # The last step asks for a hundred labels; a search by cells promises the first five.
             is_all = reference is top
             reference = self.index.add(reference, query_BD, votes)
@@ -337,10 +329,6 @@ class Predictor:
         return interpolate(
             top, votes, self.label_frequencies, self.interpolation, k, margin_of=margin_of, reference=reference
         )
-
-    def _neighbors_of(self, features: csr_matrix) -> _Neighbors:
-        assert self.neighbors is not None, "asked for where there are neighbours alone"
-        return self.neighbors.search(features, self.interpolation.count, budget=self.interpolation.budget)
 
     def _features(self, instances: Instances) -> csr_matrix:
         features = self._read(instances)

@@ -7,17 +7,15 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any, TypeVar
+from typing import Any
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FEW_ROWS", "in_threads", "scratch", "side_by_side", "touch", "zeros"]
+__all__ = ["in_threads", "scratch", "touch", "zeros"]
 
-_First = TypeVar("_First")
-_Second = TypeVar("_Second")
-FEW_ROWS = 8
+_PARALLEL = 8
 """Rows from which threads are worth their start."""
 _PARTS = 4
 """Of the rows for each thread: some take longer than others."""
@@ -30,7 +28,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_POOLS.clear)
 
 
-def in_threads(work: Callable[[int, int], object], num_rows: int, *, least: int = FEW_ROWS) -> None:
+def in_threads(work: Callable[[int, int], object], num_rows: int, *, least: int = _PARALLEL) -> None:
     """`work(first, last)` over parts of 0..num_rows, in as many threads as torch has (numba, where torch is
     not loaded), this one among them; within such a part, or of fewer rows than `least`, in this one alone.
 
@@ -61,18 +59,6 @@ def in_threads(work: Callable[[int, int], object], num_rows: int, *, least: int 
     for other in others:
         if not other.cancelled():
             other.result()
-
-
-def side_by_side(first: Callable[[], _First], second: Callable[[], _Second]) -> tuple[_First, _Second]:
-    """`(first(), second())` in two threads, where there are two: the pieces of work of one instance, not its rows."""
-    results: list[Any] = [None, None]
-
-    def work(begin: int, end: int) -> None:
-        for number in range(begin, end):
-            results[number] = (first, second)[number]()
-
-    in_threads(work, 2, least=2)
-    return results[0], results[1]
 
 
 def _pool(size: int) -> ThreadPoolExecutor:

@@ -38,11 +38,12 @@ OPTIONS = (
     "training.encoder_learning_rate=0.2",
     "sampler.num_codewords=3",
     "sampler.num_draws=8",
+    "sampler.pool_instances=16",
     "data.validation_fraction=0.1",
     "neighbors.enabled=false",
     "ranker.enabled=false",
 )
-"""288 training instances of 320: 9 steps an epoch, 36 in all."""
+"""288 training instances of 320: 9 steps an epoch, 36 in all, each of two groups."""
 STEPS, TOTAL = 9, 36
 
 

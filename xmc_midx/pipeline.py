@@ -363,22 +363,19 @@ def plan(
     from xmc_midx.forecast import Speed, TrainingData, forecast
 
     reporter = reporter or SilentReporter()
-    has_counts = False
-    if not isinstance(data, TrainingData):
+    if isinstance(data, TrainingData):
+        shape = DataShape(
+            num_instances=data.num_instances,
+            num_features=data.feature_counts.shape[0],
+            num_labels=data.label_counts.shape[0],
+            num_positives=int(data.label_counts.sum()),
+        )
+    else:
         reporter.start("read", None)
         dataset = load_dataset(data, test=test)
         training = _training_split(dataset, data)
-        has_counts = _shape(dataset, training).has_counts
-        data = _training_data(dataset, training)
+        shape, data = _shape(dataset, training), _training_data(dataset, training)
         del dataset, training
-    num_labels = data.label_counts.shape[0]
-    shape = DataShape(
-        num_instances=data.num_instances,
-        num_features=data.feature_counts.shape[0],
-        num_labels=num_labels,
-        num_positives=int(data.label_counts.sum()),
-        has_counts=has_counts,
-    )
     resolved = resolve(config or Config(), shape)
     available = available_memory_bytes()
     if available is not None:
@@ -387,7 +384,7 @@ def plan(
     assert isinstance(batch, int) and isinstance(dim, int) and isinstance(draws, int), "the configuration is resolved"
     device = find_device(resolved.training.device)
     flops, rate = measure_speed(
-        batch, min(draws, num_labels), min(dim, 4096), find_precision(resolved.training.precision, device), device
+        batch, min(draws, shape.num_labels), min(dim, 4096), find_precision(resolved.training.precision, device), device
     )
     return Plan(
         forecast=forecast(resolved, data, cuda=device.type == "cuda", speed=Speed(flops=flops, bytes=rate)),

@@ -75,6 +75,7 @@ def test_given_values_stay() -> None:
         "sampler.num_codewords": 3,
         "sampler.num_draws": 5,
         "sampler.pool_instances": 12,
+        "sampler.gradient_negatives": 6,
         "data.weighting": "tf-idf",
         "ranker.num_instances": 11,
     }
@@ -85,13 +86,15 @@ def test_given_values_stay() -> None:
 
 
 def test_a_run_of_an_older_release_goes_on_as_it_was_started() -> None:
-    """Without weights, and with a pool for the whole batch; what a run of this release has says so itself."""
+    """Without weights, one pool a batch, its whole gradient; what a run of this release has says so itself."""
     older = load_config(assignments=["training.batch_size=700"])
     shape = DataShape(num_instances=90_000, num_features=500, num_labels=40_000, num_positives=10**6, has_counts=True)
     resumed = resolve(as_started(older), shape)
     assert (resumed.data.weighting, resumed.sampler.pool_instances) == ("none", 700)
+    assert resumed.sampler.gradient_negatives == "all"
     fresh = resolve(older, shape)
     assert (fresh.data.weighting, fresh.sampler.pool_instances) == ("tf-idf", 512)
+    assert fresh.sampler.gradient_negatives == 32
     assert as_started(fresh) == fresh
 
 

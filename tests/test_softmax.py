@@ -320,6 +320,59 @@ def test_there_are_groups_only_where_labels_are_drawn_beside_positives_that_are_
 
 
 @pytest.mark.parametrize("decoupled", [True, False])
+@pytest.mark.parametrize("pool_instances", [None, 3])
+def test_a_gradient_of_few_negatives_has_the_mean_of_the_whole(pool_instances: int | None, decoupled: bool) -> None:
+    """The loss is the same; with so many negatives that none is rounded, the gradients are, too; with two of an
+    instance, their mean over seeds is."""
+
+    def trained(gradient_negatives: int | None, seed: int = 0) -> tuple[float, list[torch.Tensor]]:
+        softmax = make_softmax(
+            Fixed(dict.fromkeys(range(0, L, 2), 0.0)),
+            in_batch=InBatchSampler(torch.arange(1, L + 1), num_instances=100),
+            num_draws=9,
+            pool_instances=pool_instances,
+            gradient_negatives=gradient_negatives,
+            decoupled=decoupled,
+            sparse=True,
+            seed=seed,
+        )
+        query_BD = make_queries()
+        loss = softmax(query_BD, offsets_of(RAGGED))
+        loss.backward()
+        assert query_BD.grad is not None
+        return loss.item(), [query_BD.grad, dense(softmax.weight.grad), dense(softmax.bias.grad)]
+
+    loss, gradients = trained(None)
+    same_loss, same = trained(10**9)
+    assert same_loss == loss
+    for found, expected in zip(same, gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    seeds = 200
+    means = [torch.zeros_like(gradient) for gradient in gradients]
+    squares = [torch.zeros_like(gradient) for gradient in gradients]
+    for seed in range(seeds):
+        few_loss, few = trained(2, seed)
+        assert few_loss == loss
+        for mean, square, gradient, expected in zip(means, squares, few, gradients, strict=True):
+            mean += (gradient - expected) / seeds
+            square += (gradient - expected) ** 2 / seeds
+    for mean, square, gradient in zip(means, squares, gradients, strict=True):
+        assert square.sum() > 0.01 * gradient.square().sum(), "something was rounded"
+        # The mean of so many independent errors, against its standard error.
+        assert mean.square().sum() < 3 * square.sum() / seeds
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.float64}, {"precision": torch.bfloat16}])
+def test_other_precisions_take_the_whole_gradient(options: dict[str, Any]) -> None:
+    gradients = []
+    for gradient_negatives in (None, 1):
+        softmax = make_softmax(UniformSampler(L), num_draws=L, gradient_negatives=gradient_negatives, **options)
+        softmax(make_queries(), offsets_of(RAGGED)).backward()
+        gradients.append(dense(softmax.weight.grad))
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
 @SPARSE
 def test_one_label_a_query_is_torchs_cross_entropy(decoupled: bool, sparse: bool) -> None:
     softmax = make_softmax(UniformSampler(L), num_draws=L, decoupled=decoupled, sparse=sparse)

@@ -54,12 +54,15 @@ def build_softmax(config: Config, frequencies: np.ndarray, num_instances: int, d
     """
     model, options = config.model, config.sampler
     assert isinstance(model.dim, int) and isinstance(options.num_draws, int), "the configuration is resolved"
-    assert isinstance(options.pool_instances, int), "the configuration is resolved"
+    assert isinstance(options.pool_instances, int) and options.gradient_negatives != "auto", (
+        "the configuration is resolved"
+    )
     frequency_L = torch.from_numpy(frequencies).to(device)
     common: dict[str, Any] = {
         "estimator": options.estimator,
         "num_draws": options.num_draws,
         "pool_instances": options.pool_instances,
+        "gradient_negatives": None if options.gradient_negatives == "all" else options.gradient_negatives,
         "correction_power": options.correction_power,
         "bias": model.label_bias,
         "weighting": config.loss.weighting,

@@ -16,8 +16,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch.autograd.function import once_differentiable
 
 from xmc_midx.products import linear
+from xmc_midx.slopes import SparseSlopes, round_slopes
 
-__all__ = ["PoolLoss", "Positives", "Targets", "logsumexp_or_empty", "without_autocast"]
+__all__ = ["PoolLoss", "Positives", "Rounding", "Targets", "logsumexp_or_empty", "without_autocast"]
 
 _CHUNK_ELEMENTS = 1 << 24
 """Logits held at once by the exact methods and by a pool that is larger (64 MiB in float32)."""
@@ -88,6 +89,17 @@ class Targets:
         return torch.where(total_B > 0, torch.log(total_B.clamp(min=1e-38)) + peak_B, -torch.inf)
 
 
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """How the slopes of a pool are rounded at random."""
+
+    num_negatives: int
+    """Negatives of an instance that remain, in the mean over the instances and at most: larger slopes than the
+    threshold are kept as they are, and make up for several."""
+    offsets: torch.Tensor
+    """(B,) float32, uniform in [0, 1): what the rounding depends on."""
+
+
 class PoolLoss(torch.autograd.Function):
     """The pool loss and its gradients in three matrix products.
 
@@ -95,6 +107,10 @@ class PoolLoss(torch.autograd.Function):
     docstring. Written by hand because the gradient of all negatives of an instance is one softmax row times one
     number: a single (B, P) matrix is kept, in the products' precision, and none at all where those of all groups of
     the batch, `batch_size` instances, would exceed `_CHUNK_ELEMENTS`.
+
+    With `rounding`, where that matrix is one in float32 on the CPU, the gradients are those of slopes that were rounded
+    at random (`xmc_midx.slopes`): the loss is the same, the gradients are in the mean, and two of the three products
+    are with a few negatives of each instance.
     """
 
     @staticmethod
@@ -109,6 +125,7 @@ class PoolLoss(torch.autograd.Function):
         decoupled: bool,
         precision: torch.dtype,
         batch_size: int,
+        rounding: Rounding | None,
     ) -> torch.Tensor:
         query = query_BD.to(precision)
         num_rows, pool_size = query_BD.shape[0], rows_PD.shape[0]
@@ -128,10 +145,15 @@ class PoolLoss(torch.autograd.Function):
             log_chunk_B = peak_B1[:, 0] + torch.log(logits.sum(1))
             log_negatives_B = torch.logaddexp(log_negatives_B, log_chunk_B)
             if chunk >= pool_size:
-                whole = logits.mul_(torch.exp(peak_B1 - _finite(log_negatives_B)[:, None]))
+                whole, scale_B = logits, torch.exp(peak_B1[:, 0] - _finite(log_negatives_B))
         loss, share_B, slope_Y = _loss_and_slopes(logits_Y, log_negatives_B, targets, decoupled)
+        ctx.sparse = None
         if whole is not None:
-            whole = _slopes(whole, share_B, slope_Y, targets.instance, positions_Y).to(precision)
+            whole = _slopes(whole, share_B * scale_B, slope_Y, targets.instance, positions_Y).to(precision)
+            if rounding is not None and whole.dtype == torch.float32 and whole.device.type == "cpu":
+                threshold = float(share_B.mean()) / rounding.num_negatives
+                ctx.sparse = round_slopes(whole, threshold, rounding.offsets)
+                whole = None
         ctx.save_for_backward(
             query_BD, rows_PD, bias_P, log_weight_P, positions_Y, log_negatives_B, share_B, slope_Y, whole
         )
@@ -144,6 +166,10 @@ class PoolLoss(torch.autograd.Function):
         query_BD, rows_PD, bias_P, log_weight_P, positions_Y, log_negatives_B, share_B, slope_Y, whole = (
             ctx.saved_tensors
         )
+        if ctx.sparse is not None:
+            sparse: SparseSlopes = ctx.sparse.scaled(float(grad))
+            by_label = sparse.transposed()
+            return sparse.times(rows_PD), by_label.times(query_BD), by_label.sum_rows(), *(None,) * 7
         query = query_BD.to(ctx.precision)
         grad_query = torch.zeros_like(query_BD)
         grad_rows, grad_bias = torch.empty_like(rows_PD), torch.empty_like(bias_P)
@@ -162,7 +188,7 @@ class PoolLoss(torch.autograd.Function):
                 grad_query += slopes @ rows_PD[begin:end].to(ctx.precision)
                 grad_rows[begin:end] = slopes.T @ query
                 grad_bias[begin:end] = slopes.sum(0, dtype=bias_P.dtype)
-        return (grad_query.mul_(grad), grad_rows.mul_(grad), grad_bias.mul_(grad), *(None,) * 6)
+        return (grad_query.mul_(grad), grad_rows.mul_(grad), grad_bias.mul_(grad), *(None,) * 7)
 
 
 def _chunk_logits(

@@ -25,6 +25,10 @@ CELLS_FROM = 4096
 """Labels from which cells are built with a model (EXPERIMENTS.md, "Label index")."""
 
 
+_GRADIENT_NEGATIVES = 32
+"""Negatives in the gradient of an instance: 30 were as good as all (EXPERIMENTS.md, "Rounded slopes")."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Effort:
     """What a preset scales."""
@@ -71,10 +75,9 @@ def resolve(config: Config, shape: DataShape) -> Config:
     if tree["data"]["weighting"] == "auto":
         tree["data"]["weighting"] = "tf-idf" if shape.has_counts else "none"
 
-    def derive(section: str, key: str, value: float) -> float:
+    def derive(section: str, key: str, value: float) -> None:
         if tree[section][key] == "auto":
             tree[section][key] = value
-        return float(tree[section][key])
 
     # About 25 passes over 5,000 instances, 10 over 90,000, 5 over half a million.
     passes = min(30.0, max(3.0, 25 * (5000 / max(shape.num_instances, 1)) ** (1 / 3)))
@@ -98,6 +101,7 @@ def resolve(config: Config, shape: DataShape) -> Config:
             num_draws = max(1, min(num_draws, effort.num_pairs // tree["training"]["batch_size"]))
     derive("sampler", "num_draws", num_draws)
     derive("sampler", "pool_instances", effort.pool_instances)
+    derive("sampler", "gradient_negatives", _GRADIENT_NEGATIVES)
     num_steps = num_epochs * shape.num_instances / tree["training"]["batch_size"]
     derive("training", "label_learning_rate", _label_learning_rate(_share_of_labels(tree, shape), num_steps))
     derive("ranker", "num_instances", effort.num_rivalled)
@@ -108,7 +112,11 @@ def as_started(config: Config) -> Config:
     """The configuration of a run that an older release may have started: what it did not know stays as it did it."""
     tree = config.model_dump()
     batch_size = tree["training"]["batch_size"]
-    for section, key, before in (("data", "weighting", "none"), ("sampler", "pool_instances", batch_size)):
+    for section, key, before in (
+        ("data", "weighting", "none"),
+        ("sampler", "pool_instances", batch_size),
+        ("sampler", "gradient_negatives", "all"),
+    ):
         if tree[section][key] == "auto":
             tree[section][key] = before
     return Config.model_validate(tree)

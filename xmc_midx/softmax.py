@@ -31,7 +31,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from xmc_midx.device import empty_table
-from xmc_midx.estimators import PoolLoss, Positives, Targets, logsumexp_or_empty, without_autocast
+from xmc_midx.estimators import PoolLoss, Positives, Rounding, Targets, logsumexp_or_empty, without_autocast
 from xmc_midx.recipe import auto_num_codewords, auto_num_draws
 from xmc_midx.rows import gather_rows
 from xmc_midx.samplers.midx import MidxSampler
@@ -65,6 +65,10 @@ class LabelSoftmax(nn.Module):
         share a pool, at most: a larger batch is cut into groups, each with its own positives and the batch's draws.
         Its products then cost what small batches' do, its updates of rows what a large one's do. None: the whole batch
         is one.
+    gradient_negatives : negatives of an instance that the gradient of a pool is made of, in the mean over the instances
+        and at most: drawn from the pool in proportion to their share in the gradient, which they leave without bias
+        (`xmc_midx.slopes`). The loss and the positives' part of the gradient are exact. It takes effect where the
+        products are float32 on the CPU, where it is faster. None: all of the pool.
     correction_power : what the log weights of sampled labels are multiplied by: 1 estimates the full softmax without
         bias, 0 counts each label of the pool once. Below 1 the loss has less variance, and labels that are drawn often
         weigh more than the softmax gives them.
@@ -98,6 +102,7 @@ class LabelSoftmax(nn.Module):
         estimator: str = "pool",
         num_draws: int = 2048,
         pool_instances: int | None = None,
+        gradient_negatives: int | None = None,
         correction_power: float = 1.0,
         bias: bool = True,
         weighting: str = "mean",
@@ -112,15 +117,17 @@ class LabelSoftmax(nn.Module):
         super().__init__()
         if estimator not in ("pool", "instance"):
             raise ValueError(f"estimator {estimator!r}: expected 'pool' or 'instance'")
-        if pool_instances is not None and pool_instances < 1:
-            raise ValueError(f"pool_instances is {pool_instances}: expected at least 1")
+        for name, size in (("pool_instances", pool_instances), ("gradient_negatives", gradient_negatives)):
+            if size is not None and size < 1:
+                raise ValueError(f"{name} is {size}: expected at least 1")
         if weighting not in ("mean", "sum"):
             raise ValueError(f"weighting {weighting!r}: expected 'mean' or 'sum'")
         if precision not in (None, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(f"precision {precision}: expected None, bfloat16, float32 or float64")
         self.num_labels, self.dim = num_labels, dim
         self.sampler, self.in_batch, self.estimator, self.num_draws = sampler, in_batch, estimator, num_draws
-        self.pool_instances, self.correction_power = pool_instances, correction_power
+        self.pool_instances, self.gradient_negatives = pool_instances, gradient_negatives
+        self.correction_power = correction_power
         self.weighting, self.decoupled, self.sparse, self.precision = weighting, decoupled, sparse, precision
         if table_device is not None and not (sparse and isinstance(sampler, MidxSampler | UniformSampler)):
             raise ValueError("a table on another device: expected sparse=True, and a MIDX or a static sampler")
@@ -217,9 +224,24 @@ class LabelSoftmax(nn.Module):
         ):
             positions_Y = torch.searchsorted(label_ids, group.label_ids)
             loss = loss + PoolLoss.apply(  # type: ignore[no-untyped-call]
-                query, rows_PD, bias_P, log_weight_P, positions_Y, group, self.decoupled, precision, sum(sizes)
+                query,
+                rows_PD,
+                bias_P,
+                log_weight_P,
+                positions_Y,
+                group,
+                self.decoupled,
+                precision,
+                sum(sizes),
+                self._rounding(query),
             )
         return loss
+
+    def _rounding(self, query_BD: torch.Tensor) -> Rounding | None:
+        if self.gradient_negatives is None:
+            return None
+        offsets = torch.rand(query_BD.shape[0], generator=self.generator, device=query_BD.device)
+        return Rounding(self.gradient_negatives, offsets)
 
     @property
     def _pool_is_all(self) -> bool:
@@ -440,8 +462,8 @@ class MIDXSoftmax(LabelSoftmax):
     num_labels, dim : L and D (D >= 2).
     num_codewords : C in each of the two codebooks; `"auto"`: 1.25 sqrt(L), at most 320.
     quantizer : `"pq"` or `"rq"`.
-    estimator, pool_instances, correction_power, bias, weighting, decoupled, sparse, precision, seed, device,
-    table_device, dtype : as in `LabelSoftmax`, which also says what `state_dict()` holds.
+    estimator, pool_instances, gradient_negatives, correction_power, bias, weighting, decoupled, sparse, precision,
+    seed, device, table_device, dtype : as in `LabelSoftmax`, which also says what `state_dict()` holds.
     num_draws : `"auto"`: 2,048 a batch, or all labels where they are few; 64 for each instance.
     prior, label_frequencies, frequency_power, refresh_iterations : as in `MidxSampler`; frequencies are (L,) counts.
         The default prior, the bias, needs none: a trained bias is about the log frequency.
@@ -471,6 +493,7 @@ class MIDXSoftmax(LabelSoftmax):
         estimator: str = "pool",
         num_draws: int | str = "auto",
         pool_instances: int | None = None,
+        gradient_negatives: int | None = None,
         correction_power: float = 1.0,
         prior: str = "bias",
         label_frequencies: torch.Tensor | None = None,
@@ -521,6 +544,7 @@ class MIDXSoftmax(LabelSoftmax):
             estimator=estimator,
             num_draws=num_draws,
             pool_instances=pool_instances,
+            gradient_negatives=gradient_negatives,
             correction_power=correction_power,
             bias=bias,
             weighting=weighting,

@@ -1,0 +1,89 @@
+"""Claims about `xmc_midx.slopes`: rounding without bias, what stays exact, and the products against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from xmc_midx.slopes import SparseSlopes, round_slopes
+
+B, P = 9, 23
+THRESHOLD = 0.125
+
+
+def slopes() -> torch.Tensor:
+    """Shares of a softmax, most of them below the threshold; a positive's slope in five rows, a row of zeros, a row
+    with one entry."""
+    generator = torch.Generator().manual_seed(0)
+    found = torch.softmax(3 * torch.randn(B, P, generator=generator), 1) * torch.rand(B, 1, generator=generator)
+    found[:5, 7] = -0.75
+    found[6] = 0.0
+    found[7] = 0.0
+    found[7, P - 1] = 0.01
+    return found
+
+
+def dense(sparse: SparseSlopes) -> np.ndarray:
+    found = np.zeros((len(sparse.starts), sparse.num_columns))
+    for row, (start, count) in enumerate(zip(sparse.starts, sparse.counts, strict=True)):
+        for entry in range(start, start + count):
+            found[row, sparse.columns[entry]] += sparse.values[entry]
+    return found
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> object:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_small_slopes_are_rounded_without_bias_and_others_kept() -> None:
+    given = slopes()
+    small = ((given >= 0) & (given < THRESHOLD)).numpy()
+    num_offsets = 2000
+    mean = np.zeros((B, P))
+    for i in range(num_offsets):
+        found = dense(round_slopes(given, THRESHOLD, torch.full((B,), (i + 0.5) / num_offsets)))
+        np.testing.assert_array_equal(found[~small], given.numpy()[~small])
+        assert set(np.unique(found[small])) <= {0.0, THRESHOLD}
+        assert (np.abs(found.sum(1) - given.double().sum(1).numpy()) < THRESHOLD).all()
+        mean += found / num_offsets
+    assert small.sum() > B * P / 2 and (~small).sum() > 10
+    # Equally spaced offsets: an entry's share of them is its chance, to one offset at each end.
+    np.testing.assert_allclose(mean, given.double().numpy(), atol=2 * THRESHOLD / num_offsets)
+
+
+def test_each_row_has_an_offset_of_its_own() -> None:
+    given = torch.full((4, 8), THRESHOLD / 8)
+    found = dense(round_slopes(given, THRESHOLD, torch.tensor([0.0, 0.5, 0.8125, 0.9375])))
+    assert [row.nonzero()[0].tolist() for row in found] == [[7], [3], [1], [0]]
+
+
+def test_a_threshold_of_zero_keeps_all_and_a_slope_that_is_not_finite_stays_visible() -> None:
+    given = slopes()
+    np.testing.assert_array_equal(dense(round_slopes(given, 0.0, torch.rand(B))), given.double().numpy())
+    given[2, 3] = torch.nan
+    for threshold in (THRESHOLD, float("nan")):
+        rounded = round_slopes(given, threshold, torch.rand(B))
+        assert torch.isnan(rounded.times(torch.ones(P, 2))[2]).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (9, 23, 5), (40, 7, 33), (3, 200, 8)])
+def test_products_are_those_of_the_dense_matrix(shape: tuple[int, int, int], threads: int) -> None:
+    num_rows, num_columns, dim = shape
+    generator = torch.Generator().manual_seed(1)
+    given = torch.rand(num_rows, num_columns, generator=generator) ** 4
+    rows, queries = (torch.randn(n, dim, generator=generator) for n in (num_columns, num_rows))
+    rounded = round_slopes(given, 0.3, torch.rand(num_rows, generator=generator))
+    expected = torch.from_numpy(dense(rounded))
+    transposed = rounded.transposed()
+    np.testing.assert_array_equal(dense(transposed), expected.T.numpy())
+    for found, reference in (
+        (rounded.times(rows), expected @ rows.double()),
+        (transposed.times(queries), expected.T @ queries.double()),
+        (transposed.sum_rows(), expected.sum(0)),
+    ):
+        torch.testing.assert_close(found.double(), reference, rtol=1e-5, atol=1e-5)

@@ -41,8 +41,9 @@ from xmc_midx.build import build_encoder, build_softmax
 from xmc_midx.config import Config, load_config
 from xmc_midx.data.batches import BatchStream
 from xmc_midx.device import find_device, find_precision, keep_freed_memory, measure_speed, used_memory_bytes
-from xmc_midx.forecast import Speed, step_floor
+from xmc_midx.forecast import Speed, gradient_negatives, step_floor
 from xmc_midx.recipe import DataShape, resolve
+from xmc_midx.slopes import rounds_slopes
 from xmc_midx.topk import exact_topk
 from xmc_midx.trainer import Trainer
 from xmc_midx.types import SilentReporter
@@ -288,8 +289,10 @@ def measure_cost(sampler: str, shape: Shape, options: argparse.Namespace) -> Cos
     flops, rate = measure_speed(options.batch, pool, options.dim, precision, device)
     values = stream.features.nnz / stream.num_instances
     touched = statistics.fmean(np.unique(batch.features.feature_ids).size for batch in stream.epoch(1))
+    speed = Speed(flops=flops, bytes=rate, rounds_slopes=rounds_slopes(precision, device))
+    negatives = gradient_negatives(config, pool, speed)
     floor = step_floor(
-        options.batch, round(options.batch * values), round(touched), pool, options.dim, Speed(flops=flops, bytes=rate)
+        options.batch, round(options.batch * values), round(touched), pool, negatives, options.dim, speed
     )
     states = trainer.optimizer.state.values()
     quartiles = statistics.quantiles(steps, n=4)

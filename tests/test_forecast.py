@@ -12,7 +12,7 @@ from xmc_midx.build import build_encoder, build_softmax
 from xmc_midx.cli import app
 from xmc_midx.config import load_config
 from xmc_midx.data.dataset import load_dataset
-from xmc_midx.forecast import TrainingData, _rows_of_a_batch, cheaper_options, forecast
+from xmc_midx.forecast import Speed, TrainingData, _rows_of_a_batch, cheaper_options, forecast
 from xmc_midx.pipeline import plan, train
 from xmc_midx.recipe import DataShape, resolve
 
@@ -119,6 +119,21 @@ def test_plan_prints_what_is_needed_beside_what_there_is(
     document = json.loads(capsys.readouterr().out)
     assert document["memory_bytes"] == sum(document["memory"].values()) and document["seconds"] > 0
     assert document["config"]["model"]["dim"] == 64 and not (tmp_path / "run").exists()
+
+
+def test_few_negatives_in_the_gradient_leave_a_third_of_the_products() -> None:
+    data = TrainingData.of_shape(100_000, 20_000, 50_000, values=50, positives=5)
+    shape = DataShape(num_instances=100_000, num_features=20_000, num_labels=50_000, num_positives=data.num_positives)
+
+    def step(negatives: str, *, rounds_slopes: bool = True) -> dict[str, float]:
+        config = resolve(load_config(assignments=[f"sampler.gradient_negatives={negatives}"]), shape)
+        speed = Speed(flops=1e11, bytes=1e10, rounds_slopes=rounds_slopes)
+        return dict(forecast(config, data, speed=speed).step)
+
+    few, whole = step("8"), step("all")
+    assert few["products"] == pytest.approx(whole["products"] / 3)
+    assert whole["rows"] < few["rows"] < step("64")["rows"] < whole["rows"] + whole["products"]
+    assert step("8", rounds_slopes=False) == step("all", rounds_slopes=False) == whole
 
 
 def test_plan_takes_a_shape_for_data_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

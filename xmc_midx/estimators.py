@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch.autograd.function import once_differentiable
 
 from xmc_midx.products import linear
-from xmc_midx.slopes import SparseSlopes, round_slopes
+from xmc_midx.slopes import SparseSlopes, round_slopes, rounds_slopes
 
 __all__ = ["PoolLoss", "Positives", "Rounding", "Targets", "logsumexp_or_empty", "without_autocast"]
 
@@ -150,7 +150,7 @@ class PoolLoss(torch.autograd.Function):
         ctx.sparse = None
         if whole is not None:
             whole = _slopes(whole, share_B * scale_B, slope_Y, targets.instance, positions_Y).to(precision)
-            if rounding is not None and whole.dtype == torch.float32 and whole.device.type == "cpu":
+            if rounding is not None and rounds_slopes(whole.dtype, whole.device):
                 threshold = float(share_B.mean()) / rounding.num_negatives
                 ctx.sparse = round_slopes(whole, threshold, rounding.offsets)
                 whole = None

@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 from xmc_midx.config import HOST_SAMPLERS, Config
 from xmc_midx.recipe import CELLS_FROM
 
-__all__ = ["Forecast", "Speed", "TrainingData", "cheaper_options", "forecast", "step_floor"]
+__all__ = ["Forecast", "Speed", "TrainingData", "cheaper_options", "forecast", "gradient_negatives", "step_floor"]
 
 _MB = 10**6
 _LIBRARIES = 375 * _MB
@@ -115,6 +115,8 @@ class Speed:
     """Multiplications and additions a second of a product of a step's size and precision."""
     bytes: float
     """Bytes a second of rows gathered from a table."""
+    rounds_slopes: bool = False
+    """Whether it computes in float32 on the CPU, where a pool's slopes may be rounded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,23 +287,37 @@ def _rows_of_a_batch(config: Config, data: TrainingData) -> tuple[int, int, int,
     return rows, labels, int(min(num_labels, draws + distinct(data.label_counts, batch / groups))), groups
 
 
-def step_floor(batch: int, values: int, rows: int, pool: int, dim: int, speed: Speed) -> tuple[float, float]:
-    """The least seconds of a step: of its three products (B, P, D), and of the rows that it cannot but move.
+def gradient_negatives(config: Config, pool: int, speed: Speed) -> int:
+    """Labels of a pool of so many that an instance's gradient is made of: all, or as many as the rounding of its slopes
+    leaves."""
+    given = config.sampler.gradient_negatives
+    return min(pool, _number(given)) if speed.rounds_slopes and given != "all" else pool
 
+
+def step_floor(
+    batch: int, values: int, rows: int, pool: int, negatives: int, dim: int, speed: Speed
+) -> tuple[float, float]:
+    """The least seconds of a step: of its products, and of the rows that it cannot but move.
+
+    The logits are of the whole pool (B, P, D); the two products of the gradient take `negatives` labels of an instance.
     Each of the batch's `values` is a row read forward and one backward; the `rows` features and the `pool` labels that
     it touches are read and written once, and the pool's once more for the products. All that is above it is copies,
     sampling, and operations that are not products.
     """
-    return 6.0 * batch * pool * dim / speed.flops, 4.0 * dim * (2 * values + 2 * rows + 3 * pool) / speed.bytes
+    products = batch * (2.0 * pool + 4.0 * negatives) * dim
+    return products / speed.flops, 4.0 * dim * (2 * values + 2 * rows + 3 * pool) / speed.bytes
 
 
 def _step(config: Config, data: TrainingData, rows: int, pool: int, speed: Speed) -> dict[str, float]:
     """Seconds of a step: its products, the rows that it moves with their copies and gradients, what is neither."""
     dim, batch = _number(config.model.dim), _number(config.training.batch_size)
     values = batch * data.num_values / max(data.num_instances, 1)
+    negatives = gradient_negatives(config, pool, speed)
+    # A product with few of the rows is bound by their bytes.
+    gathered = 2 * batch * negatives if negatives < pool else 0
     return {
-        "products": 6.0 * batch * pool * dim / speed.flops,
-        "rows": 4.0 * dim * (2 * values + 6 * rows) / speed.bytes,
+        "products": batch * (2.0 * pool + 4.0 * (0 if gathered else pool)) * dim / speed.flops,
+        "rows": 4.0 * dim * (2 * values + 6 * rows + gathered) / speed.bytes,
         "overhead": _STEP_OVERHEAD,
     }
 

@@ -361,6 +361,7 @@ def plan(
     """
     from xmc_midx.device import available_memory_bytes, find_device, find_precision, measure_speed, used_memory_bytes
     from xmc_midx.forecast import Speed, TrainingData, forecast
+    from xmc_midx.slopes import rounds_slopes
 
     reporter = reporter or SilentReporter()
     if isinstance(data, TrainingData):
@@ -383,11 +384,11 @@ def plan(
     batch, dim, draws = resolved.training.batch_size, resolved.model.dim, resolved.sampler.num_draws
     assert isinstance(batch, int) and isinstance(dim, int) and isinstance(draws, int), "the configuration is resolved"
     device = find_device(resolved.training.device)
-    flops, rate = measure_speed(
-        batch, min(draws, shape.num_labels), min(dim, 4096), find_precision(resolved.training.precision, device), device
-    )
+    precision = find_precision(resolved.training.precision, device)
+    flops, rate = measure_speed(batch, min(draws, shape.num_labels), min(dim, 4096), precision, device)
+    speed = Speed(flops=flops, bytes=rate, rounds_slopes=rounds_slopes(precision, device))
     return Plan(
-        forecast=forecast(resolved, data, cuda=device.type == "cuda", speed=Speed(flops=flops, bytes=rate)),
+        forecast=forecast(resolved, data, cuda=device.type == "cuda", speed=speed),
         available_memory=available,
         available_disk=_free_disk(Path(output)),
         config=resolved,

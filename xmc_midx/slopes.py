@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from xmc_midx.threads import in_threads, scratch
 
-__all__ = ["SparseSlopes", "round_slopes"]
+__all__ = ["SparseSlopes", "round_slopes", "rounds_slopes"]
 
 _WIDTH = 4
 """Rows added at once: the sum is then read and written once for all of them."""
@@ -57,6 +57,11 @@ class SparseSlopes:
     def sum_rows(self) -> torch.Tensor:
         """(B,) sums of the rows."""
         return self.times(torch.ones(self.num_columns, 1))[:, 0]
+
+
+def rounds_slopes(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether slopes of this dtype and device can be rounded: elsewhere dense products are the faster ones."""
+    return dtype == torch.float32 and device.type == "cpu"
 
 
 def round_slopes(slopes_BP: torch.Tensor, threshold: float, offset_B: torch.Tensor) -> SparseSlopes:

@@ -362,6 +362,25 @@ def test_a_gradient_of_few_negatives_has_the_mean_of_the_whole(pool_instances: i
         assert mean.square().sum() < 3 * square.sum() / seeds
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_gradient_of_few_negatives_has_the_dtypes_of_the_table(dtype: torch.dtype) -> None:
+    gradients = []
+    for gradient_negatives in (None, 10**9):
+        softmax = make_softmax(
+            UniformSampler(L),
+            num_draws=L,
+            gradient_negatives=gradient_negatives,
+            dtype=dtype,
+            precision=torch.float32,
+        )
+        query_BD = make_queries()
+        softmax(query_BD, offsets_of(RAGGED)).backward()
+        assert softmax.weight.grad is not None and softmax.weight.grad.dtype == dtype
+        gradients.append([dense(p.grad).float() for p in (query_BD, softmax.weight, softmax.bias)])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-4)
+
+
 @pytest.mark.parametrize("options", [{"dtype": torch.float64}, {"precision": torch.bfloat16}])
 def test_other_precisions_take_the_whole_gradient(options: dict[str, Any]) -> None:
     gradients = []

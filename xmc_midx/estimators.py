@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch.autograd.function import once_differentiable
 
 from xmc_midx.products import linear
-from xmc_midx.slopes import SparseSlopes, round_slopes, rounds_slopes
+from xmc_midx.slopes import SparseSlopes, round_slopes
 
 __all__ = ["PoolLoss", "Positives", "Rounding", "Targets", "logsumexp_or_empty", "without_autocast"]
 
@@ -108,9 +108,9 @@ class PoolLoss(torch.autograd.Function):
     number: a single (B, P) matrix is kept, in the products' precision, and none at all where those of all groups of
     the batch, `batch_size` instances, would exceed `_CHUNK_ELEMENTS`.
 
-    With `rounding`, where that matrix is one in float32 on the CPU, the gradients are those of slopes that were rounded
-    at random (`xmc_midx.slopes`): the loss is the same, the gradients are in the mean, and two of the three products
-    are with a few negatives of each instance.
+    With `rounding`, for products in float32 on the CPU, and where that matrix is kept, the gradients are those of
+    slopes that were rounded at random (`xmc_midx.slopes`): the loss is the same, the gradients are in the mean, and two
+    of the three products are with a few negatives of each instance.
     """
 
     @staticmethod
@@ -150,7 +150,7 @@ class PoolLoss(torch.autograd.Function):
         ctx.sparse = None
         if whole is not None:
             whole = _slopes(whole, share_B * scale_B, slope_Y, targets.instance, positions_Y).to(precision)
-            if rounding is not None and rounds_slopes(whole.dtype, whole.device):
+            if rounding is not None:
                 threshold = float(share_B.mean()) / rounding.num_negatives
                 ctx.sparse = round_slopes(whole, threshold, rounding.offsets)
                 whole = None

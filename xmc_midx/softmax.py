@@ -37,6 +37,7 @@ from xmc_midx.rows import gather_rows
 from xmc_midx.samplers.midx import MidxSampler
 from xmc_midx.samplers.pools import beside, two_samples
 from xmc_midx.samplers.static import InBatchSampler, UniformSampler
+from xmc_midx.slopes import rounds_slopes
 from xmc_midx.topk import exact_topk
 from xmc_midx.types import Sampler, TopK
 
@@ -233,12 +234,12 @@ class LabelSoftmax(nn.Module):
                 self.decoupled,
                 precision,
                 sum(sizes),
-                self._rounding(query),
+                self._rounding(query, precision),
             )
         return loss
 
-    def _rounding(self, query_BD: torch.Tensor) -> Rounding | None:
-        if self.gradient_negatives is None:
+    def _rounding(self, query_BD: torch.Tensor, precision: torch.dtype) -> Rounding | None:
+        if self.gradient_negatives is None or not rounds_slopes(precision, query_BD.device):
             return None
         offsets = torch.rand(query_BD.shape[0], generator=self.generator, device=query_BD.device)
         return Rounding(self.gradient_negatives, offsets)

@@ -125,8 +125,8 @@ def test_few_negatives_in_the_gradient_leave_a_third_of_the_products() -> None:
     data = TrainingData.of_shape(100_000, 20_000, 50_000, values=50, positives=5)
     shape = DataShape(num_instances=100_000, num_features=20_000, num_labels=50_000, num_positives=data.num_positives)
 
-    def step(negatives: str, *, rounds_slopes: bool = True) -> dict[str, float]:
-        config = resolve(load_config(assignments=[f"sampler.gradient_negatives={negatives}"]), shape)
+    def step(negatives: str, *options: str, rounds_slopes: bool = True) -> dict[str, float]:
+        config = resolve(load_config(assignments=[f"sampler.gradient_negatives={negatives}", *options]), shape)
         speed = Speed(flops=1e11, bytes=1e10, rounds_slopes=rounds_slopes)
         return dict(forecast(config, data, speed=speed).step)
 
@@ -134,6 +134,9 @@ def test_few_negatives_in_the_gradient_leave_a_third_of_the_products() -> None:
     assert few["products"] == pytest.approx(whole["products"] / 3)
     assert whole["rows"] < few["rows"] < step("64")["rows"] < whole["rows"] + whole["products"]
     assert step("8", rounds_slopes=False) == step("all", rounds_slopes=False) == whole
+    # Own draws of each instance are no pool, and a pool whose logits come in chunks is not rounded.
+    for option in ("sampler.estimator=instance", "sampler.num_draws=49999"):
+        assert step("8", option) == step("all", option)
 
 
 def test_plan_takes_a_shape_for_data_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,6 +98,14 @@ def test_a_run_of_an_older_release_goes_on_as_it_was_started() -> None:
     assert as_started(fresh) == fresh
 
 
+def test_slopes_are_rounded_where_a_pool_has_many_labels() -> None:
+    def negatives(num_labels: int, *assignments: str) -> object:
+        return resolve(load_config(assignments=assignments), data(5000, num_labels)).sampler.gradient_negatives
+
+    assert [negatives(num_labels) for num_labels in (3, 511, 512, 10**6)] == ["all", "all", 32, 32]
+    assert negatives(10**6, "sampler.name=full") == "all"
+
+
 def test_one_given_value_leaves_the_others_open() -> None:
     shape = data(5000, 100)
     plain = resolve(Config(), shape).model_dump()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 
-from xmc_midx.slopes import SparseSlopes, round_slopes
+from xmc_midx.slopes import multiply, round_slopes
 
 B, P = 9, 23
 THRESHOLD = 0.125
@@ -24,12 +25,8 @@ def slopes() -> torch.Tensor:
     return found
 
 
-def dense(sparse: SparseSlopes) -> np.ndarray:
-    found = np.zeros((len(sparse.starts), sparse.num_columns))
-    for row, (start, count) in enumerate(zip(sparse.starts, sparse.counts, strict=True)):
-        for entry in range(start, start + count):
-            found[row, sparse.columns[entry]] += sparse.values[entry]
-    return found
+def dense(matrix: csr_matrix) -> np.ndarray:
+    return matrix.toarray().astype(np.float64)
 
 
 @pytest.fixture(params=[1, 3])
@@ -68,7 +65,7 @@ def test_a_threshold_of_zero_keeps_all_and_a_slope_that_is_not_finite_stays_visi
     given[2, 3] = torch.nan
     for threshold in (THRESHOLD, float("nan")):
         rounded = round_slopes(given, threshold, torch.rand(B))
-        assert torch.isnan(rounded.times(torch.ones(P, 2))[2]).all()
+        assert torch.isnan(multiply(rounded, torch.ones(P, 2))[2]).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (9, 23, 5), (40, 7, 33), (3, 200, 8)])
@@ -79,11 +76,21 @@ def test_products_are_those_of_the_dense_matrix(shape: tuple[int, int, int], thr
     rows, queries = (torch.randn(n, dim, generator=generator) for n in (num_columns, num_rows))
     rounded = round_slopes(given, 0.3, torch.rand(num_rows, generator=generator))
     expected = torch.from_numpy(dense(rounded))
-    transposed = rounded.transposed()
-    np.testing.assert_array_equal(dense(transposed), expected.T.numpy())
     for found, reference in (
-        (rounded.times(rows), expected @ rows.double()),
-        (transposed.times(queries), expected.T @ queries.double()),
-        (transposed.sum_rows(), expected.sum(0)),
+        (multiply(rounded, rows), expected @ rows.double()),
+        (multiply(rounded.T.tocsr(), queries), expected.T @ queries.double()),
+        (multiply(rounded, rows.double()), expected @ rows.double()),
     ):
         torch.testing.assert_close(found.double(), reference, rtol=1e-5, atol=1e-5)
+
+
+def test_the_rounding_does_not_depend_on_threads_or_on_the_place_in_memory(threads: int) -> None:
+    """The products of `xmc_midx.products.linear` are parts of wider tensors."""
+    given, offsets = slopes(), torch.linspace(0, 0.95, B)
+    wide = torch.full((B, P + 5), 0.5)
+    wide[:, :P] = given
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected = dense(round_slopes(given, THRESHOLD, offsets))
+    torch.set_num_threads(before)
+    np.testing.assert_array_equal(dense(round_slopes(wide[:, :P], THRESHOLD, offsets)), expected)

@@ -338,7 +338,7 @@ def test_a_gradient_of_few_negatives_has_the_mean_of_the_whole(pool_instances: i
         )
         query_BD = make_queries()
         loss = softmax(query_BD, offsets_of(RAGGED))
-        loss.backward()
+        (3 * loss).backward()
         assert query_BD.grad is not None
         return loss.item(), [query_BD.grad, dense(softmax.weight.grad), dense(softmax.bias.grad)]
 
@@ -381,8 +381,12 @@ def test_a_gradient_of_few_negatives_has_the_dtypes_of_the_table(dtype: torch.dt
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"dtype": torch.float64}, {"precision": torch.bfloat16}])
-def test_other_precisions_take_the_whole_gradient(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [{"dtype": torch.float64}, {"precision": torch.bfloat16}, {}])
+def test_other_precisions_and_pools_in_chunks_take_the_whole_gradient(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not options:
+        monkeypatch.setattr(estimators, "_CHUNK_ELEMENTS", 5 * len(RAGGED))
     gradients = []
     for gradient_negatives in (None, 1):
         softmax = make_softmax(UniformSampler(L), num_draws=L, gradient_negatives=gradient_negatives, **options)
@@ -708,6 +712,7 @@ def test_wrong_shapes_and_options_are_refused() -> None:
             softmax(make_queries(1), (torch.tensor([1, 2]), torch.tensor(offsets)))
     for options, message in (
         ({"num_draws": 0}, "num_draws is 0"),
+        ({"gradient_negatives": 0}, "gradient_negatives is 0"),
         ({"num_codewords": 0}, "num_codewords is 0"),
         ({"label_frequencies": torch.ones(8)}, r"shape \(8,\): expected \(9,\)"),
         ({"label_frequencies": torch.ones(9), "num_instances": 0}, "num_instances is 0"),

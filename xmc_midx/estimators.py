@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from scipy.sparse import csr_matrix
 from torch.autograd.function import once_differentiable
 
 from xmc_midx.products import linear
-from xmc_midx.slopes import SparseSlopes, round_slopes
+from xmc_midx.slopes import multiply, round_slopes
 
 __all__ = ["PoolLoss", "Positives", "Rounding", "Targets", "logsumexp_or_empty", "without_autocast"]
 
@@ -167,9 +169,10 @@ class PoolLoss(torch.autograd.Function):
             ctx.saved_tensors
         )
         if ctx.sparse is not None:
-            sparse: SparseSlopes = ctx.sparse.scaled(float(grad))
-            by_label = sparse.transposed()
-            return sparse.times(rows_PD), by_label.times(query_BD), by_label.sum_rows(), *(None,) * 7
+            sparse: csr_matrix = ctx.sparse * float(grad)
+            sums_P = np.bincount(sparse.indices, weights=sparse.data, minlength=sparse.shape[1])
+            grads = multiply(sparse, rows_PD), multiply(sparse.T.tocsr(), query_BD), bias_P.new_tensor(sums_P)
+            return *grads, *(None,) * 7
         query = query_BD.to(ctx.precision)
         grad_query = torch.zeros_like(query_BD)
         grad_rows, grad_bias = torch.empty_like(rows_PD), torch.empty_like(bias_P)

@@ -289,9 +289,10 @@ def _rows_of_a_batch(config: Config, data: TrainingData) -> tuple[int, int, int,
 
 def gradient_negatives(config: Config, pool: int, speed: Speed) -> int:
     """Labels of a pool of so many that an instance's gradient is made of: all, or as many as the rounding of its slopes
-    leaves."""
-    given = config.sampler.gradient_negatives
-    return min(pool, _number(given)) if speed.rounds_slopes and given != "all" else pool
+    leaves, in a pool whose logits are kept whole."""
+    given, is_pool = config.sampler.gradient_negatives, config.sampler.estimator == "pool"
+    is_whole = _number(config.training.batch_size) * pool <= _SCORES_AT_ONCE
+    return min(pool, _number(given)) if speed.rounds_slopes and given != "all" and is_pool and is_whole else pool
 
 
 def step_floor(

@@ -26,7 +26,9 @@ CELLS_FROM = 4096
 
 
 _GRADIENT_NEGATIVES = 32
-"""Negatives in the gradient of an instance: 30 were as good as all (EXPERIMENTS.md, "Rounded slopes")."""
+"""Negatives in the gradient of an instance, where a pool has many (EXPERIMENTS.md, "Rounded slopes")."""
+_ROUNDED_FROM = 512
+"""Labels from which that pays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ def resolve(config: Config, shape: DataShape) -> Config:
     if tree["data"]["weighting"] == "auto":
         tree["data"]["weighting"] = "tf-idf" if shape.has_counts else "none"
 
-    def derive(section: str, key: str, value: float) -> None:
+    def derive(section: str, key: str, value: float | str) -> None:
         if tree[section][key] == "auto":
             tree[section][key] = value
 
@@ -101,7 +103,8 @@ def resolve(config: Config, shape: DataShape) -> Config:
             num_draws = max(1, min(num_draws, effort.num_pairs // tree["training"]["batch_size"]))
     derive("sampler", "num_draws", num_draws)
     derive("sampler", "pool_instances", effort.pool_instances)
-    derive("sampler", "gradient_negatives", _GRADIENT_NEGATIVES)
+    is_rounded = shape.num_labels >= _ROUNDED_FROM and config.sampler.name != "full"
+    derive("sampler", "gradient_negatives", _GRADIENT_NEGATIVES if is_rounded else "all")
     num_steps = num_epochs * shape.num_instances / tree["training"]["batch_size"]
     derive("training", "label_learning_rate", _label_learning_rate(_share_of_labels(tree, shape), num_steps))
     derive("ranker", "num_instances", effort.num_rivalled)

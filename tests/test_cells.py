@@ -55,7 +55,19 @@ def test_the_tuned_effort_keeps_its_promise_on_other_queries_and_is_small() -> N
     cells = fit_cells(table, bias, fitted)
     effort = tune_effort(table, bias, cells, fitted)
     assert effort.recall >= 0.99 and effort.depth < 6000 / 2
-    found = CellIndex(table, bias, cells, effort).search(queries, 5)
+    index = CellIndex(table, bias, cells, effort)
+
+    def recall(index: CellIndex) -> float:
+        """Of all queries that the effort was tuned on, not of the part that it began with."""
+        hits = index.search(fitted, 5).label_ids[:, :, None] == brute_force(table, bias, fitted, 5)[:, None, :]
+        return float(hits.any(axis=1).mean())
+
+    assert recall(index) == pytest.approx(effort.recall, abs=1e-9)
+    assert recall(index.with_exact()) == 1.0
+    rough = index.with_less_effort(0.25)
+    assert rough.effort.depth == -(-effort.depth // 4) and rough.effort.width == effort.width
+    assert 0.5 < recall(rough) < recall(index)
+    found = index.search(queries, 5)
     exact = brute_force(table, bias, queries, 5)
     assert (found.label_ids[:, :, None] == exact[:, None, :]).any(axis=1).mean() > 0.97
     assert (np.diff(found.scores, axis=1) <= 0).all()

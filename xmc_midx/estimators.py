@@ -151,11 +151,13 @@ class PoolLoss(torch.autograd.Function):
         loss, share_B, slope_Y = _loss_and_slopes(logits_Y, log_negatives_B, targets, decoupled)
         ctx.sparse = None
         if whole is not None:
-            whole = _slopes(whole, share_B * scale_B, slope_Y, targets.instance, positions_Y).to(precision)
+            whole = _slopes(whole, share_B * scale_B, slope_Y, targets.instance, positions_Y)
             if rounding is not None:
                 threshold = float(share_B.mean()) / rounding.num_negatives
                 ctx.sparse = round_slopes(whole, threshold, rounding.offsets)
                 whole = None
+            else:
+                whole = whole.to(precision)
         ctx.save_for_backward(
             query_BD, rows_PD, bias_P, log_weight_P, positions_Y, log_negatives_B, share_B, slope_Y, whole
         )

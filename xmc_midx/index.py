@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numba
@@ -31,6 +32,8 @@ _FEWEST = (1000, 100)
 """Sketches read and logits computed, at the least."""
 _STEP = 1.4
 """By which the effort grows."""
+_FIRST_PART, _FIRST_SLACK = 4, 0.002
+"""Up to a recall less by the second, one in so many of the queries is enough to find the effort."""
 _SCAN_ROWS = 1 << 12
 """Rows in float32 at once, when all are scanned."""
 
@@ -136,9 +139,14 @@ class CellIndex:
     ) -> None:
         self.table, self.bias_L, self.cells, self.effort, self.exact = table, bias_L, cells, effort, exact
 
-    def with_exact(self, exact: bool) -> CellIndex:
-        """The same index, that scans or does not."""
-        return CellIndex(self.table, self.bias_L, self.cells, self.effort, exact=exact)
+    def with_exact(self) -> CellIndex:
+        """The same index, that scans all labels."""
+        return CellIndex(self.table, self.bias_L, self.cells, self.effort, exact=True)
+
+    def with_less_effort(self, part: float) -> CellIndex:
+        """The same index, that reads this part of the sketches: for searches that may miss some of the best."""
+        effort = replace(self.effort, depth=math.ceil(part * self.effort.depth))
+        return CellIndex(self.table, self.bias_L, self.cells, effort)
 
     def as_arrays(self) -> dict[str, NDArray[Any]]:
         """Cells and effort: what `from_arrays` reads beside the table."""
@@ -228,20 +236,23 @@ def tune_effort(table: StoredTable, bias_L: NDArray[np.float32], cells: LabelCel
     """The least effort that finds 99.2% of the five best labels of the queries (N, D), held-out ones."""
     num_labels = bias_L.shape[0]
     everything = Effort(depth=num_labels, width=num_labels, recall=1.0)
-    exact = CellIndex(table, bias_L, cells, everything, exact=True).search(query_ND, _TARGET_K).label_ids
+    exact_NK = CellIndex(table, bias_L, cells, everything, exact=True).search(query_ND, _TARGET_K).label_ids
 
-    def recall(depth: int, width: int) -> float:
-        found = cells.search(query_ND, table, bias_L, _TARGET_K, depth=depth, width=width).label_ids
+    def recall(depth: int, width: int, every: int) -> float:
+        found = cells.search(query_ND[::every], table, bias_L, _TARGET_K, depth=depth, width=width).label_ids
+        exact = exact_NK[::every]
         hits = (found[:, :, None] == exact[:, None, :]) & (exact[:, None, :] >= 0)
         return float(hits.any(axis=1).sum() / max((exact >= 0).sum(), 1))
 
     depth, width = (min(least, num_labels) for least in _FEWEST)
-    reached = recall(depth, width)
-    # With exact logits of half of the labels, a search scans them all.
-    while reached < _TARGET_RECALL and (depth < num_labels or 2 * width <= num_labels) and len(query_ND):
-        # More sketches or more logits: whatever finds more.
-        ways = {(min(round(_STEP * depth), num_labels), width), (depth, min(round(_STEP * width), num_labels))}
-        reached, depth, width = max((recall(*way), *way) for way in ways)
+    reached = 0.0
+    for every, target in ((_FIRST_PART, _TARGET_RECALL - _FIRST_SLACK), (1, _TARGET_RECALL)):
+        reached = recall(depth, width, every)
+        # With exact logits of half of the labels, a search scans them all.
+        while reached < target and (depth < num_labels or 2 * width <= num_labels) and len(query_ND):
+            # More sketches or more logits: whatever finds more.
+            ways = {(min(round(_STEP * depth), num_labels), width), (depth, min(round(_STEP * width), num_labels))}
+            reached, depth, width = max((recall(*way, every), *way) for way in ways)
     return Effort(depth=depth, width=width, recall=reached)
 
 

@@ -24,7 +24,8 @@ _WIDTH = 4
 
 
 def rounds_slopes(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether slopes of this dtype and device can be rounded: elsewhere dense products are the faster ones."""
+    """Whether the slopes of a loss of this dtype and device can be rounded: elsewhere dense products are faster. The
+    products that gave the logits may be in bfloat16."""
     return dtype == torch.float32 and device.type == "cpu"
 
 

@@ -234,12 +234,12 @@ class LabelSoftmax(nn.Module):
                 self.decoupled,
                 precision,
                 sum(sizes),
-                self._rounding(query, precision),
+                self._rounding(query),
             )
         return loss
 
-    def _rounding(self, query_BD: torch.Tensor, precision: torch.dtype) -> Rounding | None:
-        if self.gradient_negatives is None or not rounds_slopes(precision, query_BD.device):
+    def _rounding(self, query_BD: torch.Tensor) -> Rounding | None:
+        if self.gradient_negatives is None or not rounds_slopes(query_BD.dtype, query_BD.device):
             return None
         offsets = torch.rand(query_BD.shape[0], generator=self.generator, dtype=torch.float32)
         return Rounding(self.gradient_negatives, offsets)

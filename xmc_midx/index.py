@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numba
@@ -139,14 +138,9 @@ class CellIndex:
     ) -> None:
         self.table, self.bias_L, self.cells, self.effort, self.exact = table, bias_L, cells, effort, exact
 
-    def with_exact(self) -> CellIndex:
-        """The same index, that scans all labels."""
-        return CellIndex(self.table, self.bias_L, self.cells, self.effort, exact=True)
-
-    def with_less_effort(self, part: float) -> CellIndex:
-        """The same index, that reads this part of the sketches: for searches that may miss some of the best."""
-        effort = replace(self.effort, depth=math.ceil(part * self.effort.depth))
-        return CellIndex(self.table, self.bias_L, self.cells, effort)
+    def with_exact(self, exact: bool) -> CellIndex:
+        """The same index, that scans or does not."""
+        return CellIndex(self.table, self.bias_L, self.cells, self.effort, exact=exact)
 
     def as_arrays(self) -> dict[str, NDArray[Any]]:
         """Cells and effort: what `from_arrays` reads beside the table."""

@@ -60,9 +60,6 @@ _MOST_COPIES = 10
 
 _CELL_QUERIES = 20_000, 2_000
 """Training instances that the label cells are fitted to, and held-out ones that their effort is tuned on."""
-_RIVALS_EFFORT = 0.25
-"""Of the sketches that a prediction reads, the part that is enough to find labels which the linear ranker is to tell
-apart."""
 
 
 class TrainingSession:
@@ -411,8 +408,7 @@ class TrainingSession:
         """The model as it stands; its rows come scaled already."""
         if self._stored is not None:
             encoder, cells = self._stored
-            cells = cells.with_exact() if exact else cells.with_less_effort(_RIVALS_EFFORT)
-            return Predictor(encoder, cells, scaling=AS_GIVEN)
+            return Predictor(encoder, cells.with_exact(exact), scaling=AS_GIVEN)
         softmax = self.trainer.softmax
         # A faster search needs the table in float32, and takes half of it once more.
         weight_LD = softmax.weight.detach()

@@ -10,5 +10,5 @@ cd "$project"
 "$venv_python" -m ruff check .
 "$venv_python" -m ruff format --check .
 "$venv_python" -m mypy
-# A process for each core; a file's tests stay together, with what they share.
-exec "$venv_python" -m pytest --numprocesses auto --dist loadfile "$@"
+# A process for each core, which takes half of the others' tests where its own are done.
+exec "$venv_python" -m pytest --numprocesses auto --dist worksteal "$@"

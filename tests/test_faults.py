@@ -6,7 +6,6 @@ Each test bears the name of its fault in the table of the README (`scripts/fault
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
 import resource
@@ -62,14 +61,6 @@ def tmp_path() -> Iterator[Path]:
     """In memory where the system has such a place: a kill does not ask the disk, and each save syncs eight times."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as directory:
         yield Path(directory)
-
-
-@pytest.fixture(scope="module")
-def processes() -> Any:
-    """Forks from a server that has torch loaded and no threads."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["victims", "xmc_midx.session", "xmc_midx.diagnostics"])
-    return context
 
 
 def run_child(processes: Any, target: Callable[..., None], *arguments: Any) -> int:

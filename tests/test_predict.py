@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -82,14 +81,12 @@ def call(*words: str | Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def killed(run: Path) -> Callable[..., int]:
+def killed(run: Path, processes: Any) -> Callable[..., int]:
     """`killed(words, points, number, log)`: the exit code of a prediction that gets a signal at these points."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["victims", "xmc_midx.session", "xmc_midx.diagnostics"])
 
     def start(words: list[str | Path], points: str, number: int, log: Path) -> int:
         arguments = ([str(word) for word in words], points, int(number), str(log))
-        process = context.Process(target=victims.predict, args=arguments)
+        process = processes.Process(target=victims.predict, args=arguments)
         process.start()
         process.join(120)
         assert process.exitcode is not None, "the child hangs"

@@ -161,6 +161,10 @@ def loaded_by(code: str) -> set[str]:
     return set(done.stdout.rpartition("LOADED")[2].split())
 
 
+def test_a_prediction_does_not_wait_for_what_fits_alone_need() -> None:
+    loaded_by("import sys, xmc_midx.predictor\nassert 'scipy.optimize' not in sys.modules")
+
+
 def test_importing_the_package_loads_nothing_heavy() -> None:
     loaded = loaded_by("import xmc_midx; dir(xmc_midx); xmc_midx.XmcMidxError; xmc_midx.Config")
     assert "xmc_midx" in loaded and not loaded & set(HEAVY)

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from scipy.sparse import csr_matrix
 from scipy.special import expit, logsumexp
 
@@ -82,6 +81,8 @@ def fit_calibration(top: TopK, labels: csr_matrix) -> Calibration | None:
         ridge = np.append(_RIDGE * values[:-1], 0.0)
         value = np.logaddexp(0.0, np.where(positive, -logits, logits)).sum() + ridge @ values / 2
         return float(value), standard.T @ (expit(logits) - positive) + ridge
+
+    from scipy.optimize import minimize  # a third of a second that a prediction need not wait for
 
     # Were the scores worthless, the fit would still keep their order.
     bounds = [(1e-3, None), (None, None), (None, None), (None, None)]

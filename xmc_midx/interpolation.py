@@ -25,7 +25,6 @@ from typing import Any
 import numba
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from scipy.sparse import csr_matrix
 from scipy.special import expit
 
@@ -461,6 +460,8 @@ def _fit(candidates: _Candidates, labels: csr_matrix, weight_L: _Floats, free: l
         away = coefficients - start * scale
         value = float((weight * np.logaddexp(0.0, margin)).sum() + (pull * away**2).sum())
         return value, (gradient + 2 * pull * away)[free]
+
+    from scipy.optimize import minimize  # a third of a second that a prediction need not wait for
 
     bounds = [_BOUNDS[i] for i in free]
     result = minimize(loss, (start * scale)[free], jac=True, method="L-BFGS-B", bounds=bounds)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from xmc_midx import device, topk
 from xmc_midx import index as module
-from xmc_midx import topk
 from xmc_midx.index import ExactIndex, HalfPrecisionIndex, build_index
 
 
@@ -49,11 +49,23 @@ def test_ties_of_exact_logits_go_to_the_smaller_id() -> None:
     assert (np.diff(found.label_ids, axis=1) > 0).all(), "rising, among those that the scan found"
 
 
+def test_training_products_are_float32_on_a_cpu_whatever_it_multiplies_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scan of all labels is another matter, below: its table is converted once."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for is_fast in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda is_fast=is_fast: is_fast)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda is_fast=is_fast: is_fast)
+        assert device.multiplies_bfloat16(cpu) == device.multiplies_bfloat16(cuda) == is_fast
+        assert device.find_precision("auto", cpu) == torch.float32
+        assert device.find_precision("auto", cuda) == (torch.bfloat16 if is_fast else torch.float32)
+        assert device.find_precision("bfloat16", cpu) == torch.bfloat16
+
+
 def test_the_rough_scan_is_for_many_labels_and_fast_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     table, bias, _ = tables(60)
     monkeypatch.setattr(module, "_MIN_LABELS", 50)
-    for dtype, kind in ((torch.bfloat16, HalfPrecisionIndex), (torch.float32, ExactIndex)):
-        monkeypatch.setattr(module, "find_precision", lambda name, device, dtype=dtype: dtype)
+    for is_fast, kind in ((True, HalfPrecisionIndex), (False, ExactIndex)):
+        monkeypatch.setattr(module, "multiplies_bfloat16", lambda device, is_fast=is_fast: is_fast)
         assert type(build_index(table, bias)) is kind
         assert type(build_index(table, bias, exact=True)) is ExactIndex
         assert type(build_index(table[:40], bias[:40])) is ExactIndex

@@ -23,6 +23,7 @@ __all__ = [
     "is_out_of_memory",
     "keep_freed_memory",
     "measure_speed",
+    "multiplies_bfloat16",
     "peak_memory_bytes",
     "release_freed_memory",
     "used_memory_bytes",
@@ -60,16 +61,21 @@ def find_device(name: str) -> torch.device:
 def find_precision(name: str, device: torch.device) -> torch.dtype:
     """The dtype of the large matrix products.
 
-    `auto` is bfloat16 where the hardware multiplies it natively: twice to four times float32's rate on a CPU with
-    AVX512-BF16 or AMX, at equal quality (EXPERIMENTS.md, "Precision"); float32 elsewhere, where bfloat16 is emulated
-    and slow.
+    `auto` is bfloat16 on a GPU that multiplies it natively. On a CPU it is float32: what bfloat16 would save in one
+    product, where the hardware has it, the copies take again (EXPERIMENTS.md, "Precision").
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return torch.bfloat16 if device.type == "cuda" and multiplies_bfloat16(device) else torch.float32
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a product of large tables is faster in bfloat16: of a CPU's float32 with AVX512-BF16 or AMX, by two to
+    four times."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return bool(torch.cuda.is_bf16_supported())
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return torch.bfloat16 if probe is not None and probe() else torch.float32
+    return probe is not None and bool(probe())
 
 
 def empty_table(

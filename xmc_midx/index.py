@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from xmc_midx.cells import LabelCells
-from xmc_midx.device import find_precision
+from xmc_midx.device import multiplies_bfloat16
 from xmc_midx.quantization import StoredTable, row_product
 from xmc_midx.selection import insert_best
 from xmc_midx.topk import best_of, exact_topk, rescored_topk
@@ -264,7 +264,6 @@ def _excluded_of(num_labels: int, allow: torch.Tensor | None, deny: torch.Tensor
 
 def build_index(label_table_LD: torch.Tensor, bias_L: torch.Tensor, *, exact: bool = False) -> LabelIndex:
     """The fastest search for a label table on its device; with `exact` the full scan in float32."""
-    rough = find_precision("auto", label_table_LD.device) == torch.bfloat16
-    if exact or not rough or bias_L.shape[0] < _MIN_LABELS:
+    if exact or not multiplies_bfloat16(label_table_LD.device) or bias_L.shape[0] < _MIN_LABELS:
         return ExactIndex(label_table_LD, bias_L)
     return HalfPrecisionIndex(label_table_LD, bias_L)

@@ -289,7 +289,7 @@ def measure_cost(sampler: str, shape: Shape, options: argparse.Namespace) -> Cos
     flops, rate = measure_speed(options.batch, pool, options.dim, precision, device)
     values = stream.features.nnz / stream.num_instances
     touched = statistics.fmean(np.unique(batch.features.feature_ids).size for batch in stream.epoch(1))
-    speed = Speed(flops=flops, bytes=rate, rounds_slopes=rounds_slopes(precision, device))
+    speed = Speed(flops=flops, bytes=rate, rounds_slopes=rounds_slopes(device))
     negatives = gradient_negatives(config, pool, speed)
     floor = step_floor(
         options.batch, round(options.batch * values), round(touched), pool, negatives, options.dim, speed

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix
 
-from xmc_midx.slopes import multiply, round_slopes
+from xmc_midx.slopes import multiply, round_slopes, rounds_slopes
 
 B, P = 9, 23
 THRESHOLD = 0.125
@@ -27,6 +27,11 @@ def slopes() -> torch.Tensor:
 
 def dense(matrix: csr_matrix) -> np.ndarray:
     return matrix.toarray().astype(np.float64)
+
+
+def test_losses_in_float32_on_a_cpu_are_rounded() -> None:
+    assert rounds_slopes(torch.device("cpu"))
+    assert not rounds_slopes(torch.device("cuda")) and not rounds_slopes(torch.device("cpu"), torch.float64)
 
 
 def test_small_slopes_are_rounded_without_bias_and_others_kept() -> None:

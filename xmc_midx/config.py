@@ -105,7 +105,7 @@ class SamplerConfig(_Section):
     """Instances that share a pool, at most; a larger batch has several, with the same draws."""
     gradient_negatives: PositiveInt | Literal["all"] | Auto = "auto"
     """Negatives that an instance's gradient is made of, in the mean and at most, drawn from its pool in proportion to
-    their share in it; `all`: the whole pool. Pools of a training in float32 on the CPU draw them, others take all."""
+    their share in it; `all`: the whole pool. Pools of a training on the CPU draw them, others take all."""
     num_codewords: PositiveInt | Auto = "auto"
     """Codewords C in each of the two codebooks."""
     prior: Literal["uniform", "frequency", "bias"] = "frequency"

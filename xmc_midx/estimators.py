@@ -110,7 +110,7 @@ class PoolLoss(torch.autograd.Function):
     number: a single (B, P) matrix is kept, in the products' precision, and none at all where those of all groups of
     the batch, `batch_size` instances, would exceed `_CHUNK_ELEMENTS`.
 
-    With `rounding`, for products in float32 on the CPU, and where that matrix is kept, the gradients are those of
+    With `rounding`, for a loss in float32 on the CPU, and where that matrix is kept, the gradients are those of
     slopes that were rounded at random (`xmc_midx.slopes`): the loss is the same, the gradients are in the mean, and two
     of the three products are with a few negatives of each instance.
     """

@@ -116,7 +116,7 @@ class Speed:
     bytes: float
     """Bytes a second of rows gathered from a table."""
     rounds_slopes: bool = False
-    """Whether it computes in float32 on the CPU, where a pool's slopes may be rounded."""
+    """Whether it computes the loss in float32 on the CPU, where a pool's slopes may be rounded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -386,7 +386,7 @@ def plan(
     device = find_device(resolved.training.device)
     precision = find_precision(resolved.training.precision, device)
     flops, rate = measure_speed(batch, min(draws, shape.num_labels), min(dim, 4096), precision, device)
-    speed = Speed(flops=flops, bytes=rate, rounds_slopes=rounds_slopes(precision, device))
+    speed = Speed(flops=flops, bytes=rate, rounds_slopes=rounds_slopes(device))
     return Plan(
         forecast=forecast(resolved, data, cuda=device.type == "cuda", speed=speed),
         available_memory=available,

@@ -23,9 +23,9 @@ _WIDTH = 4
 """Rows added at once: the sum is then read and written once for all of them."""
 
 
-def rounds_slopes(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the slopes of a loss of this dtype and device can be rounded: elsewhere dense products are faster. The
-    products that gave the logits may be in bfloat16."""
+def rounds_slopes(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the slopes of a loss on this device and of this dtype (a training's is float32, whatever its products and
+    tables are) can be rounded: elsewhere dense products are faster."""
     return dtype == torch.float32 and device.type == "cpu"
 
 

@@ -68,7 +68,7 @@ class LabelSoftmax(nn.Module):
         is one.
     gradient_negatives : negatives of an instance that the gradient of a pool is made of, in the mean over the instances
         and at most: drawn from the pool in proportion to their share in the gradient, which they leave without bias
-        (`xmc_midx.slopes`). The loss is exact. It takes effect where the products are float32 on the CPU, where it is
+        (`xmc_midx.slopes`). The loss is exact. It takes effect where the loss is float32 on the CPU, where it is
         faster, and a pool's logits are kept whole. None: all of the pool.
     correction_power : what the log weights of sampled labels are multiplied by: 1 estimates the full softmax without
         bias, 0 counts each label of the pool once. Below 1 the loss has less variance, and labels that are drawn often
@@ -239,7 +239,7 @@ class LabelSoftmax(nn.Module):
         return loss
 
     def _rounding(self, query_BD: torch.Tensor) -> Rounding | None:
-        if self.gradient_negatives is None or not rounds_slopes(query_BD.dtype, query_BD.device):
+        if self.gradient_negatives is None or not rounds_slopes(query_BD.device, query_BD.dtype):
             return None
         offsets = torch.rand(query_BD.shape[0], generator=self.generator, dtype=torch.float32)
         return Rounding(self.gradient_negatives, offsets)

@@ -66,6 +66,8 @@ def fit_calibration(top: TopK, labels: csr_matrix) -> Calibration | None:
     """Fit the coefficients to the scores (N, K) of the `BACKGROUND` best labels of held-out instances and their true
     labels (N, L); None where all of them apply, or none does.
     """
+    from scipy.optimize import minimize  # a third of a second that a prediction need not wait for
+
     used = np.zeros(top.label_ids.shape, dtype=bool)
     used[:, :_FITTED] = top.label_ids[:, :_FITTED] >= 0
     positive = is_positive(top, labels)[used]
@@ -81,8 +83,6 @@ def fit_calibration(top: TopK, labels: csr_matrix) -> Calibration | None:
         ridge = np.append(_RIDGE * values[:-1], 0.0)
         value = np.logaddexp(0.0, np.where(positive, -logits, logits)).sum() + ridge @ values / 2
         return float(value), standard.T @ (expit(logits) - positive) + ridge
-
-    from scipy.optimize import minimize  # a third of a second that a prediction need not wait for
 
     # Were the scores worthless, the fit would still keep their order.
     bounds = [(1e-3, None), (None, None), (None, None), (None, None)]

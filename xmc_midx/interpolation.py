@@ -427,6 +427,8 @@ def _fit(candidates: _Candidates, labels: csr_matrix, weight_L: _Floats, free: l
     log(1 + exp(S - s_p)), with S the log of the summed exponentials of the instance's negatives among the candidates,
     summed over the instances, plus `_PULL` times the squared distance from the model alone, in standard deviations.
     """
+    from scipy.optimize import minimize  # a third of a second that a prediction need not wait for
+
     positive = _is_positive(candidates, labels)
     start = Interpolation().coefficients
     if not positive.any() or positive.all():
@@ -460,8 +462,6 @@ def _fit(candidates: _Candidates, labels: csr_matrix, weight_L: _Floats, free: l
         away = coefficients - start * scale
         value = float((weight * np.logaddexp(0.0, margin)).sum() + (pull * away**2).sum())
         return value, (gradient + 2 * pull * away)[free]
-
-    from scipy.optimize import minimize  # a third of a second that a prediction need not wait for
 
     bounds = [_BOUNDS[i] for i in free]
     result = minimize(loss, (start * scale)[free], jac=True, method="L-BFGS-B", bounds=bounds)

@@ -5,7 +5,7 @@
 
 The data is made up: rows of features with the shape of short documents (64 features an instance, Zipf's law over
 88,279), labels of Zipf frequencies whose table is in clusters, as trained ones are. The parts are the tool's own:
-encoder, label softmax, optimiser, bfloat16 products where the hardware has them. A step is encoder, sampler, loss,
+encoder, label softmax, optimiser, products as in training. A step is encoder, sampler, loss,
 gradients and the update of the touched rows. Figures are medians over the steps; `draw` is `sample_pool` alone, on the
 queries of the same steps, called in turn with them, so that a busy spell of the machine meets both.
 """

@@ -10,5 +10,5 @@ cd "$project"
 "$venv_python" -m ruff check .
 "$venv_python" -m ruff format --check .
 "$venv_python" -m mypy
-# A process for each core, which takes half of the others' tests where its own are done.
+# A process for each core; one that runs out of tests takes some over from the others.
 exec "$venv_python" -m pytest --numprocesses auto --dist worksteal "$@"

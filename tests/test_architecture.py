@@ -161,7 +161,7 @@ def loaded_by(code: str) -> set[str]:
     return set(done.stdout.rpartition("LOADED")[2].split())
 
 
-def test_a_prediction_does_not_wait_for_what_fits_alone_need() -> None:
+def test_importing_the_predictor_does_not_load_what_fits_alone_need() -> None:
     loaded_by("import sys, xmc_midx.predictor\nassert 'scipy.optimize' not in sys.modules")
 
 

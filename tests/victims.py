@@ -1,6 +1,6 @@
 """What the child processes of test_faults.py do: train, and be stopped at a point, by a signal or for want of memory.
 
-The children are forked from a server that has imported this module, so that each starts in milliseconds.
+The children are forked from a server that has loaded what this module imports, so that each starts in milliseconds.
 """
 
 from __future__ import annotations

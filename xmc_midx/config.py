@@ -159,7 +159,8 @@ class TrainingConfig(_Section):
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the matrix products; that of the label table is `model.label_precision`."""
+    """Of the matrix products; `auto`: bfloat16 on a GPU that has it, float32 on a CPU. That of the label table is
+    `model.label_precision`."""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads; None leaves torch's choice."""
 

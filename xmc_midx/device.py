@@ -61,8 +61,8 @@ def find_device(name: str) -> torch.device:
 def find_precision(name: str, device: torch.device) -> torch.dtype:
     """The dtype of the large matrix products.
 
-    `auto` is bfloat16 on a GPU that multiplies it natively. On a CPU it is float32: what bfloat16 would save in one
-    product, where the hardware has it, the copies take again (EXPERIMENTS.md, "Precision").
+    `auto` is bfloat16 on a GPU that has it. On a CPU it is float32: with rounded slopes, bfloat16 is no faster over a
+    whole training, and takes more memory (EXPERIMENTS.md, "Precision").
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
@@ -70,8 +70,8 @@ def find_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether a product of large tables is faster in bfloat16: of a CPU's float32 with AVX512-BF16 or AMX, by two to
-    four times."""
+    """Whether products of large tables are taken in bfloat16: on a CPU with AVX512-BF16 or AMX, where they have two to
+    four times float32's rate, and on a GPU for which torch supports it."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)

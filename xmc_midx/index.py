@@ -32,7 +32,7 @@ _FEWEST = (1000, 100)
 _STEP = 1.4
 """By which the effort grows."""
 _FIRST_PART, _FIRST_SLACK = 4, 0.002
-"""Up to a recall less by the second, one in so many of the queries is enough to find the effort."""
+"""Up to a recall less by the second, one in so many of the queries says how the effort grows."""
 _SCAN_ROWS = 1 << 12
 """Rows in float32 at once, when all are scanned."""
 
@@ -227,7 +227,7 @@ def _insert(query_BD: Any, table: Any, bias: Any, others: Any, found_BK: Any, sc
 
 
 def tune_effort(table: StoredTable, bias_L: NDArray[np.float32], cells: LabelCells, query_ND: torch.Tensor) -> Effort:
-    """The least effort that finds 99.2% of the five best labels of the queries (N, D), held-out ones."""
+    """A small effort that finds 99.2% of the five best labels of the queries (N, D), held-out ones."""
     num_labels = bias_L.shape[0]
     everything = Effort(depth=num_labels, width=num_labels, recall=1.0)
     exact_NK = CellIndex(table, bias_L, cells, everything, exact=True).search(query_ND, _TARGET_K).label_ids

@@ -24,8 +24,8 @@ _WIDTH = 4
 
 
 def rounds_slopes(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether the slopes of a loss on this device and of this dtype (a training's is float32, whatever its products and
-    tables are) can be rounded: elsewhere dense products are faster."""
+    """Whether the slopes of a loss on this device and of this dtype (float32, whatever products and tables are in) can
+    be rounded: the kernels are for these, elsewhere the products stay dense."""
     return dtype == torch.float32 and device.type == "cpu"
 
 

@@ -78,9 +78,9 @@ class LabelSoftmax(nn.Module):
     decoupled : whether an instance's other positives are masked.
     sparse : row-sparse gradients of table and bias, for `RowAdam`, `torch.optim.SparseAdam` or `torch.optim.SGD`; off,
         the gradients are dense and any optimiser will do, at a cost that grows with L.
-    precision : dtype of the pool's three matrix products. None: bfloat16 where the table or an enclosing
-        `torch.autocast` has it, else the table's, float32 at the least. Never float16: a slope is a share of 1/Y, for
-        most labels of a pool below the smallest float16 (6e-8).
+    precision : dtype of the product of a pool's logits, and of the gradient's two where slopes are not rounded. None:
+        bfloat16 where the table or an enclosing `torch.autocast` has it, else the table's, float32 at the least. Never
+        float16: a slope is a share of 1/Y, for most labels of a pool below the smallest float16 (6e-8).
     seed : of the draws and of the table's start.
     device, dtype : of the table, as of any module of torch; the bias is float32 at the least.
     table_device : where the table lies, if not on `device`: in the host's memory, `"cpu"`, where it is too large for

@@ -38,7 +38,7 @@ def prepare(request: dict) -> dict:
     empty = 0
     for name in ("test", "train"):
         split = dataset.split(name)
-        # A copy: what a dataset maps from the cache or shares with a file cannot be changed in place.
+        # A copy: ids and offsets are still the dataset's own, and may be read-only.
         features, labels = normalize_rows(split.features).copy(), csr_matrix(split.labels, dtype="float32")
         features.eliminate_zeros()
         save_npz(work / f"{name}_features.npz", features, compressed=False)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ROOT, load_script
-from scipy.sparse import load_npz
+from scipy.sparse import load_npz, save_npz
 
 from xmc_midx.data.formats import read_xmc
 from xmc_midx.pipeline import evaluate
@@ -126,6 +126,22 @@ def test_systems_get_the_normalised_rows(topics_report: dict[str, Any], topic_di
     assert without == topics_report["datasets"][0]["num_train_without_features"] == 2  # alike in both splits
     assert read_xmc(directory / "train_omikuji.txt")[0].shape[0] == 320 - without
     assert "trained without 2 training rows" in (topics_report["work"] / "report.md").read_text()
+
+
+def test_a_dataset_whose_arrays_cannot_be_written_is_prepared_alike(
+    topics_report: dict[str, Any], topic_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "work").mkdir()
+    for name, short in (("train", "trn"), ("test", "tst")):
+        for letter, matrix in zip("XY", read_xmc(topic_dir / f"{name}.txt"), strict=True):
+            save_npz(tmp_path / "data" / f"{letter}.{short}.npz", matrix)
+    load_script("peers/stages").prepare({"data": str(tmp_path / "data"), "work": str(tmp_path / "work")})
+    for split in ("train", "test"):
+        found, expected = (
+            load_npz(d / f"{split}_features.npz") for d in (tmp_path / "work", topics_report["work"] / "data-0")
+        )
+        np.testing.assert_array_equal(found.toarray(), expected.toarray())
 
 
 def test_xmc_midx_is_measured_and_scored_as_evaluate_does(topics_report: dict[str, Any]) -> None:

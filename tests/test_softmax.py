@@ -120,6 +120,14 @@ def dense(gradient: torch.Tensor | None) -> torch.Tensor:
     return gradient.to_dense() if gradient.is_sparse else gradient
 
 
+def loss_and_gradients(softmax: LabelSoftmax, factor: float = 1.0) -> tuple[float, list[torch.Tensor]]:
+    """The loss of `RAGGED`, and the gradients of `factor` times it by queries, table and bias."""
+    query_BD = make_queries()
+    loss = softmax(query_BD, offsets_of(RAGGED))
+    (factor * loss).backward()
+    return loss.item(), [dense(given.grad) for given in (query_BD, softmax.weight, softmax.bias)]
+
+
 def assert_same_loss_and_gradients(
     softmax: LabelSoftmax,
     query_BD: torch.Tensor,
@@ -341,20 +349,15 @@ def test_a_gradient_of_few_negatives_has_the_mean_of_the_whole(
             sparse=True,
             seed=seed,
         )
-        query_BD = make_queries()
-        loss = softmax(query_BD, offsets_of(RAGGED))
-        (3 * loss).backward()
-        assert query_BD.grad is not None
-        return loss.item(), [query_BD.grad, dense(softmax.weight.grad), dense(softmax.bias.grad)]
+        return loss_and_gradients(softmax, 3.0)
 
-    loss, gradients = trained(None)
-    same_loss, same = trained(10**9)
+    loss, dense_products = trained(None)
+    same_loss, gradients = trained(10**9)
     assert same_loss == loss
-    for found, expected in zip(same, gradients, strict=True):
-        rough = precision == torch.bfloat16
+    rough = precision == torch.bfloat16
+    for found, expected in zip(gradients, dense_products, strict=True):
         torch.testing.assert_close(found, expected, rtol=2e-2 if rough else 1e-4, atol=1e-2 if rough else 1e-6)
-    # What is not rounded is multiplied in float32: the whole without the dense products' own rounding.
-    gradients = same
+    # The reference is in float32, without what bfloat16 rounds in dense products.
     seeds = 200
     means = [torch.zeros_like(gradient) for gradient in gradients]
     squares = [torch.zeros_like(gradient) for gradient in gradients]
@@ -380,22 +383,16 @@ def test_a_gradient_of_few_negatives_has_the_mean_of_the_whole(
     ],
 )
 def test_a_gradient_of_few_negatives_has_the_dtypes_of_the_table(dtype: torch.dtype, precision: torch.dtype) -> None:
-    gradients, losses = [], []
-    for gradient_negatives in (None, 10**9, 1):
-        softmax = make_softmax(
-            UniformSampler(L),
-            num_draws=L,
-            gradient_negatives=gradient_negatives,
-            dtype=dtype,
-            precision=precision,
-        )
-        query_BD = make_queries()
-        loss = softmax(query_BD, offsets_of(RAGGED))
-        loss.backward()
-        losses.append(loss.item())
-        assert softmax.weight.grad is not None and softmax.weight.grad.dtype == dtype
-        gradients.append([dense(p.grad).float() for p in (query_BD, softmax.weight, softmax.bias)])
+    options = {"num_draws": L, "dtype": dtype, "precision": precision}
+    losses, gradients = zip(
+        *(
+            loss_and_gradients(make_softmax(UniformSampler(L), gradient_negatives=negatives, **options))
+            for negatives in (None, 10**9, 1)
+        ),
+        strict=True,
+    )
     assert losses[0] == losses[1] == losses[2]
+    assert {weight.dtype for _, weight, _ in gradients} == {dtype}
     whole, all_kept, rounded = gradients
     rough = precision == torch.bfloat16
     for found, expected in zip(all_kept, whole, strict=True):
@@ -413,8 +410,7 @@ def test_losses_in_float64_and_pools_in_chunks_take_the_whole_gradient(
     gradients = []
     for gradient_negatives in (None, 1):
         softmax = make_softmax(UniformSampler(L), num_draws=L, gradient_negatives=gradient_negatives, **options)
-        softmax(make_queries(), offsets_of(RAGGED)).backward()
-        gradients.append(dense(softmax.weight.grad))
+        gradients.append(loss_and_gradients(softmax)[1][1])
     assert torch.equal(*gradients)
 
 

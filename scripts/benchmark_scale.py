@@ -278,8 +278,11 @@ def measure_cost(sampler: str, shape: Shape, options: argparse.Namespace) -> Cos
     plain = StepTimes(device)
     trainer.run_epoch(plain)
     resident = used_memory_bytes()
-    pool = softmax.pool_size
+    pool = round(float(softmax.pool_size))
     clock = StageClock(device)
+    if trainer.graphs is not None:
+        # A clock cannot look into a graph: the stages are those of the same work, asked for piece by piece.
+        trainer.graphs.enabled = False
     with _clocked(clock, trainer):
         staged = StepTimes(device, clock)
         trainer.run_epoch(staged)
@@ -322,11 +325,15 @@ def measure_cost(sampler: str, shape: Shape, options: argparse.Namespace) -> Cos
 def _clocked(clock: StageClock, trainer: Trainer) -> Iterator[None]:
     """The parts of a trainer's step under a clock; `Tensor.backward` is put back at the end."""
     backward = torch.Tensor.backward
-    clock.wrap(trainer.stream, "_batch", "batch")
+    if clock.device.type == "cpu":
+        # For a GPU a thread makes them ahead, while the steps before are under way.
+        clock.wrap(trainer.stream, "_batch", "batch")
     clock.wrap(trainer.encoder, "forward", "encoder")
     clock.wrap(trainer.softmax, "_pools", "sampler")
+    clock.wrap(trainer.softmax, "_static_pool", "sampler")
     clock.wrap(trainer.softmax, "_rows", "gather")
     clock.wrap(trainer.softmax, "_pool_loss", "loss")
+    clock.wrap(trainer.softmax, "_static_loss", "loss")
     clock.wrap(trainer.optimizer, "step", "optimiser")
     torch.Tensor.backward = clock.timed(backward, "backward")
     try:

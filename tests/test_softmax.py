@@ -164,7 +164,7 @@ SPARSE = pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both paths of the pool loss: one matrix of logits, or never more than three columns of it."""
     if request.param == "chunked":
-        monkeypatch.setattr(estimators, "_CHUNK_ELEMENTS", 3 * len(RAGGED) + 1)
+        monkeypatch.setattr(estimators, "_CHUNK_ELEMENTS", {"cpu": 3 * len(RAGGED) + 1})
 
 
 # --------------------------------------------------------------- loss and gradient
@@ -406,7 +406,7 @@ def test_losses_in_float64_and_pools_in_chunks_take_the_whole_gradient(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not options:
-        monkeypatch.setattr(estimators, "_CHUNK_ELEMENTS", 5 * len(RAGGED))
+        monkeypatch.setattr(estimators, "_CHUNK_ELEMENTS", {"cpu": 5 * len(RAGGED)})
     gradients = []
     for gradient_negatives in (None, 1):
         softmax = make_softmax(UniformSampler(L), num_draws=L, gradient_negatives=gradient_negatives, **options)
@@ -660,7 +660,7 @@ def test_edges_have_a_finite_loss_and_finite_gradients(
     edge: str, decoupled: bool, sparse: bool, how: str, scale: float, chunk: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if chunk is not None:
-        monkeypatch.setattr(estimators, "_CHUNK_ELEMENTS", chunk * 3)
+        monkeypatch.setattr(estimators, "_CHUNK_ELEMENTS", {"cpu": chunk * 3})
     num_labels, positives = EDGES[edge]
     sampler: Sampler | None = {
         "full": None,

@@ -44,7 +44,11 @@ def make_config(*assignments: str) -> Config:
 
 
 def make_trainer(
-    data: tuple[csr_matrix, csr_matrix], *assignments: str, initialize: bool = True, device: str = "cpu"
+    data: tuple[csr_matrix, csr_matrix],
+    *assignments: str,
+    initialize: bool = True,
+    device: str = "cpu",
+    static_shapes: bool | None = None,
 ) -> Trainer:
     config = make_config(*assignments)
     features, labels = normalize_rows(data[0]), data[1]
@@ -59,6 +63,7 @@ def make_trainer(
         stream,
         config.training,
         refresh_every=every if isinstance(every, int) else None,
+        static_shapes=static_shapes,
     )
     if initialize:
         trainer.initialize(config.model.label_init, config.training.seed)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib.util
 import os
 import sys
 import time
@@ -20,6 +22,7 @@ __all__ = [
     "empty_table",
     "find_device",
     "find_precision",
+    "has_kernels",
     "is_out_of_memory",
     "keep_freed_memory",
     "measure_speed",
@@ -76,6 +79,16 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported())
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return probe is not None and bool(probe())
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether `xmc_midx.kernels` can be imported, and runs there."""
+    return device.type == "cuda" and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def empty_table(

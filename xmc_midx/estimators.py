@@ -17,13 +17,16 @@ import torch.nn.functional as F  # noqa: N812
 from scipy.sparse import csr_matrix
 from torch.autograd.function import once_differentiable
 
+from xmc_midx.padding import owners
 from xmc_midx.products import linear
 from xmc_midx.slopes import multiply, round_slopes
 
-__all__ = ["PoolLoss", "Positives", "Rounding", "Targets", "logsumexp_or_empty", "without_autocast"]
+__all__ = ["PoolLoss", "Positives", "Rounding", "Targets", "logsumexp_or_empty", "pool_chunk", "without_autocast"]
 
-_CHUNK_ELEMENTS = 1 << 24
-"""Logits held at once by the exact methods and by a pool that is larger (64 MiB in float32)."""
+_CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 25}
+"""Logits of a batch held at once: a larger pool is read in chunks. In float32 64 MiB, and 128 MiB on a GPU."""
+_NOWHERE = -1e30
+"""The logit of a pad: finite, so that nothing times it is nothing."""
 
 Positives = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 """Label ids, one a query, or `(label_ids (Y,), offsets (B+1,))`: query i owns `label_ids[offsets[i]:offsets[i+1]]`."""
@@ -38,10 +41,11 @@ class Targets:
     instance: torch.Tensor
     """(Y,) int64: the row of the batch that owns the positive."""
     weight: torch.Tensor
-    """(Y,), in the queries' dtype."""
+    """(Y,), in the queries' dtype; 0 for a pad, which belongs to the last row."""
 
     @classmethod
-    def build(cls, positives: Positives, query_BD: torch.Tensor, weighting: str) -> Targets:
+    def build(cls, positives: Positives, query_BD: torch.Tensor, weighting: str, *, padded: bool = False) -> Targets:
+        """`padded`: what stands behind the last offset are pads."""
         num_rows, device = query_BD.shape[0], query_BD.device
         if isinstance(positives, torch.Tensor):
             label_ids = positives.reshape(-1).long().contiguous()
@@ -52,6 +56,8 @@ class Targets:
         label_ids, offsets = positives[0].long().contiguous(), positives[1].long()
         if offsets.shape[0] != num_rows + 1:
             raise ValueError(f"{offsets.shape[0]} offsets for {num_rows} queries: expected one more than queries")
+        if padded:
+            return cls._build_padded(label_ids, offsets, query_BD, weighting)
         # On another device a look would wait for it.
         if offsets.device.type == "cpu" and (offsets[0] != 0 or offsets[-1] != label_ids.shape[0]):
             raise ValueError(
@@ -65,6 +71,17 @@ class Targets:
         if weighting == "mean":
             weight = weight / counts[instance]
         return cls(label_ids, instance, weight / weight.sum())
+
+    @classmethod
+    def _build_padded(
+        cls, label_ids: torch.Tensor, offsets: torch.Tensor, query_BD: torch.Tensor, weighting: str
+    ) -> Targets:
+        owner = owners(offsets, label_ids.shape[0])
+        instance = owner.clamp(max=query_BD.shape[0] - 1)
+        weight = (owner < query_BD.shape[0]).to(query_BD.dtype)
+        if weighting == "mean":
+            weight = weight / offsets.diff()[instance].clamp(min=1)
+        return cls(label_ids, instance, weight / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny))
 
     def split(self, bounds: Sequence[int]) -> list[Targets]:
         """Those of the instances `bounds[i]..bounds[i + 1]`, for each i: rows count from the first of them."""
@@ -131,7 +148,7 @@ class PoolLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         query = query_BD.to(precision)
         num_rows, pool_size = query_BD.shape[0], rows_PD.shape[0]
-        chunk = max(1, min(pool_size, _CHUNK_ELEMENTS // batch_size))
+        chunk = pool_chunk(batch_size, pool_size, query_BD.device)
         log_negatives_B = query_BD.new_full((num_rows,), -torch.inf)
         logits_Y = query_BD.new_empty(positions_Y.shape[0])
         whole = None
@@ -140,8 +157,9 @@ class PoolLoss(torch.autograd.Function):
                 query, rows_PD, bias_P - log_weight_P, positions_Y, begin, begin + chunk, precision
             )
             instance = targets.instance[mine]
-            logits_Y[mine] = logits[instance, column] + log_weight_P[positions_Y[mine]]
-            logits[instance, column] = -torch.inf
+            own = logits[instance, column] + log_weight_P[positions_Y[mine]]
+            logits_Y[mine] = own.masked_fill_(targets.weight[mine] == 0, _NOWHERE)
+            logits[instance, column] = logits.new_full((), -torch.inf)
             peak_B1 = logits.amax(1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
             logits.sub_(peak_B1).exp_()
             log_chunk_B = peak_B1[:, 0] + torch.log(logits.sum(1))
@@ -194,6 +212,12 @@ class PoolLoss(torch.autograd.Function):
                 grad_rows[begin:end] = slopes.T @ query
                 grad_bias[begin:end] = slopes.sum(0, dtype=bias_P.dtype)
         return (grad_query.mul_(grad), grad_rows.mul_(grad), grad_bias.mul_(grad), *(None,) * 7)
+
+
+def pool_chunk(batch_size: int, pool_size: int, device: torch.device) -> int:
+    """Labels of a pool that a batch's logits are held of at once."""
+    elements = _CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "cuda"]
+    return max(1, min(pool_size, elements // batch_size))
 
 
 def _chunk_logits(
@@ -251,7 +275,7 @@ def _slopes(
 
 def _finite(log_total_B: torch.Tensor) -> torch.Tensor:
     """0 where there is nothing to sum: the terms are exp(-inf) and stay 0 instead of becoming NaN."""
-    return torch.where(torch.isneginf(log_total_B), 0.0, log_total_B)
+    return log_total_B.masked_fill(torch.isneginf(log_total_B), 0.0)
 
 
 def logsumexp_or_empty(logits_BM: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import numba
 import torch
 
-from xmc_midx.device import empty_table
+from xmc_midx.device import empty_table, has_kernels
 from xmc_midx.threads import in_threads
 
 __all__ = ["RowAdam", "add_to_rows", "round_at_random"]
@@ -46,6 +46,9 @@ class RowAdam(torch.optim.Optimizer):
     betas : decay of the first moment (dense gradients only) and of the second.
     eps : added to the root of the second moment.
     moment : `"mean"` or `"sum"`, of the squares of sparse gradients.
+    padded : whether row ids of sparse gradients are known to be rising and distinct, but for pads at the end
+        (`xmc_midx.padding`), which `gather_rows` and `bag_rows` see to. Then a step on a GPU never waits for it, and
+        can be captured as a CUDA graph, with `lr` as a tensor () on the device.
     """
 
     # torch hides these from its compiler, and loads the compiler for that: 70 MB, and 2 s of every training.
@@ -61,8 +64,9 @@ class RowAdam(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         moment: str = "mean",
+        padded: bool = False,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "moment": moment})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "moment": moment, "padded": padded})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -78,10 +82,16 @@ class RowAdam(torch.optim.Optimizer):
 
     def _step_rows(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
-        row_ids, rows = _rising_rows(parameter.grad)
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        by_kernel = has_kernels(parameter.device) and parameter.dtype in (torch.float32, torch.bfloat16)
+        row_ids, rows = _padded_rows(parameter.grad, by_kernel) if group["padded"] else _rising_rows(parameter.grad)
+        wide = torch.promote_types(rows.dtype, torch.float32)
         # The mean square through the norm: one pass and no (U, D) temporary.
-        square = torch.linalg.vector_norm(rows, dim=1).square() / rows.shape[1] if rows.dim() > 1 else rows.square()
+        norm = torch.linalg.vector_norm(rows, dim=1, dtype=wide) if rows.dim() > 1 else rows.to(wide)
+        square = norm.square() / (rows.shape[1] if rows.dim() > 1 else 1)
+        if by_kernel:
+            self._step_by_kernel(parameter, group, row_ids, rows, square)
+            return
+        rows = rows.to(wide)
         root = self._root_of_sum if group["moment"] == "sum" else self._root_of_mean
         scale = root(parameter, group, row_ids, square).add_(group["eps"]).reciprocal_().mul_(-group["lr"])
         if parameter.dim() == 2 and parameter.dtype == rows.dtype and parameter.device.type == "cpu":
@@ -91,24 +101,55 @@ class RowAdam(torch.optim.Optimizer):
             updates = rows * (scale[:, None] if rows.dim() > 1 else scale)
             add_to_rows(parameter, row_ids, updates, self._seed(parameter))
 
+    def _step_by_kernel(
+        self,
+        parameter: torch.Tensor,
+        group: dict[str, Any],
+        row_ids: torch.Tensor,
+        rows: torch.Tensor,
+        square: torch.Tensor,
+    ) -> None:
+        from xmc_midx import kernels  # Triton comes with CUDA alone
+
+        is_sum = group["moment"] == "sum"
+        state = self._row_state(parameter) if is_sum else self._row_state(parameter, "count")
+        if parameter.dtype == torch.bfloat16:
+            self._count(parameter, "rounded")
+        kernels.step_rows(
+            parameter.detach(),
+            row_ids,
+            rows,
+            square,
+            state,
+            rate=torch.as_tensor(group["lr"], dtype=torch.float32, device=parameter.device),
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            table_moment=self._table_moment(state, group["betas"][1], square) if is_sum else None,
+        )
+
     def _seed(self, parameter: torch.Tensor) -> int:
         """The table's steps so far: a resumed training rounds as the uninterrupted one does."""
-        if parameter.dtype != torch.bfloat16:
-            return 0
+        return int(self._count(parameter, "rounded")) if parameter.dtype == torch.bfloat16 else 0
+
+    def _count(self, parameter: torch.Tensor, name: str) -> torch.Tensor:
+        """The steps of a parameter, with this one: on a GPU whose kernels read it, else in the host's memory, where a
+        look at it waits for nothing."""
         state = self.state[parameter]
-        state["rounded"] = state.get("rounded", torch.zeros(())) + 1
-        return int(state["rounded"])
+        if name not in state:
+            state[name] = torch.zeros((), device=parameter.device if has_kernels(parameter.device) else "cpu")
+        return state[name].add_(1)  # type: ignore[no-any-return]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict()` returned."""
         inspect.unwrap(torch.optim.Optimizer.load_state_dict)(self, state_dict)
-        # torch gives every state the parameter's dtype and device: bfloat16 would lose the moments, and a count on
-        # the device is one more wait for it at each step.
+        # torch gives every state the parameter's dtype and device: bfloat16 would lose the moments, and where no
+        # kernel reads a count, one on the device is one more wait for it at each step.
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for parameter, index in zip(group["params"], saved["params"], strict=True):
                 for name, value in state_dict["state"].get(index, {}).items():
                     own = self.state[parameter][name]
-                    self.state[parameter][name] = value.to("cpu" if value.dim() == 0 else own.device, copy=True)
+                    on_host = value.dim() == 0 and not has_kernels(parameter.device)
+                    self.state[parameter][name] = value.to("cpu" if on_host else own.device, copy=True)
 
     def _root_of_mean(
         self, parameter: torch.Tensor, group: dict[str, Any], row_ids: torch.Tensor, square: torch.Tensor
@@ -125,19 +166,22 @@ class RowAdam(torch.optim.Optimizer):
         self, parameter: torch.Tensor, group: dict[str, Any], row_ids: torch.Tensor, square: torch.Tensor
     ) -> torch.Tensor:
         state = self._row_state(parameter)
+        table = self._table_moment(state, group["betas"][1], square)
+        moment = state["second_moment"][row_ids].add_(square)
+        state["second_moment"][row_ids] = moment
+        return (moment + table).sqrt_()
+
+    def _table_moment(self, state: dict[str, torch.Tensor], beta2: float, square: torch.Tensor) -> torch.Tensor:
+        """V, (), with this step's squares: (U,), 0 for a pad."""
         if "table_moment" not in state:
             state["table_moment"] = square.new_zeros(2)
-        beta2 = group["betas"][1]
         largest = square.amax() if square.numel() else square.sum()
         # Squares of squares leave float32's range; relative to the largest they do not.
         relative = square / largest.clamp(min=torch.finfo(square.dtype).tiny)
         state["table_moment"].mul_(beta2).add_(
             torch.stack([relative.square().sum() * largest, relative.sum()]), alpha=1 - beta2
         )
-        table = state["table_moment"][0] / state["table_moment"][1].clamp(min=torch.finfo(square.dtype).tiny)
-        moment = state["second_moment"][row_ids].add_(square)
-        state["second_moment"][row_ids] = moment
-        return (moment + table).sqrt_()
+        return state["table_moment"][0] / state["table_moment"][1].clamp(min=torch.finfo(square.dtype).tiny)
 
     def _row_state(self, parameter: torch.Tensor, *more: str) -> dict[str, torch.Tensor]:
         """The state of a table: a second moment a row, and other floats a row.
@@ -146,7 +190,7 @@ class RowAdam(torch.optim.Optimizer):
         """
         state: dict[str, torch.Tensor] = self.state[parameter]
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        for name in ("second_moment", *more) if not state else ():
+        for name in ("second_moment", *more) if "second_moment" not in state else ():
             state[name] = empty_table(parameter.shape[0], device=parameter.device, dtype=dtype).zero_()
         return state
 
@@ -156,14 +200,17 @@ class RowAdam(torch.optim.Optimizer):
         if not state:
             state["first_moment"] = torch.zeros_like(parameter)
             state["second_moment"] = torch.zeros_like(parameter)
-            state["count"] = torch.zeros(())
         beta1, beta2 = group["betas"]
-        state["count"] += 1
-        count = int(state["count"])
+        count = self._count(parameter, "count")
         first = state["first_moment"].mul_(beta1).add_(parameter.grad, alpha=1 - beta1)
         second = state["second_moment"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
-        denominator = (second / (1 - beta2**count)).sqrt_().add_(group["eps"])
-        parameter.addcdiv_(first, denominator, value=-group["lr"] / (1 - beta1**count))
+        if not has_kernels(parameter.device):
+            denominator = (second / (1 - beta2 ** int(count))).sqrt_().add_(group["eps"])
+            parameter.addcdiv_(first, denominator, value=-float(group["lr"]) / (1 - beta1 ** int(count)))
+            return
+        corrections = [1 - torch.pow(beta, count) for beta in (beta1, beta2)]
+        denominator = (second / corrections[1]).sqrt_().add_(group["eps"])
+        parameter.sub_((first / denominator).mul_(group["lr"] / corrections[0]))
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract"})
@@ -195,6 +242,15 @@ def round_at_random(values: torch.Tensor, generator: torch.Generator) -> torch.T
     noise = torch.randint(1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
     rounded = (bits + noise).bitwise_and_(-(1 << 16)).view(torch.float32)
     return torch.where(torch.isfinite(values), rounded, values).bfloat16()
+
+
+def _padded_rows(gradient: torch.Tensor, keep_pads: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rising row ids (U,) and their gradients of a sparse gradient, with the pads at its end or without them."""
+    row_ids, rows = gradient._indices()[0], gradient._values()
+    if keep_pads:
+        return row_ids, rows
+    num_rows = int(torch.searchsorted(row_ids, gradient.shape[0]))
+    return row_ids[:num_rows], rows[:num_rows]
 
 
 def _rising_rows(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

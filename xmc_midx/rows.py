@@ -3,7 +3,8 @@
 `bag_rows` and `gather_rows` give `weight.grad` as a `torch.sparse_coo_tensor` with unique, rising row ids, which the
 optimisers of `xmc_midx.optim` and `torch.optim.SparseAdam` take. Nothing of the size of the table is allocated.
 Measured in EXPERIMENTS.md ("Row gathers"): torch's own `embedding_bag` is as fast on two CPU cores as fused numba
-kernels, so there are none here, and the same lines run on CUDA.
+kernels, so there are none here. On a GPU shapes are static (`xmc_midx.padding`): a row id may be a pad, the number of
+the table's rows, and the bags are Triton's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from scipy.sparse import csr_matrix
 
+from xmc_midx.device import has_kernels
+from xmc_midx.padding import groups, owners
 from xmc_midx.types import SparseRows
 
 __all__ = ["bag_rows", "gather_rows", "sparse_rows"]
@@ -39,11 +42,11 @@ def gather_rows(weight: torch.Tensor, parts: Sequence[torch.Tensor]) -> tuple[to
     Parameters
     ----------
     weight : (R, D) or (R,) float.
-    parts : each (U,) int64, unique and rising.
+    parts : each (U,) int64, unique and rising; a single one may end in pads, R.
 
     Returns
     -------
-    (U, D) or (U,) of weight's dtype, for each part, where its row ids are.
+    (U, D) or (U,) of weight's dtype, for each part, where its row ids are; what stands for a pad is some row.
     """
     return _GatherRows.apply(weight, *parts)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -56,13 +59,18 @@ def bag_rows(weight: torch.Tensor, rows: SparseRows) -> torch.Tensor:
     Parameters
     ----------
     weight : (F, D) float32.
-    rows : B sparse rows over F columns.
+    rows : B sparse rows over F columns, perhaps with pads behind them.
 
     Returns
     -------
     (B, D) float32.
     """
-    return _BagRows.apply(weight, rows.feature_ids, rows.values, rows.offsets)  # type: ignore[no-any-return,no-untyped-call]
+    ids, values = rows.feature_ids, rows.values
+    if not has_kernels(ids.device):
+        # Only a kernel leaves pads alone.
+        size = int(rows.offsets[-1])
+        ids, values = ids[:size], values[:size]
+    return _BagRows.apply(weight, ids, values, rows.offsets)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _GatherRows(torch.autograd.Function):
@@ -71,7 +79,8 @@ class _GatherRows(torch.autograd.Function):
         ctx.save_for_backward(*parts)
         ctx.shape, ctx.device = weight.shape, weight.device
         if not _lies_apart(weight, parts[0]):
-            return tuple(weight.index_select(0, row_ids) for row_ids in parts)
+            # Pads read the last row.
+            return tuple(weight.index_select(0, row_ids.clamp(max=weight.shape[0] - 1)) for row_ids in parts)
         row_ids = torch.unique(torch.cat(parts))
         rows = _moved_rows(weight, row_ids)
         return tuple(rows.index_select(0, torch.searchsorted(row_ids, part)) for part in parts)
@@ -105,17 +114,36 @@ class _BagRows(torch.autograd.Function):
         feature_ids, values, offsets = ctx.saved_tensors
         # The transpose of the batch: entries ordered by feature, each pointing to its instance. The gradient of the
         # rows is then one more bag, of the instances' gradients.
-        sorted_ids, order = torch.sort(feature_ids, stable=True)
-        row_ids, counts = torch.unique_consecutive(sorted_ids, return_counts=True)
-        instance = torch.repeat_interleave(
-            torch.arange(offsets.shape[0] - 1, device=offsets.device),
-            offsets.diff(),
-            output_size=feature_ids.shape[0],
-        )
-        row_offsets = torch.zeros(row_ids.shape[0] + 1, dtype=torch.int64, device=offsets.device)
-        torch.cumsum(counts, 0, out=row_offsets[1:])
+        transposed = _transposed_padded if has_kernels(offsets.device) else _transposed
+        row_ids, row_offsets, order, instance = transposed(feature_ids, offsets, ctx.shape[0])
         grad_UD = _bag(instance[order], grad_BD.contiguous(), values[order], row_offsets)
         return _row_gradient(row_ids, grad_UD, ctx.shape), None, None, None
+
+
+def _transposed(
+    feature_ids: torch.Tensor, offsets: torch.Tensor, num_features: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The features that are there (U,), where each begins (U+1,) in the order (n,) of the entries by feature, and the
+    instance of each entry (n,), not in that order."""
+    sorted_ids, order = torch.sort(feature_ids, stable=True)
+    row_ids, counts = torch.unique_consecutive(sorted_ids, return_counts=True)
+    instance = torch.repeat_interleave(
+        torch.arange(offsets.shape[0] - 1, device=offsets.device), offsets.diff(), output_size=feature_ids.shape[0]
+    )
+    row_offsets = torch.zeros(row_ids.shape[0] + 1, dtype=torch.int64, device=offsets.device)
+    torch.cumsum(counts, 0, out=row_offsets[1:])
+    return row_ids, row_offsets, order, instance
+
+
+def _transposed_padded(
+    feature_ids: torch.Tensor, offsets: torch.Tensor, num_features: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `_transposed`, of static shapes: U is the number of entries, and pads have none."""
+    # Half of the bits take half of the time to sort.
+    sorted_ids, order = torch.sort(feature_ids.int(), stable=True)
+    row_ids, place = groups(sorted_ids, num_features)
+    starts = torch.searchsorted(place, torch.arange(place.shape[0] + 1, device=place.device))
+    return row_ids.long(), torch.minimum(starts, offsets[-1]), order, owners(offsets, feature_ids.shape[0])
 
 
 def _lies_apart(weight: torch.Tensor, row_ids: torch.Tensor) -> bool:
@@ -130,6 +158,10 @@ def _moved_rows(weight: torch.Tensor, row_ids: torch.Tensor) -> torch.Tensor:
 
 
 def _bag(ids: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    if has_kernels(weight.device) and weight.dtype == torch.float32:
+        from xmc_midx import kernels  # Triton comes with CUDA alone
+
+        return kernels.bag(ids, values, offsets, weight)
     return F.embedding_bag(
         ids, weight, offsets, mode="sum", per_sample_weights=values.to(weight.dtype), include_last_offset=True
     )

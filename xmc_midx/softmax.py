@@ -31,7 +31,15 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from xmc_midx.device import empty_table
-from xmc_midx.estimators import PoolLoss, Positives, Rounding, Targets, logsumexp_or_empty, without_autocast
+from xmc_midx.estimators import (
+    PoolLoss,
+    Positives,
+    Rounding,
+    Targets,
+    logsumexp_or_empty,
+    pool_chunk,
+    without_autocast,
+)
 from xmc_midx.recipe import auto_num_codewords, auto_num_draws
 from xmc_midx.rows import gather_rows
 from xmc_midx.samplers.midx import MidxSampler
@@ -138,8 +146,12 @@ class LabelSoftmax(nn.Module):
         )
         self.seed = seed
         self.generator = _seeded(self.bias.device, seed)
-        self.pool_size = 0
-        """Labels in the last pool, the mean of a batch's: a diagnostic."""
+        self.pool_size: int | torch.Tensor = 0
+        """Labels in the last pool, the mean of a batch's: a diagnostic. A number on the device with static shapes."""
+        self.static_shapes = False
+        """Whether `forward` never asks the device what it found, so that its work can be captured as a CUDA graph: pool
+        and gradients then end in pads (`xmc_midx.padding`), and so may the positives; the whole batch shares a pool.
+        Only where `allows_static_shapes` says so."""
         # A fit that does not depend on the bias needs no copy of it: four bytes a label.
         self._keeps_bias = not (isinstance(sampler, MidxSampler) and sampler.prior != "bias")
         self._bias_at_refresh = self.bias.detach().clone() if self._keeps_bias else None
@@ -184,9 +196,11 @@ class LabelSoftmax(nn.Module):
         precision = self._product_dtype(queries.device.type)
         with without_autocast(queries):
             query_BD = self._typed(queries).reshape(-1, self.dim)
-            targets = Targets.build(positives, query_BD, self.weighting)
+            targets = Targets.build(positives, query_BD, self.weighting, padded=self.static_shapes)
             if targets.label_ids.shape[0] == 0:
                 return query_BD.sum() * 0.0
+            if self.static_shapes:
+                return self._static_loss(query_BD, targets, precision)
             low, high = torch.stack(torch.aminmax(targets.label_ids)).tolist()
             if low < 0 or high >= self.num_labels:
                 # Unchecked, a search in the pool would take -1 (a padding label, elsewhere) for label 0.
@@ -238,6 +252,46 @@ class LabelSoftmax(nn.Module):
             )
         return loss
 
+    def allows_static_shapes(self, batch_size: int, num_positives: int) -> bool:
+        """Whether a batch of so many instances and positives, pads counted, can be computed with static shapes."""
+        if self.estimator != "pool" or not self.sparse or self.weight.device != self.bias.device:
+            return False
+        if self._pool_is_all:
+            pool_size = self.num_labels
+        elif isinstance(self.sampler, MidxSampler | UniformSampler):
+            law, num_draws = self._two_sources(self.sampler)
+            if law is None:
+                return False
+            pool_size = num_positives + num_draws
+        else:
+            return False
+        return pool_chunk(batch_size, pool_size + 1, self.bias.device) > pool_size
+
+    def _static_loss(self, query_BD: torch.Tensor, targets: Targets, precision: torch.dtype) -> torch.Tensor:
+        label_ids, log_weight_P = self._static_pool(query_BD, targets.label_ids)
+        self.pool_size = torch.isfinite(log_weight_P).sum()
+        (rows_PD,), (bias_P,) = self._rows([label_ids])
+        positions_Y = torch.searchsorted(label_ids, targets.label_ids)
+        arguments = (query_BD, rows_PD, bias_P, log_weight_P, positions_Y, targets)
+        loss: torch.Tensor = PoolLoss.apply(*arguments, self.decoupled, precision, query_BD.shape[0], None)  # type: ignore[no-untyped-call]
+        return loss
+
+    def _static_pool(self, query_BD: torch.Tensor, positives: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rising label ids (P,), pads at the end, and their log weights (P,)."""
+        if self._pool_is_all:
+            # One pad, for those among the positives.
+            label_ids = torch.arange(self.num_labels + 1, device=query_BD.device)
+            is_pad = label_ids == self.num_labels
+            return label_ids, query_BD.new_zeros(self.num_labels + 1).masked_fill_(is_pad, torch.inf)
+        sampler = self._fitted_sampler()
+        law, num_draws = self._two_sources(sampler)
+        assert law is not None and isinstance(sampler, MidxSampler | UniformSampler), "see allows_static_shapes"
+        sample = sampler.sample_pool(query_BD.detach(), num_draws, self.generator, padded=True)
+        label_ids, weight_P = two_samples(positives, sample, law, query_BD.shape[0] - 1, num_draws, padded=True)
+        # No power of an infinite weight is finite.
+        weight_P = torch.where(torch.isfinite(weight_P), self.correction_power * weight_P, weight_P)
+        return label_ids, weight_P.to(query_BD.dtype)
+
     def _rounding(self, query_BD: torch.Tensor) -> Rounding | None:
         if self.gradient_negatives is None or not rounds_slopes(query_BD.device, query_BD.dtype):
             return None
@@ -270,7 +324,7 @@ class LabelSoftmax(nn.Module):
             label_ids = torch.arange(self.num_labels, device=query_BD.device)
             return [(label_ids, query_BD.new_zeros(self.num_labels))]
         sampler = self._fitted_sampler()
-        law, num_draws = (sampler, 0) if isinstance(sampler, InBatchSampler) else (self.in_batch, self.num_draws)
+        law, num_draws = self._two_sources(sampler)
         if law is None:
             certain = torch.unique(positives[0])
             sample = sampler.sample_pool(query_BD.detach(), num_draws, self.generator, certain)
@@ -281,6 +335,11 @@ class LabelSoftmax(nn.Module):
                 two_samples(ids, sample, law, size - 1, num_draws) for ids, size in zip(positives, sizes, strict=True)
             ]
         return [(label_ids, self.correction_power * weight_P.to(query_BD.dtype)) for label_ids, weight_P in pools]
+
+    def _two_sources(self, sampler: Sampler) -> tuple[InBatchSampler | None, int]:
+        """The law by which labels are positives of a batch, where they are a sample of all labels, and the draws beside
+        them."""
+        return (sampler, 0) if isinstance(sampler, InBatchSampler) else (self.in_batch, self.num_draws)
 
     def _instance_loss(self, query_BD: torch.Tensor, targets: Targets) -> torch.Tensor:
         sample = self._fitted_sampler().sample(query_BD.detach(), self.num_draws, self.generator)

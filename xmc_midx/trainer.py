@@ -3,6 +3,9 @@ it: checkpoints.
 
 The trainer knows nothing of files. Its whole state is `state_dict()`: loaded into a trainer of the same
 configuration, training goes on as if it had never stopped, bit for bit on the CPU.
+
+On a GPU a step has static shapes where the softmax allows it, and is a CUDA graph: the host only hands over the next
+batch, and reads of a step while the next one runs.
 """
 
 from __future__ import annotations
@@ -10,12 +13,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from xmc_midx.capture import CapturedSteps
 from xmc_midx.config import TrainingConfig
 from xmc_midx.crash import crash_point
 from xmc_midx.data.batches import BatchStream, made_ahead
+from xmc_midx.device import has_kernels
 from xmc_midx.encoder import SparseEncoder
 from xmc_midx.errors import DivergedError
 from xmc_midx.optim import RowAdam, add_to_rows
@@ -37,6 +44,7 @@ class Trainer:
     stream : the batches; they are moved to the device one by one.
     config : resolved: no value is `"auto"`.
     refresh_every : steps between two refreshes of the sampler; None refreshes at the start of each epoch.
+    static_shapes : whether steps have them where the softmax allows it; None: on a GPU.
     """
 
     def __init__(
@@ -47,6 +55,7 @@ class Trainer:
         config: TrainingConfig,
         *,
         refresh_every: int | None = None,
+        static_shapes: bool | None = None,
     ) -> None:
         assert isinstance(config.epochs, int), "the configuration is resolved"
         self.encoder, self.softmax, self.stream = encoder, softmax, stream
@@ -60,9 +69,16 @@ class Trainer:
         self.step = 0
         """Steps done since training began."""
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
-        self._loss_sum = 0.0
-        self._pool_sum = 0
+        self._loss_sum, self._pool_sum = 0.0, 0.0
         encoder.dropout.generator = torch.Generator(self.device).manual_seed(config.seed + 1)
+        self._static_shapes = has_kernels(self.device) if static_shapes is None else static_shapes
+        self._rates = torch.zeros(len(self._base_rates), device=self.device)
+        """What the optimiser's groups read where steps have static shapes."""
+        self._unread: _Unread | None = None
+        self.graphs = None
+        if has_kernels(self.device):
+            generators = softmax.generator, encoder.dropout.generator
+            self.graphs = CapturedSteps(self._static_step, stream.batch_size, generators)
 
     # ------------------------------------------------------------------ start
 
@@ -84,15 +100,18 @@ class Trainer:
 
         Raises
         ------
-        DivergedError : the loss of a batch or a gradient is not finite; the step is not taken.
+        DivergedError : the loss of a batch or a gradient is not finite; the step is not taken. With static shapes it is
+            found after the next step, and the tables are of no use any more.
         """
         epoch, first_step = divmod(self.step, self.stream.steps_per_epoch)
         if first_step == 0:
-            self._loss_sum, self._pool_sum = 0.0, 0
+            self._loss_sum, self._pool_sum = 0.0, 0.0
         started = time.perf_counter()
         num_instances = 0
         self.encoder.train()
-        batches = self.stream.epoch(epoch + 1, first_step=first_step)
+        sizes = self._sizes(epoch + 1)
+        self.softmax.static_shapes = sizes is not None
+        batches = self.stream.epoch(epoch + 1, first_step=first_step, sizes=sizes)
         if self.device.type == "cuda":
             batches = made_ahead(batch.pin_memory() for batch in batches)
         for batch in batches:
@@ -100,15 +119,21 @@ class Trainer:
                 crash_point("refresh.begun")
                 self.softmax.refresh()
                 crash_point("refresh.done")
-            self._loss_sum += self._train_step(batch.to(self.device))
-            self._pool_sum += self.softmax.pool_size
+                if self.graphs is not None:
+                    self.graphs.forget()
+            self._set_rates()
+            if sizes is None:
+                self._train_step(batch.to(self.device))
+            else:
+                self._begin_step(batch)
             num_instances += batch.num_instances
             seconds = time.perf_counter() - started
-            done = self.step - epoch * self.stream.steps_per_epoch
+            done = max(1, self.step - epoch * self.stream.steps_per_epoch - (self._unread is not None))
             reporter.step(1, loss=self._loss_sum / done, instances_per_second=num_instances / seconds)
             crash_point("step.done")
             if after_step is not None:
                 after_step()
+        self._settle()
         seconds = time.perf_counter() - started
         steps = self.stream.steps_per_epoch
         return EpochStats(
@@ -122,8 +147,7 @@ class Trainer:
             sampler={"pool_size": self._pool_sum / steps},
         )
 
-    def _train_step(self, batch: Batch) -> float:
-        self._set_rates()
+    def _train_step(self, batch: Batch) -> None:
         query_BD = self.encoder(batch.features)
         loss = self.softmax(query_BD, (batch.positives, batch.positive_offsets))
         loss.backward()
@@ -137,7 +161,55 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return value
+        self._loss_sum += value
+        self._pool_sum += float(self.softmax.pool_size)
+
+    def _begin_step(self, batch: Batch) -> None:
+        """Ask for a step of static shapes, and read of the one before."""
+        found = self._static_step(batch.to(self.device)) if self.graphs is None else self.graphs(batch)
+        self.step += 1
+        # A graph's next replay writes over what it found.
+        numbers, copied = torch.empty(found.shape, pin_memory=found.is_cuda), None
+        numbers.copy_(found, non_blocking=True)
+        if found.is_cuda:
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
+        begun = _Unread(batch=batch, step=self.step, numbers=numbers, copied=copied)
+        self._settle()
+        self._unread = begun
+
+    def _static_step(self, batch: Batch) -> torch.Tensor:
+        """A step, without a look at the device: its loss, sums of gradients and labels in the pool."""
+        # A recording that failed may have left gradients.
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.softmax(self.encoder(batch.features), (batch.positives, batch.positive_offsets))
+        loss.backward()
+        found = [loss.detach(), *self._sums_of_gradients(), torch.as_tensor(self.softmax.pool_size)]
+        numbers = torch.stack([number.to(loss.dtype) for number in found])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return numbers
+
+    def _settle(self) -> None:
+        """Wait for the step that was begun last, and count it."""
+        if self._unread is None:
+            return
+        unread, self._unread = self._unread, None
+        if unread.copied is not None:
+            unread.copied.synchronize()
+        loss, *gradients, pool_size = unread.numbers.tolist()
+        if not all(map(math.isfinite, (loss, *gradients))):
+            what = f"The loss became {loss}" if not math.isfinite(loss) else "A gradient is not finite"
+            raise _diverged(f"{what} at step {unread.step}", unread.batch, None)
+        self._loss_sum += loss
+        self._pool_sum += pool_size
+
+    def _sizes(self, epoch: int) -> tuple[int, int] | None:
+        """Of the padded batches of an epoch; None where steps do not have static shapes."""
+        if not self._static_shapes:
+            return None
+        sizes = self.stream.sizes(epoch)
+        return sizes if self.softmax.allows_static_shapes(self.stream.batch_size, sizes[1]) else None
 
     def _sums_of_gradients(self) -> list[torch.Tensor]:
         """Finite where all gradients are. Of the biases alone, whose gradients are sums of what the tables' are made
@@ -149,8 +221,13 @@ class Trainer:
     def _set_rates(self) -> None:
         """Linear warm-up, then linear decay to zero at the last step."""
         factor = min((self.step + 1) / self.warmup_steps, 1.0) * (1.0 - self.step / self.total_steps)
-        for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
-            group["lr"] = base * factor
+        rates: list[Any] = [base * factor for base in self._base_rates]
+        if self.softmax.static_shapes:
+            given = torch.tensor(rates)
+            self._rates.copy_(given.pin_memory() if self._rates.is_cuda else given, non_blocking=True)
+            rates = list(self._rates)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
     def _refresh_is_due(self) -> bool:
         return self.step % (self.refresh_every or self.stream.steps_per_epoch) == 0
@@ -174,6 +251,7 @@ class Trainer:
 
     def counters(self) -> dict[str, float]:
         """The plain part of the state."""
+        self._settle()
         return {"step": self.step, "loss_sum": self._loss_sum, "pool_sum": self._pool_sum}
 
     def load_model(self, model: dict[str, torch.Tensor]) -> None:
@@ -195,7 +273,7 @@ class Trainer:
         self.optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
         self._dropout_generator().set_state(training["generator.dropout"])
         self.step = int(counters["step"])
-        self._loss_sum, self._pool_sum = float(counters["loss_sum"]), int(counters["pool_sum"])
+        self._loss_sum, self._pool_sum = float(counters["loss_sum"]), float(counters["pool_sum"])
 
     def release_tables(self) -> None:
         """Give the tables, their optimiser and the sampler back. Nothing can be trained or saved any more."""
@@ -210,10 +288,24 @@ class Trainer:
         return generator
 
 
-def _diverged(fact: str, batch: Batch, query_BD: torch.Tensor) -> DivergedError:
-    """Names the instances whose queries are not finite; where all are, the batch."""
-    suspects = torch.nonzero(~torch.isfinite(query_BD.detach()).all(1)).flatten().cpu()
-    ids = batch.instance_ids[suspects] if 0 < suspects.shape[0] < batch.num_instances else batch.instance_ids
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Unread:
+    """A step that the device may still be at."""
+
+    batch: Batch
+    step: int
+    numbers: torch.Tensor
+    """On the host: loss, sums of gradients, labels in the pool."""
+    copied: torch.cuda.Event | None
+    """When they are there; None: now."""
+
+
+def _diverged(fact: str, batch: Batch, query_BD: torch.Tensor | None) -> DivergedError:
+    """Names the instances whose queries are not finite; where all are, or none are known, the batch."""
+    ids = batch.instance_ids
+    if query_BD is not None:
+        suspects = torch.nonzero(~torch.isfinite(query_BD.detach()).all(1)).flatten().cpu()
+        ids = ids[suspects] if 0 < suspects.shape[0] < batch.num_instances else ids
     shown = ", ".join(str(i) for i in ids[:8].tolist()) + (", ..." if ids.shape[0] > 8 else "")
     return DivergedError(
         f"{fact}, on the training instances {shown} (row numbers from 0).",
@@ -229,7 +321,7 @@ def _optimizer(encoder: SparseEncoder, softmax: LabelSoftmax, config: TrainingCo
         {"params": layers, "lr": config.label_learning_rate / 2},
         {"params": [p for p in softmax.parameters() if p.requires_grad], "lr": config.label_learning_rate},
     ]
-    return RowAdam(groups)
+    return RowAdam(groups, padded=True)
 
 
 @torch.no_grad()

@@ -79,7 +79,8 @@ class Batch:
 
     features: SparseRows
     positives: torch.Tensor
-    """(Y,) int64 label ids, in 0..L-1, without duplicates inside a row."""
+    """(Y,) int64 label ids, in 0..L-1, without duplicates inside a row. What stands behind the last offset, here and in
+    the features, is a pad: L or F, of the value 0 (`xmc_midx.padding`)."""
     positive_offsets: torch.Tensor
     """(B+1,) int64: instance i owns `positive_offsets[i]:positive_offsets[i+1]`."""
     instance_ids: torch.Tensor
@@ -88,6 +89,12 @@ class Batch:
     @property
     def num_instances(self) -> int:
         return self.instance_ids.shape[0]
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What `to` moves."""
+        rows = self.features
+        return rows.feature_ids, rows.values, rows.offsets, self.positives, self.positive_offsets
 
     def to(self, device: torch.device) -> Batch:
         return Batch(

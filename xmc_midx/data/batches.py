@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from scipy.sparse import csr_matrix
 
 from xmc_midx.rows import sparse_rows
-from xmc_midx.types import Batch
+from xmc_midx.types import Batch, SparseRows
 
 __all__ = ["BatchStream", "made_ahead"]
 
@@ -55,11 +56,33 @@ class BatchStream:
     def steps_per_epoch(self) -> int:
         return -(-self.num_instances // self.batch_size)
 
-    def epoch(self, epoch: int, *, first_step: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch (counted from 1), from step `first_step` (counted from 0) on."""
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.num_instances)
+    def epoch(self, epoch: int, *, first_step: int = 0, sizes: tuple[int, int] | None = None) -> Iterator[Batch]:
+        """The batches of one epoch (counted from 1), from step `first_step` (counted from 0) on; with pads up to
+        `sizes`, where they are given."""
+        order = self._order(epoch)
         for step in range(first_step, self.steps_per_epoch):
-            yield self._batch(order[step * self.batch_size : (step + 1) * self.batch_size])
+            batch = self._batch(order[step * self.batch_size : (step + 1) * self.batch_size])
+            yield batch if sizes is None else self._padded(batch, *sizes)
+
+    def sizes(self, epoch: int) -> tuple[int, int]:
+        """Feature entries and positives of an epoch's largest batches, rounded up: epochs have few different sizes."""
+        order, begins = self._order(epoch), np.arange(0, self.num_instances, self.batch_size)
+        largest = (np.add.reduceat(np.diff(rows.indptr)[order], begins).max() for rows in (self.features, self.labels))
+        num_entries, num_positives = (_rounded_up(max(int(size), 1)) for size in largest)
+        return num_entries, num_positives
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(self.num_instances)
+
+    def _padded(self, batch: Batch, num_entries: int, num_positives: int) -> Batch:
+        rows = batch.features
+        features = SparseRows(
+            feature_ids=_filled(rows.feature_ids, num_entries, self.features.shape[1]),
+            values=_filled(rows.values, num_entries, 0.0),
+            offsets=rows.offsets,
+        )
+        positives = _filled(batch.positives, num_positives, self.labels.shape[1])
+        return replace(batch, features=features, positives=positives)
 
     def _batch(self, instances: np.ndarray) -> Batch:
         labels = self.labels[instances]
@@ -69,6 +92,18 @@ class BatchStream:
             positive_offsets=torch.from_numpy(labels.indptr.astype(np.int64)),
             instance_ids=torch.from_numpy(instances if self.row_numbers is None else self.row_numbers[instances]),
         )
+
+
+def _rounded_up(size: int) -> int:
+    """To a multiple of a sixteenth of the power of two below."""
+    step = 1 << max(0, size.bit_length() - 5)
+    return -(-size // step) * step
+
+
+def _filled(values: torch.Tensor, size: int, pad: float) -> torch.Tensor:
+    filled = values.new_full((size,), pad)
+    filled[: values.shape[0]] = values
+    return filled
 
 
 def made_ahead(things: Iterator[_T]) -> Iterator[_T]:

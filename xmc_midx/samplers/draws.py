@@ -35,6 +35,7 @@ def draw_pool(
     Parameters
     ----------
     draw_labels : M -> the distinct labels (P,) of M i.i.d. draws from the law, and the Q(i) (P,) of each; `distinct`.
+        Repeats may be among them with a Q(i) of 0: their log weight is +inf, which makes them count nothing.
     probability : (P,) labels -> (P,) Q(i), normalised over all labels.
     num_draws : draws that are to count.
     certain : (U,) rising labels that the pool holds with certainty; None for none.
@@ -47,7 +48,8 @@ def draw_pool(
     if certain is not None:
         others = (~_is_among(label_ids, certain)).nonzero()[:, 0]
         label_ids, probability_P = label_ids[others], probability_P[others]
-    return LabelSample(label_ids=label_ids, log_weight=log_inclusion(probability_P, num_made))
+    log_weight = log_inclusion(probability_P, num_made).masked_fill_(probability_P == 0, torch.inf)
+    return LabelSample(label_ids=label_ids, log_weight=log_weight)
 
 
 def _is_among(label_ids: torch.Tensor, rising: torch.Tensor) -> torch.Tensor:
@@ -58,12 +60,20 @@ def _is_among(label_ids: torch.Tensor, rising: torch.Tensor) -> torch.Tensor:
 
 
 def distinct(
-    draw_labels: Callable[[int], torch.Tensor], probability: Callable[[torch.Tensor], torch.Tensor]
+    draw_labels: Callable[[int], torch.Tensor],
+    probability: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    padded: bool = False,
 ) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:
-    """Of draws with repeats, what `draw_pool` asks for: each label once, with its probability."""
+    """Of draws with repeats, what `draw_pool` asks for: each label once, with its probability; `padded`, all of them,
+    and repeats with the probability 0."""
 
     def draw_distinct(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        label_ids: torch.Tensor = torch.unique(draw_labels(count))
+        if padded:
+            label_ids = torch.sort(draw_labels(count)).values
+            is_new = label_ids.diff(prepend=label_ids.new_full((1,), -1)) != 0
+            return label_ids, probability(label_ids) * is_new
+        label_ids = torch.unique(draw_labels(count))
         return label_ids, probability(label_ids)
 
     return draw_distinct

@@ -123,10 +123,16 @@ class MidxSampler:
 
     @torch.no_grad()
     def sample_pool(
-        self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator, certain: torch.Tensor | None = None
+        self,
+        query_BD: torch.Tensor,
+        num_draws: int,
+        generator: torch.Generator,
+        certain: torch.Tensor | None = None,
+        *,
+        padded: bool = False,
     ) -> LabelSample:
         """Distinct labels drawn from the mean proposal of the batch's first 32 instances, `Q(i) = mean_b Q(i|z_b)`
-        (`draw_pool`).
+        (`draw_pool`); `padded`, all `num_draws` of them, with the log weight +inf where one was drawn before.
 
         The mean over the queries of a cell's probability is one (C, B) x (B, C) product, so neither the set-up nor the
         weights need a (B, P) matrix, and the inclusion probability is exact.
@@ -135,7 +141,7 @@ class MidxSampler:
         cell_law = ratio * self._cell_mass_CC.flatten()
 
         def draw_labels(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-            label_ids, mass, cells = self._order.draw_distinct(cell_law, count, generator)
+            label_ids, mass, cells = self._order.draw_distinct(cell_law, count, generator, padded=padded)
             return label_ids, mass.to(ratio.dtype) * ratio[cells]
 
         def probability(label_ids: torch.Tensor) -> torch.Tensor:

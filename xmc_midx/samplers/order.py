@@ -62,7 +62,7 @@ class CellOrder:
         return self.mass_before_cell.diff()
 
     def draw_distinct(
-        self, cell_law: torch.Tensor, num_draws: int, generator: torch.Generator
+        self, cell_law: torch.Tensor, num_draws: int, generator: torch.Generator, *, padded: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`num_draws` draws, a cell from `cell_law` (C^2,), unnormalised, and a label of it from the prior; each once.
 
@@ -72,9 +72,12 @@ class CellOrder:
         Returns
         -------
         labels (P,) int64, in the order of their cells; the prior of each (P,) float64; the cell of each (P,) int64.
+        `padded`: P is `num_draws`, and what was drawn before has the prior 0.
         """
         uniform = torch.rand(num_draws + 1, dtype=torch.float64, generator=generator, device=cell_law.device)
-        return (_distinct if cell_law.device.type == "cpu" else _distinct_by_torch)(self, cell_law, uniform)
+        if cell_law.device.type == "cpu" and not padded:
+            return _distinct(self, cell_law, uniform)
+        return _distinct_by_torch(self, cell_law, uniform, padded=padded)
 
     def draw_in(self, cells: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """One label from the prior inside each given (non-empty) cell; int64, of the shape of `cells`."""
@@ -150,7 +153,7 @@ def _distinct(
 
 
 def _distinct_by_torch(
-    order: CellOrder, cell_law: torch.Tensor, uniform: torch.Tensor
+    order: CellOrder, cell_law: torch.Tensor, uniform: torch.Tensor, *, padded: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     cumulative = torch.cumsum(cell_law, 0, dtype=torch.float64)
     # The sums of exponential numbers, over the sum of one more, are uniform numbers in order.
@@ -159,13 +162,15 @@ def _distinct_by_torch(
     last = torch.searchsorted(cumulative, cumulative[-1:])
     # The second bound matters for a law of NaN alone: the loss will be NaN and say so, an index error would not.
     cells = torch.minimum(torch.searchsorted(cumulative, target, right=True), last).clamp_(max=cumulative.shape[0] - 1)
-    below = torch.where(cells > 0, cumulative[(cells - 1).clamp(min=0)], 0.0)
+    below = cumulative[(cells - 1).clamp(min=0)].masked_fill_(cells == 0, 0.0)
     inside = ((target - below) / (cumulative[cells] - below)).clamp_(0.0, 1.0)
     places = _places(order, cells, inside)
     is_new = places.diff(prepend=places.new_full((1,), -1)) != 0
-    places, cells = places[is_new], cells[is_new]
-    before = torch.where(places > 0, order.cumulative_mass[(places - 1).clamp(min=0)], 0.0)
-    return order.labels[places].long(), order.cumulative_mass[places] - before, cells
+    if not padded:
+        places, cells = places[is_new], cells[is_new]
+    before = order.cumulative_mass[(places - 1).clamp(min=0)].masked_fill_(places == 0, 0.0)
+    mass = order.cumulative_mass[places] - before
+    return order.labels[places].long(), mass * is_new if padded else mass, cells
 
 
 def _places(order: CellOrder, cells: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from xmc_midx.padding import distinct_padded
 from xmc_midx.samplers.static import InBatchSampler
 from xmc_midx.types import LabelSample
 
@@ -18,7 +19,13 @@ def beside(certain: torch.Tensor, sample: LabelSample) -> tuple[torch.Tensor, to
 
 
 def two_samples(
-    positives: torch.Tensor, sample: LabelSample, law: InBatchSampler, num_others: int, num_draws: int
+    positives: torch.Tensor,
+    sample: LabelSample,
+    law: InBatchSampler,
+    num_others: int,
+    num_draws: int,
+    *,
+    padded: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rising ids of the labels that the batch (repeats and all) or the sampler (each once) brought, and their log
     weights.
@@ -27,17 +34,24 @@ def two_samples(
     where the batch has it, plus (1 - w) / (its chance to be drawn) where it was drawn. Unbiased for every fixed w in
     [0, 1]; the w here lets each sample count by the number of its labels, and a label that is in almost every batch by
     the batch alone.
+
+    `padded`: positives may hold pads (`xmc_midx.padding`), draws repeats; the result ends in pads, and what counts
+    nothing has the log weight +inf.
     """
-    label_ids, which = torch.unique(torch.cat([positives, sample.label_ids]), return_inverse=True)
-    chance_P = law.log_inclusion(label_ids, num_others).exp()
+    both, num_labels = torch.cat([positives, sample.label_ids]), law.num_labels
+    label_ids, which = distinct_padded(both, num_labels) if padded else torch.unique(both, return_inverse=True)
+    chance_P = law.log_inclusion(label_ids.clamp(max=num_labels - 1) if padded else label_ids, num_others).exp()
     in_batch, drawn = which.split([positives.shape[0], sample.label_ids.shape[0]])
     expected = law.positives_per_instance * (num_others + 1)
     part_P = chance_P + (1.0 - chance_P) * expected / (expected + num_draws)
     # A label that no other instance can have: an own positive again, or one that was drawn, and counts by that alone.
-    part_P = torch.where(chance_P > 0, part_P, 0.0)
+    is_elsewhere = chance_P > 0
+    part_P = part_P * is_elsewhere
     weight_P = torch.zeros_like(part_P)
-    weight_P[in_batch] = torch.where(chance_P > 0, part_P / chance_P, 1.0)[in_batch]
-    weight_P[drawn] += (1.0 - part_P[drawn]) * torch.exp(-sample.log_weight.double())
+    weight_P[in_batch] = (part_P / chance_P).masked_fill_(~is_elsewhere, 1.0)[in_batch]
+    weight_P.index_add_(0, drawn, (1.0 - part_P[drawn]) * torch.exp(-sample.log_weight.double()))
+    if padded:
+        return label_ids, -torch.log(weight_P * (label_ids < num_labels))
     # A label that is in every batch leaves nothing to a draw of it.
     kept = torch.nonzero(weight_P > 0).flatten()
     return label_ids[kept], -torch.log(weight_P[kept])

@@ -25,14 +25,21 @@ class UniformSampler:
         self._follow(bias_L.device)
 
     def sample_pool(
-        self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator, certain: torch.Tensor | None = None
+        self,
+        query_BD: torch.Tensor,
+        num_draws: int,
+        generator: torch.Generator,
+        certain: torch.Tensor | None = None,
+        *,
+        padded: bool = False,
     ) -> LabelSample:
-        """Distinct labels for the whole batch (`draw_pool`)."""
+        """Distinct labels for the whole batch (`draw_pool`); `padded`, all `num_draws` of them, with the log weight
+        +inf where one was drawn before."""
 
         def probability(label_ids: torch.Tensor) -> torch.Tensor:
             return self._probability(label_ids).to(query_BD.dtype)
 
-        drawn = distinct(lambda count: self._draw((count,), generator), probability)
+        drawn = distinct(lambda count: self._draw((count,), generator), probability, padded=padded)
         return draw_pool(drawn, probability, num_draws, certain)
 
     def sample(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
@@ -108,7 +115,13 @@ class InBatchSampler(UniformSampler):
         self._frequency_L = label_frequencies
 
     def sample_pool(
-        self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator, certain: torch.Tensor | None = None
+        self,
+        query_BD: torch.Tensor,
+        num_draws: int,
+        generator: torch.Generator,
+        certain: torch.Tensor | None = None,
+        *,
+        padded: bool = False,
     ) -> LabelSample:
         nothing = torch.empty(0, device=query_BD.device)
         return LabelSample(label_ids=nothing.long(), log_weight=nothing)
@@ -124,7 +137,7 @@ class InBatchSampler(UniformSampler):
         frequency_P, others = self._frequency_L[label_ids].double(), max(self.num_instances - 1, 1)
         left_P = others - (frequency_P - 1.0).clamp(min=0.0) / 2
         log_missed_P = frequency_P * torch.log1p(-(num_others / left_P).clamp(max=1.0))
-        return torch.log(-torch.expm1(torch.where(frequency_P > 0, log_missed_P, 0.0)))
+        return torch.log(-torch.expm1(log_missed_P.masked_fill_(frequency_P <= 0, 0.0)))
 
     def sample(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
         raise NotImplementedError("in-batch negatives are shared by the batch: there are no draws of an instance")

@@ -1,0 +1,521 @@
+"""Steps of static shapes: what pads change (nothing), and the kernels and graphs that a GPU takes them by."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from scipy.sparse import csr_matrix
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.test_trainer import CUDA, make_trainer
+from xmc_midx.capture import CapturedSteps
+from xmc_midx.data.batches import BatchStream
+from xmc_midx.errors import DivergedError
+from xmc_midx.optim import RowAdam
+from xmc_midx.padding import distinct_padded, groups, owners
+from xmc_midx.rows import _transposed, _transposed_padded
+from xmc_midx.trainer import Trainer
+from xmc_midx.types import Batch, SilentReporter
+
+TopicMaker = Callable[..., tuple[csr_matrix, csr_matrix]]
+DEVICES = ["cpu", CUDA]
+
+
+@pytest.fixture(scope="module")
+def data(topic_data: TopicMaker) -> tuple[csr_matrix, csr_matrix]:
+    return topic_data(130)
+
+
+# ------------------------------------------------------------------------------------------------------------ pads
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("count", "num_ids"), [(1, 1), (7, 3), (64, 1000), (501, 90)])
+def test_distinct_ids_are_those_of_unique_and_then_pads(count: int, num_ids: int, device: str) -> None:
+    for pads in (0, 1, 5):
+        ids = torch.randint(num_ids, (count,), generator=torch.Generator().manual_seed(pads))
+        ids = torch.cat([ids, torch.full((pads,), num_ids)])[torch.randperm(count + pads)].to(device)
+        rising, which = distinct_padded(ids, num_ids)
+        expected = torch.unique(ids[ids < num_ids])
+        assert rising.shape == ids.shape and torch.equal(rising[: len(expected)], expected)
+        assert bool((rising[len(expected) :] == num_ids).all())
+        assert torch.equal(rising[which], ids)
+        places = groups(torch.sort(ids).values, num_ids)[1]
+        assert torch.equal(rising[places], torch.sort(ids).values)
+
+
+def test_the_owner_of_an_entry_is_its_row() -> None:
+    assert owners(torch.tensor([0, 2, 2, 5]), 7).tolist() == [0, 0, 2, 2, 2, 3, 3]
+
+
+def test_a_padded_batch_holds_the_batch_and_pads(data: tuple[csr_matrix, csr_matrix]) -> None:
+    stream = BatchStream(*data, batch_size=32, seed=0)
+    num_features, num_labels = data[0].shape[1], data[1].shape[1]
+    for epoch in (1, 2):
+        sizes = stream.sizes(epoch)
+        largest = [0, 0]
+        for plain, padded in zip(stream.epoch(epoch), stream.epoch(epoch, sizes=sizes), strict=True):
+            for place, (mine, given, pad) in enumerate(
+                [
+                    (padded.features.feature_ids, plain.features.feature_ids, num_features),
+                    (padded.features.values, plain.features.values, 0.0),
+                    (padded.positives, plain.positives, num_labels),
+                ]
+            ):
+                size = given.shape[0]
+                assert torch.equal(mine[:size], given) and bool((mine[size:] == pad).all())
+                assert mine.dtype == given.dtype and mine.shape[0] == sizes[place // 2]
+                largest[place // 2] = max(largest[place // 2], size)
+            assert torch.equal(padded.features.offsets, plain.features.offsets)
+            assert torch.equal(padded.instance_ids, plain.instance_ids)
+        assert all(size <= limit < 1.07 * size + 1 for size, limit in zip(largest, sizes, strict=True))
+
+
+@pytest.mark.parametrize("pads", [0, 3])
+def test_a_transpose_with_pads_is_the_transpose(pads: int) -> None:
+    generator = torch.Generator().manual_seed(pads)
+    ids = torch.randint(9, (40,), generator=generator)
+    offsets = torch.tensor([0, 5, 5, 30, 40])
+    row_ids, row_offsets, order, instance = _transposed(ids, offsets, 9)
+    padded = torch.cat([ids, torch.full((pads,), 9)])
+    found_ids, found_offsets, found_order, found_instance = _transposed_padded(padded, offsets, 9)
+    count = len(row_ids)
+    assert torch.equal(found_ids[:count], row_ids) and bool((found_ids[count:] == 9).all())
+    assert torch.equal(found_offsets[: count + 1], row_offsets) and bool((found_offsets[count:] == 40).all())
+    assert torch.equal(found_order[:40], order) and torch.equal(found_instance[:40], instance)
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+SAMPLERS = {
+    "midx-pq": ("sampler.name=midx-pq",),
+    "midx-rq, coupled": ("sampler.name=midx-rq", "loss.decoupled=false"),
+    "powerless": ("sampler.correction_power=0", "loss.weighting=sum"),
+    "uniform": ("sampler.name=uniform",),
+    "frequency": ("sampler.name=frequency",),
+    "in-batch": ("sampler.name=in-batch",),
+    "full": ("sampler.name=full",),
+    "all drawn": ("sampler.num_draws=23",),
+    "bfloat16": ("model.label_precision=bfloat16", "training.precision=float32"),
+}
+
+
+def train(data: tuple[csr_matrix, csr_matrix], static: bool, device: str, *options: str) -> tuple[Trainer, list[Any]]:
+    """Three epochs; the steps of dynamic shapes take one pool for the whole batch and whole gradients too."""
+    common = ("sampler.pool_instances=32", "sampler.gradient_negatives=all", "model.num_hidden_layers=1")
+    trainer = make_trainer(data, *common, *options, device=device, static_shapes=static)
+    return trainer, [trainer.run_epoch(SilentReporter()) for _ in range(3)]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_training_of_static_shapes_is_the_training(data: tuple[csr_matrix, csr_matrix], name: str) -> None:
+    plain, expected = train(data, False, "cpu", *SAMPLERS[name])
+    static, found = train(data, True, "cpu", *SAMPLERS[name])
+    assert static.softmax.static_shapes and not plain.softmax.static_shapes
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.loss == pytest.approx(theirs.loss, rel=2e-5 if name != "bfloat16" else 2e-2)
+        assert mine.sampler == pytest.approx(theirs.sampler, rel=0 if name != "bfloat16" else 0.05)
+    for key, tensor in plain.model_tensors().items():
+        tolerance = {"rtol": 1e-3, "atol": 1e-4} if name != "bfloat16" else {"rtol": 0.1, "atol": 0.1}
+        torch.testing.assert_close(static.model_tensors()[key], tensor, **tolerance)
+
+
+@pytest.mark.parametrize(
+    "options", [("sampler.estimator=instance",), ("sampler.name=lsh",), ("sampler.positives=certain",)]
+)
+def test_what_has_no_static_shapes_trains_without_them(
+    data: tuple[csr_matrix, csr_matrix], options: tuple[str, ...]
+) -> None:
+    trainer, stats = train(data, True, "cpu", *options)
+    assert not trainer.softmax.static_shapes and stats[-1].loss < stats[0].loss
+
+
+def test_a_pool_that_is_read_in_chunks_has_no_static_shapes(
+    data: tuple[csr_matrix, csr_matrix], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    softmax = make_trainer(data, "sampler.name=full").softmax
+    assert softmax.allows_static_shapes(32, 100)
+    monkeypatch.setattr("xmc_midx.estimators._CHUNK_ELEMENTS", {"cpu": 32 * 23})
+    assert not softmax.allows_static_shapes(32, 100)
+
+
+def test_a_batch_without_positives_moves_nothing(data: tuple[csr_matrix, csr_matrix]) -> None:
+    labels = np.zeros(data[1].shape, dtype=np.float32)
+    labels[100:, 3] = 1.0
+    trainer, stats = train((data[0], csr_matrix(labels)), True, "cpu")
+    assert np.isfinite([one.loss for one in stats]).all()
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in trainer.model_tensors().values())
+
+
+def test_a_step_is_read_after_the_next_and_a_state_counts_it(data: tuple[csr_matrix, csr_matrix]) -> None:
+    trainer = make_trainer(data, static_shapes=True)
+    seen: list[float] = []
+
+    class Losses(SilentReporter):
+        def step(self, advance: int = 1, **facts: float) -> None:
+            seen.append(facts["loss"])
+
+    sums = []
+    epoch = trainer.run_epoch(Losses(), after_step=lambda: sums.append(trainer.counters()["loss_sum"]))
+    assert len(sums) == 5 and all(np.diff(sums) > 0)
+    assert epoch.loss == pytest.approx(sums[-1] / 5)
+    # Of the steps before.
+    assert seen == pytest.approx([0.0, *(sums[done - 1] / done for done in range(1, 5))])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_loss_that_is_not_finite_is_found_one_step_later(data: tuple[csr_matrix, csr_matrix], device: str) -> None:
+    trainer = make_trainer(data, static_shapes=True, device=device)
+    batch = list(trainer.stream.epoch(1))[1]
+
+    def spoil() -> None:
+        if trainer.step == 1:
+            with torch.no_grad():
+                trainer.encoder.bias.fill_(torch.nan)
+
+    first = ", ".join(map(str, batch.instance_ids[:8].tolist()))
+    with pytest.raises(DivergedError, match=f"The loss became nan at step 2, on the training instances {first}"):
+        trainer.run_epoch(SilentReporter(), after_step=spoil)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("at", [2, 7])
+def test_a_training_of_static_shapes_goes_on_from_its_state(
+    data: tuple[csr_matrix, csr_matrix], device: str, at: int
+) -> None:
+    options = ("model.num_hidden_layers=1", "model.label_precision=bfloat16")
+    whole = make_trainer(data, *options, static_shapes=True, device=device)
+    kept: dict[str, Any] = {}
+
+    def keep() -> None:
+        if whole.step == at:
+            parts = whole.model_tensors(), whole.training_tensors()
+            kept["tensors"] = [{name: tensor.clone() for name, tensor in part.items()} for part in parts]
+            kept["counters"] = whole.counters()
+
+    stats = [whole.run_epoch(SilentReporter(), after_step=keep) for _ in range(3)]
+    resumed = make_trainer(data, *options, static_shapes=True, device=device, initialize=False)
+    resumed.load(*kept["tensors"], kept["counters"])
+    again = [resumed.run_epoch(SilentReporter()) for _ in range(3 - at // 5)]
+    # On a GPU sums of many terms come in any order.
+    tolerance = 0.0 if device == "cpu" else 1e-3
+    assert [one.loss for one in again] == pytest.approx([one.loss for one in stats[at // 5 :]], rel=tolerance)
+    if device == "cpu":
+        for key, tensor in whole.model_tensors().items():
+            assert torch.equal(resumed.model_tensors()[key], tensor)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA")
+def test_a_training_by_graphs_learns_what_one_without_learns(data: tuple[csr_matrix, csr_matrix], name: str) -> None:
+    _, expected = train(data, False, "cuda", *SAMPLERS[name], "model.dropout=0")
+    graphs, found = train(data, True, "cuda", *SAMPLERS[name], "model.dropout=0")
+    assert graphs.softmax.static_shapes and graphs.graphs is not None and graphs.graphs._graphs
+    # Draws differ between eager and captured streams of random numbers.
+    drawn = name not in ("in-batch", "full", "all drawn")
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.loss == pytest.approx(theirs.loss, rel=0.08 if drawn else 1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------ graphs
+
+
+class FakeGraph:
+    """Records the last work that was asked for, and does it again; the memory is the same, as a graph's is."""
+
+    fails = False
+    recording: ClassVar[list[FakeGraph]] = []
+    work: Callable[[], None]
+
+    def __init__(self) -> None:
+        self.generators: list[torch.Generator] = []
+
+    def register_generator_state(self, generator: torch.Generator) -> None:
+        self.generators.append(generator)
+
+    def capture_begin(self, *, pool: Any, capture_error_mode: str) -> None:
+        assert capture_error_mode == "thread_local" and len(self.generators) == 1
+        self.recording.append(self)
+
+    def capture_end(self) -> None:
+        self.recording.pop()
+
+    def replay(self) -> None:
+        self.work()
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> tuple[CapturedSteps, list[str]]:
+    """Steps of batches of 32 that count positives, on a machine whose graphs are the fakes above; and how each was
+    done."""
+    log: list[str] = []
+
+    def work(batch: Batch) -> torch.Tensor:
+        found = torch.zeros(1)
+
+        def count() -> None:
+            found.copy_((batch.positives < 23).sum())
+
+        if FakeGraph.recording:
+            log.append("recorded")
+            if FakeGraph.fails:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            FakeGraph.recording[-1].work = count
+        else:
+            log.append("worked")
+            count()
+        return found
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    return CapturedSteps(work, 32, [torch.Generator()]), log
+
+
+def test_steps_are_recorded_once_a_shape_and_replayed_on_each_batch(
+    data: tuple[csr_matrix, csr_matrix], steps: tuple[CapturedSteps, list[str]]
+) -> None:
+    captured, log = steps
+    stream = BatchStream(*data, batch_size=32, seed=0)
+    for epoch in range(1, 5):
+        sizes = stream.sizes(epoch)
+        for larger in (0, 8):
+            grown = (sizes[0] + larger, sizes[1] + larger)
+            for batch in stream.epoch(epoch, sizes=grown):
+                before = len(log)
+                assert float(captured(batch)) == float(batch.positive_offsets[-1])
+                # Three warm up; the last batch of an epoch is smaller, and not worth a graph.
+                is_first = captured._num_done <= 3
+                assert log[before:] in ([["worked"]] if is_first or batch.num_instances < 32 else [["recorded"], []])
+    shapes = {(sizes[0] + larger, sizes[1] + larger) for larger in (0, 8) for sizes in map(stream.sizes, range(1, 5))}
+    assert log.count("recorded") == len(captured._graphs) == len(shapes)
+    captured.forget()
+    captured(next(stream.epoch(1, sizes=stream.sizes(1))))
+    assert log[-1] == "recorded" and len(captured._graphs) == 1
+
+
+def test_steps_that_cannot_be_recorded_are_done_one_by_one(
+    data: tuple[csr_matrix, csr_matrix], steps: tuple[CapturedSteps, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured, log = steps
+    monkeypatch.setattr(FakeGraph, "fails", True)
+    stream = BatchStream(*data, batch_size=32, seed=0)
+    batches = list(stream.epoch(1, sizes=stream.sizes(1)))[:4]
+    for batch in batches[:3]:
+        captured(batch)
+    with pytest.warns(UserWarning, match="no CUDA graph was recorded .operation not permitted"):
+        assert float(captured(batches[3])) == float(batches[3].positive_offsets[-1])
+    captured(batches[0])
+    assert log == ["worked"] * 3 + ["recorded"] + ["worked"] * 2 and not captured._graphs
+
+
+# ----------------------------------------------------------------------------------------------------------- kernels
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernels run: without a GPU on the CPU, by Triton's interpreter (conftest.py)."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def kernels() -> ModuleType:
+    pytest.importorskip("triton")
+    return importlib.import_module("xmc_midx.kernels")
+
+
+COMPILE = """
+import warnings
+warnings.simplefilter("ignore")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from xmc_midx import kernels
+
+def compiled(kernel, constants, **types):
+    source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants)
+    for capability in (80, 90):
+        yield len(triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"])
+
+bag = dict(ids="*i64", values="*fp32", offsets="*i64", table="*fp32", found="*fp32", dim="i32")
+sizes = [*compiled(kernels._bag, dict(BLOCK=512, ENTRIES=8), **bag)]
+rows = dict.fromkeys(["square", "second_moment", "count", "table_moment", "rate", "rounded"], "*fp32")
+numbers = dict(num_rows="i32", dim="i32", beta2="fp32", eps="fp32")
+for table, is_sum in (("*fp32", True), ("*fp32", False), ("*bf16", True), ("*bf16", False)):
+    constants = dict(IS_SUM=is_sum, IS_ROUNDED=table == "*bf16", BLOCK=64)
+    types = dict(table=table, row_ids="*i64", grads=table, **rows, **numbers)
+    sizes += compiled(kernels._step_rows, constants, **types)
+print(min(sizes))
+"""
+
+
+def test_the_kernels_compile_for_a_gpu_that_is_not_there() -> None:
+    """The interpreter takes more than the compiler does: names of Python in annotations, for one."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 1000
+
+
+@pytest.mark.parametrize(("dim", "longest"), [(1, 3), (19, 40), (128, 9), (700, 20)])
+def test_a_bag_is_the_sum_of_its_rows(kernels: ModuleType, device: str, dim: int, longest: int) -> None:
+    rng = np.random.default_rng(dim)
+    counts = rng.integers(0, longest + 1, 23)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    ids, values = rng.integers(0, 50, offsets[-1] + 4), rng.normal(size=offsets[-1] + 4).astype(np.float32)
+    ids[-4:] = 50  # pads are not read
+    table = rng.normal(size=(50, dim)).astype(np.float32)
+    given = [torch.from_numpy(array).to(device) for array in (ids, values, offsets, table)]
+    found = kernels.bag(*given)
+    exact = csr_matrix((values[:-4].astype(float), ids[:-4], offsets), shape=(23, 50)) @ table.astype(float)
+    np.testing.assert_allclose(found.cpu().numpy(), exact, rtol=1e-5, atol=1e-5)
+
+
+def gradients(shape: tuple[int, ...], dtype: torch.dtype, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Rising row ids and pads, and their gradients, of some steps."""
+    generator, steps = torch.Generator().manual_seed(0), []
+    for pads in [0, 2, 5][:count]:
+        row_ids = torch.sort(torch.randperm(shape[0], generator=generator)[:20]).values
+        rows = torch.randn(20, *shape[1:], generator=generator)
+        rows[3] = 0.0
+        padding = torch.zeros(pads, *shape[1:])
+        steps.append((torch.cat([row_ids, torch.full((pads,), shape[0])]), torch.cat([rows, padding]).to(dtype)))
+    return steps
+
+
+def stepped(
+    table: torch.Tensor, steps: list[tuple[torch.Tensor, torch.Tensor]], moment: str, rate: Any
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    optimizer = RowAdam([table], lr=rate, moment=moment, padded=True)
+    for row_ids, rows in steps:
+        table.grad = torch.sparse_coo_tensor(row_ids[None], rows, table.shape, check_invariants=False)
+        optimizer.step()
+    return table.detach().float().cpu(), optimizer.state[table]
+
+
+@pytest.mark.parametrize("moment", ["mean", "sum"])
+@pytest.mark.parametrize("shape", [(31,), (31, 1), (31, 19), (31, 600)])
+def test_the_step_of_the_kernel_is_the_step(
+    kernels: ModuleType, device: str, shape: tuple[int, ...], moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    steps = gradients(shape, torch.float32, 3)
+    expected, state = stepped(torch.nn.Parameter(start.clone()), steps, moment, 0.05)
+    monkeypatch.setattr("xmc_midx.optim.has_kernels", lambda where: True)
+    there = [(row_ids.to(device), rows.to(device)) for row_ids, rows in steps]
+    rate = torch.tensor(0.05, device=device)
+    found, own = stepped(torch.nn.Parameter(start.to(device)), there, moment, rate)
+    # The correction of a first moment is 0.001, and 1 less what is known to 6e-8.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert own.keys() == state.keys()
+    for name, tensor in state.items():
+        torch.testing.assert_close(own[name].cpu(), tensor, rtol=1e-5, atol=1e-7)
+    untouched = set(range(31)) - {int(row) for row_ids, _ in steps for row in row_ids}
+    assert untouched and all(torch.equal(found[row], start[row]) for row in untouched)
+
+
+def test_the_kernel_rounds_a_bfloat16_table_to_neighbours_and_is_right_in_the_mean(
+    kernels: ModuleType, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xmc_midx.optim.has_kernels", lambda where: True)
+    shape, rate = (100, 130), torch.tensor(0.001, device=device)
+    row_ids = torch.arange(shape[0], device=device)
+    grads = torch.ones(shape, device=device)
+    steps = [(row_ids, grads.bfloat16())] * 2
+    table = torch.nn.Parameter(torch.ones(shape, device=device, dtype=torch.bfloat16))
+    found, state = stepped(table, steps, "mean", rate)
+    # A step of 0.001 below 1, where a place is 1/256: the mean of two of them is exact, one alone is lost or a place.
+    assert set(found.unique().tolist()) <= {1 - place / 256 for place in range(3)}
+    assert float(found.double().mean()) == pytest.approx(1 - 0.002, abs=5 * 0.002 / shape[0] ** 0.5 / shape[1] ** 0.5)
+    assert float(state["rounded"]) == 2 and len({tuple(row) for row in found.tolist()}) == shape[0]
+    bad = torch.nn.Parameter(torch.tensor([torch.inf, -torch.inf, torch.nan], device=device).bfloat16())
+    ones = torch.ones(3, device=device).bfloat16()
+    broken, _ = stepped(bad, [(torch.arange(3, device=device), ones)], "mean", rate)
+    assert broken[0] == torch.inf and broken[1] == -torch.inf and bool(broken[2].isnan())
+
+
+LOOKS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "item", "lift_fresh"}
+"""Operations whose result, or its size, the host waits for; and numbers that it would send."""
+
+
+class Operations(TorchDispatchMode):
+    """Names and sizes of all that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple[torch.Size, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        tensors = [found] if isinstance(found, torch.Tensor) else found if isinstance(found, tuple | list) else []
+        sizes = tuple(tensor.shape for tensor in tensors if isinstance(tensor, torch.Tensor))
+        name = func.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
+        by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+        self.seen.append(("masked_select" if by_mask else name, sizes))
+        return found
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_step_never_looks_and_all_its_shapes_are_those_of_any_batch(
+    kernels: ModuleType, data: tuple[csr_matrix, csr_matrix], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a CUDA graph asks for, seen on the CPU: the same operations on the same sizes, whatever the batch holds."""
+    trainer = make_trainer(data, *SAMPLERS[name], "model.num_hidden_layers=1", static_shapes=True)
+    trainer.run_epoch(SilentReporter())
+    # What a kernel does is no operation of torch's, and looks at nothing.
+    for module in ("optim", "rows"):
+        monkeypatch.setattr(f"xmc_midx.{module}.has_kernels", lambda where: True)
+    bags = lambda ids, values, offsets, table: table.new_ones(offsets.shape[0] - 1, table.shape[1])  # noqa: E731
+    monkeypatch.setattr(kernels, "bag", bags)
+    monkeypatch.setattr(kernels, "step_rows", lambda *arguments, **options: None)
+    batches = list(trainer.stream.epoch(2, sizes=trainer.stream.sizes(2)))[:4]
+    trainer.encoder.train()
+    steps = []
+    for batch in batches:
+        with Operations() as operations:
+            trainer._static_step(batch)
+        steps.append(operations.seen)
+    assert len(steps[0]) > 60 and all(step == steps[0] for step in steps[1:])
+    names = {name for name, _ in steps[0]}
+    assert not {name for name in names if name in LOOKS or "unique" in name}, names
+
+
+def test_dynamic_shapes_are_seen_to_look(data: tuple[csr_matrix, csr_matrix]) -> None:
+    trainer = make_trainer(data)
+    with Operations() as operations:
+        trainer._train_step(next(iter(trainer.stream.epoch(1))))
+    assert {"_local_scalar_dense", "_unique2"} <= {name for name, _ in operations.seen}
+
+
+@pytest.mark.parametrize("num_hidden_layers", [0, 1])
+def test_a_training_by_kernels_is_the_training(
+    kernels: ModuleType,
+    device: str,
+    data: tuple[csr_matrix, csr_matrix],
+    num_hidden_layers: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All of a GPU's step but the graph, also where there is no GPU."""
+    options = (f"model.num_hidden_layers={num_hidden_layers}", "sampler.pool_instances=32", "model.dropout=0")
+    options += ("sampler.gradient_negatives=all", "training.epochs=2", "training.precision=float32")
+    expected = [make_trainer(data, *options).run_epoch(SilentReporter()).loss]
+    for module in ("optim", "rows"):
+        monkeypatch.setattr(f"xmc_midx.{module}.has_kernels", lambda where: True)
+    trainer = make_trainer(data, *options, device=device, static_shapes=True)
+    found = [trainer.run_epoch(SilentReporter()).loss]
+    assert found == pytest.approx(expected, rel=1e-4 if device == "cpu" else 0.08)

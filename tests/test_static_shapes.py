@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.test_trainer import CUDA, make_trainer
 from xmc_midx.capture import CapturedSteps
 from xmc_midx.data.batches import BatchStream
-from xmc_midx.errors import DivergedError
+from xmc_midx.errors import DivergedError, ResourceError
 from xmc_midx.optim import RowAdam
 from xmc_midx.padding import distinct_padded, groups, owners
 from xmc_midx.rows import _transposed, _transposed_padded
@@ -233,7 +233,7 @@ def test_a_training_by_graphs_learns_what_one_without_learns(data: tuple[csr_mat
 class FakeGraph:
     """Records the last work that was asked for, and does it again; the memory is the same, as a graph's is."""
 
-    fails = False
+    failure = ""
     recording: ClassVar[list[FakeGraph]] = []
     work: Callable[[], None]
 
@@ -268,15 +268,15 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> tuple[CapturedSteps, list[str]]:
 
         if FakeGraph.recording:
             log.append("recorded")
-            if FakeGraph.fails:
-                raise RuntimeError("operation not permitted when stream is capturing")
+            if FakeGraph.failure:
+                raise RuntimeError(FakeGraph.failure)
             FakeGraph.recording[-1].work = count
         else:
             log.append("worked")
             count()
         return found
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stream = SimpleNamespace(wait_stream=lambda other: None)  # on a CPU all is in order
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
@@ -307,19 +307,25 @@ def test_steps_are_recorded_once_a_shape_and_replayed_on_each_batch(
     assert log[-1] == "recorded" and len(captured._graphs) == 1
 
 
-def test_steps_that_cannot_be_recorded_are_done_one_by_one(
-    data: tuple[csr_matrix, csr_matrix], steps: tuple[CapturedSteps, list[str]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("message", ["operation not permitted when stream is capturing", "CUDA out of memory"])
+def test_a_step_that_cannot_be_recorded_says_what_to_do(
+    data: tuple[csr_matrix, csr_matrix],
+    steps: tuple[CapturedSteps, list[str]],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     captured, log = steps
-    monkeypatch.setattr(FakeGraph, "fails", True)
+    monkeypatch.setattr(FakeGraph, "failure", message)
     stream = BatchStream(*data, batch_size=32, seed=0)
     batches = list(stream.epoch(1, sizes=stream.sizes(1)))[:4]
     for batch in batches[:3]:
         captured(batch)
-    with pytest.warns(UserWarning, match="no CUDA graph was recorded .operation not permitted"):
-        assert float(captured(batches[3])) == float(batches[3].positive_offsets[-1])
-    captured(batches[0])
-    assert log == ["worked"] * 3 + ["recorded"] + ["worked"] * 2 and not captured._graphs
+    # What to do about memory, the command line knows.
+    expected: type[Exception] = RuntimeError if "memory" in message else ResourceError
+    with pytest.raises(expected, match=message) as raised:
+        captured(batches[3])
+    assert ("training.cuda_graphs=false" in str(raised.value)) == (expected is ResourceError)
+    assert log == ["worked"] * 3 + ["recorded"] and not captured._graphs and not FakeGraph.recording
 
 
 # ----------------------------------------------------------------------------------------------------------- kernels

@@ -7,11 +7,13 @@ and writes the memory that it was recorded with: whatever replaces a tensor call
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
+from xmc_midx.device import is_out_of_memory
+from xmc_midx.errors import ResourceError
 from xmc_midx.types import Batch
 
 __all__ = ["CapturedSteps"]
@@ -42,22 +44,23 @@ class CapturedSteps:
         self.enabled = True
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """What `work` returns for a batch in pinned memory: on the device, and written over by the next call."""
+        """What `work` returns for a batch in pinned memory: on the device, and written over by the next call.
+
+        Raises
+        ------
+        ResourceError : the step cannot be recorded.
+        """
         self._num_done += 1
         if not self.enabled or self._num_done <= _WARM_UP or batch.num_instances != self._batch_size:
-            return self._work(batch.to(self._device))
+            with self._apart():
+                return self._work(batch.to(self._device))
         shape = tuple(tensor.shape[0] for tensor in batch.tensors)
         if shape in self._graphs:
             graph, held, found = self._graphs[shape]
             for mine, given in zip(held.tensors, batch.tensors, strict=True):
                 mine.copy_(given, non_blocking=True)
         else:
-            try:
-                graph, held, found = self._graphs[shape] = self._record(batch.to(self._device))
-            except RuntimeError as error:
-                self.enabled = False
-                warnings.warn(f"steps are slower than they can be: no CUDA graph was recorded ({error})", stacklevel=2)
-                return self._work(batch.to(self._device))
+            graph, held, found = self._graphs[shape] = self._record(batch.to(self._device))
         graph.replay()
         return found
 
@@ -70,14 +73,29 @@ class CapturedSteps:
         graph = torch.cuda.CUDAGraph()
         for generator in self._generators:
             graph.register_generator_state(generator)
+        try:
+            with self._apart():
+                # Other threads go on: one of them pins the next batch.
+                graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+                try:
+                    found = self._work(held)
+                finally:
+                    graph.capture_end()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            # Generators and memory are the recording's now: nothing can go on from here.
+            raise ResourceError(
+                f"A training step could not be recorded as a CUDA graph: {error}.",
+                hint="Resume with --set training.cuda_graphs=false, and please report it.",
+            ) from error
+        return graph, held, found
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """On a stream of our own, which recording needs, after all that was asked for before, and before what comes."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            # Other threads go on: one of them pins the next batch.
-            graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
-            try:
-                found = self._work(held)
-            finally:
-                graph.capture_end()
+            yield
         current.wait_stream(self._stream)
-        return graph, held, found

@@ -161,6 +161,8 @@ class TrainingConfig(_Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matrix products; `auto`: bfloat16 on a GPU that has it, float32 on a CPU. That of the label table is
     `model.label_precision`."""
+    cuda_graphs: bool = True
+    """On a GPU: whether a step has static shapes, where its sampler allows it, and is one CUDA graph."""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads; None leaves torch's choice."""
 

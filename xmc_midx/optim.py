@@ -83,6 +83,7 @@ class RowAdam(torch.optim.Optimizer):
     def _step_rows(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
         by_kernel = has_kernels(parameter.device) and parameter.dtype in (torch.float32, torch.bfloat16)
+        by_kernel = by_kernel and parameter.is_contiguous()
         row_ids, rows = _padded_rows(parameter.grad, by_kernel) if group["padded"] else _rising_rows(parameter.grad)
         wide = torch.promote_types(rows.dtype, torch.float32)
         # The mean square through the norm: one pass and no (U, D) temporary.

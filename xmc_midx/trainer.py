@@ -44,7 +44,7 @@ class Trainer:
     stream : the batches; they are moved to the device one by one.
     config : resolved: no value is `"auto"`.
     refresh_every : steps between two refreshes of the sampler; None refreshes at the start of each epoch.
-    static_shapes : whether steps have them where the softmax allows it; None: on a GPU.
+    static_shapes : whether steps have them where the softmax allows it; None: on a GPU, with `config.cuda_graphs`.
     """
 
     def __init__(
@@ -71,12 +71,14 @@ class Trainer:
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self._loss_sum, self._pool_sum = 0.0, 0.0
         encoder.dropout.generator = torch.Generator(self.device).manual_seed(config.seed + 1)
-        self._static_shapes = has_kernels(self.device) if static_shapes is None else static_shapes
+        on_gpu = has_kernels(self.device) and config.cuda_graphs
+        self._static_shapes = on_gpu if static_shapes is None else static_shapes
         self._rates = torch.zeros(len(self._base_rates), device=self.device)
         """What the optimiser's groups read where steps have static shapes."""
         self._unread: _Unread | None = None
-        self.graphs = None
-        if has_kernels(self.device):
+        self.graphs: CapturedSteps | None = None
+        """None: steps are asked for piece by piece."""
+        if on_gpu:
             generators = softmax.generator, encoder.dropout.generator
             self.graphs = CapturedSteps(self._static_step, stream.batch_size, generators)
 
@@ -180,8 +182,6 @@ class Trainer:
 
     def _static_step(self, batch: Batch) -> torch.Tensor:
         """A step, without a look at the device: its loss, sums of gradients and labels in the pool."""
-        # A recording that failed may have left gradients.
-        self.optimizer.zero_grad(set_to_none=True)
         loss = self.softmax(self.encoder(batch.features), (batch.positives, batch.positive_offsets))
         loss.backward()
         found = [loss.detach(), *self._sums_of_gradients(), torch.as_tensor(self.softmax.pool_size)]
@@ -257,6 +257,8 @@ class Trainer:
     def load_model(self, model: dict[str, torch.Tensor]) -> None:
         """Restore what `model_tensors` returned, into the tables that are there; without the training tensors, the
         sampler is fitted anew."""
+        if self.graphs is not None:
+            self.graphs.forget()
         self.encoder.load_state_dict(_part(model, "encoder."))
         self.softmax.load_state_dict(_part(model, "labels."))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,8 +32,8 @@ def load_script(name: str) -> ModuleType:
 # Before torch starts its threads: the tests' tensors are tiny, and two threads that wait for each other on a busy
 # machine take twice the time of one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Without a GPU Triton's kernels run by its interpreter, which it asks for when it is loaded.
-if not any(Path("/dev").glob("nvidia[0-9]*")):
+# Without a GPU Triton's kernels run by its interpreter, for which they have to be asked before Triton is loaded.
+if not any(Path("/dev").glob("nvidia[0-9]*")) and shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # The tests leave the user's cache alone; those of the cache have their own.
 os.environ["XMC_MIDX_NO_CACHE"] = "1"

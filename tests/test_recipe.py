@@ -68,6 +68,7 @@ def test_given_values_stay() -> None:
         "training.epochs": 7,
         "training.batch_size": 33,
         "training.label_learning_rate": 0.125,
+        "training.cuda_graphs": False,
         "training.encoder_learning_rate": 0.25,
         "model.dim": 9,
         "model.dropout": 0.0,
@@ -91,10 +92,10 @@ def test_a_run_of_an_older_release_goes_on_as_it_was_started() -> None:
     shape = DataShape(num_instances=90_000, num_features=500, num_labels=40_000, num_positives=10**6, has_counts=True)
     resumed = resolve(as_started(older), shape)
     assert (resumed.data.weighting, resumed.sampler.pool_instances) == ("none", 700)
-    assert resumed.sampler.gradient_negatives == "all"
+    assert resumed.sampler.gradient_negatives == "all" and resumed.training.cuda_graphs is False
     fresh = resolve(older, shape)
     assert (fresh.data.weighting, fresh.sampler.pool_instances) == ("tf-idf", 512)
-    assert fresh.sampler.gradient_negatives == 32
+    assert fresh.sampler.gradient_negatives == 32 and fresh.training.cuda_graphs is True
     assert as_started(fresh) == fresh
 
 

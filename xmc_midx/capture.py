@@ -7,6 +7,7 @@ and writes the memory that it was recorded with: whatever replaces a tensor call
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -18,8 +19,8 @@ from xmc_midx.types import Batch
 
 __all__ = ["CapturedSteps"]
 
-_WARM_UP = 3
-"""Steps before the first recording: they compile kernels, and make what an optimiser keeps."""
+_SIGHTS = 4
+"""Batches of a shape until it is worth a recording; the first ones compile kernels and fill an optimiser's state."""
 
 
 class CapturedSteps:
@@ -36,11 +37,13 @@ class CapturedSteps:
         self, work: Callable[[Batch], torch.Tensor], batch_size: int, generators: Sequence[torch.Generator]
     ) -> None:
         self._work, self._batch_size, self._generators = work, batch_size, generators
-        self._graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Batch, torch.Tensor]] = {}
         self._device = generators[0].device
+        self._graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Batch, torch.Tensor]] = {}
+        self._sights = Counter[tuple[int, ...]]()
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._memory = torch.cuda.graph_pool_handle()
-        self._num_done = 0
+        self._keeper: torch.cuda.CUDAGraph | None = None
+        """Memory that no graph has any more is nobody's: the next recording could not ask for it."""
         self.enabled = True
 
     def __call__(self, batch: Batch) -> torch.Tensor:
@@ -50,11 +53,11 @@ class CapturedSteps:
         ------
         ResourceError : the step cannot be recorded.
         """
-        self._num_done += 1
-        if not self.enabled or self._num_done <= _WARM_UP or batch.num_instances != self._batch_size:
+        shape = tuple(tensor.shape[0] for tensor in batch.tensors)
+        self._sights[shape] += 1
+        if not self.enabled or self._sights[shape] < _SIGHTS or batch.num_instances != self._batch_size:
             with self._apart():
                 return self._work(batch.to(self._device))
-        shape = tuple(tensor.shape[0] for tensor in batch.tensors)
         if shape in self._graphs:
             graph, held, found = self._graphs[shape]
             for mine, given in zip(held.tensors, batch.tensors, strict=True):
@@ -65,31 +68,43 @@ class CapturedSteps:
         return found
 
     def forget(self) -> None:
-        """Record anew."""
+        """Record anew, what is met often enough."""
         self._graphs.clear()
+        self._sights.clear()
 
     def _record(self, held: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, torch.Tensor]:
         """The graph, the batch that it reads and what it finds. Nothing is computed yet."""
-        graph = torch.cuda.CUDAGraph()
-        for generator in self._generators:
-            graph.register_generator_state(generator)
+        # What steps used until now is free, but recordings have memory of their own.
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
         try:
-            with self._apart():
-                # Other threads go on: one of them pins the next batch.
-                graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
-                try:
-                    found = self._work(held)
-                finally:
-                    graph.capture_end()
+            if self._keeper is None:
+                self._keeper, _ = self._recorded(lambda: torch.zeros(1, device=self._device))
+            graph, found = self._recorded(lambda: self._work(held))
         except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
+            # What went wrong, rather than that a recording was cut short by it.
+            cause = error.__context__ or error
+            if is_out_of_memory(cause):
+                raise cause from None
             # Generators and memory are the recording's now: nothing can go on from here.
             raise ResourceError(
-                f"A training step could not be recorded as a CUDA graph: {error}.",
-                hint="Resume with --set training.cuda_graphs=false, and please report it.",
+                f"A training step could not be recorded as a CUDA graph: {cause}.",
+                hint="Train anew with --set training.cuda_graphs=false, and please report it.",
             ) from error
         return graph, held, found
+
+    def _recorded(self, work: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with self._apart():
+            for generator in self._generators:
+                graph.register_generator_state(generator)
+            # Other threads go on: one of them pins the next batch.
+            graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+            try:
+                found = work()
+            finally:
+                graph.capture_end()
+        return graph, found
 
     @contextmanager
     def _apart(self) -> Iterator[None]:

@@ -102,7 +102,8 @@ class SamplerConfig(_Section):
     num_draws: PositiveInt | Auto = "auto"
     """Labels drawn for a batch (`pool`) or for each instance (`instance`)."""
     pool_instances: PositiveInt | Auto = "auto"
-    """Instances that share a pool, at most; a larger batch has several, with the same draws."""
+    """Instances that share a pool, at most; a larger batch has several, with the same draws (but for
+    `training.cuda_graphs`)."""
     gradient_negatives: PositiveInt | Literal["all"] | Auto = "auto"
     """Negatives that an instance's gradient is made of, in the mean and at most, drawn from its pool in proportion to
     their share in it; `all`: the whole pool. Pools of a training on the CPU draw them, others take all."""
@@ -161,8 +162,9 @@ class TrainingConfig(_Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matrix products; `auto`: bfloat16 on a GPU that has it, float32 on a CPU. That of the label table is
     `model.label_precision`."""
-    cuda_graphs: bool = True
-    """On a GPU: whether a step has static shapes, where its sampler allows it, and is one CUDA graph."""
+    cuda_graphs: bool | Auto = "auto"
+    """On a GPU: whether a step has static shapes, where its sampler allows it, and is one CUDA graph. A batch then
+    shares a pool, whatever `sampler.pool_instances`."""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads; None leaves torch's choice."""
 

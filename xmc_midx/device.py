@@ -8,6 +8,7 @@ import importlib.util
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -82,13 +83,26 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether `xmc_midx.kernels` can be imported, and runs there."""
-    return device.type == "cuda" and _has_triton()
+    """Whether `xmc_midx.triton_rows` works there: Triton is installed, has a compiler, and knows the GPU."""
+    return device.type == "cuda" and _runs_kernels(
+        torch.cuda.current_device() if device.index is None else device.index
+    )
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _runs_kernels(index: int) -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from xmc_midx.triton_rows import bag
+
+        device = torch.device("cuda", index)
+        ids, offsets = torch.zeros(1, dtype=torch.int64, device=device), torch.tensor([0, 1], device=device)
+        ones = torch.ones(1, 1, device=device)
+        return float(bag(ids, ones[0], offsets, ones)) == 1.0
+    except Exception as error:  # a compiler's, a driver's, a cache's
+        warnings.warn(f"GPU {index} is used without Triton's kernels, which is slower: {error}", stacklevel=3)
+        return False
 
 
 def empty_table(

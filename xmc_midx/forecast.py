@@ -25,11 +25,12 @@ the positives, `u` and `l` the rows of the two tables that an average batch touc
 
 u is exact in expectation: the sum over the features of 1 - (1 - share of the instances that have it)^B, and likewise l
 and p (of B / g instances), plus the draws. On CUDA, tables, optimiser, sampler and epoch count on the device instead,
-and the host keeps a copy of the tables for the checkpoint. Steps have static shapes there: u, l and p are the values,
-positives and draws of a batch, repeats and all, and g is 1. With `model.label_memory=host` the label table and its
-moments lie in the host's memory, shapes are not static, and the time of the rows' way is not forecast. Where the terms
-come from: `xmc_midx.session` allocates them in this order; a change there is a change here. `scripts/check_forecast.py`
-measures how good it is (EXPERIMENTS.md, "Forecast").
+and the host keeps a copy of the tables for the checkpoint. Where steps have static shapes (`training.cuda_graphs`), u,
+l and p are the values, positives and draws of an epoch's largest batch, repeats and all, g is 1, and what depends on
+them counts twice. With `model.label_memory=host` the label table and its moments lie in the host's memory, shapes are
+not static, and the time of the rows' way is not forecast. Where the terms come from: `xmc_midx.session` allocates them
+in this order; a change there is a change here. `scripts/check_forecast.py` measures how good it is (EXPERIMENTS.md,
+"Forecast").
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ _POINTS_PER_CODEWORD = 1024
 _ENCODE_CHUNK = 4096
 _VALIDATION_CHUNK = 256
 _SCORES_AT_ONCE, _LOGITS_AT_ONCE_CUDA = 1 << 24, 1 << 25
-_PADDED = 17 / 16
-"""What rounding up the largest batch adds, at most."""
+_LARGEST = 1.25
+"""An epoch's largest batch, rounded up, over the mean one."""
 _STEP_OVERHEAD = 4e-3
 """Seconds of a step that do no arithmetic."""
 
@@ -168,16 +169,16 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     optimizer = 4 * num_features + 16 * num_labels + 8 * model.num_hidden_layers * dim**2
     sampler_state = 24 * num_labels + 28 * codewords**2 + 8 * codewords * dim
     rows, labels, pool, groups = _rows_of_a_batch(config, data)
-    if cuda and model.label_memory == "device" and sampler.estimator == "pool":
-        values, positives = (
-            batch * count / max(data.num_instances, 1) for count in (data.num_values, data.num_positives)
-        )
-        rows, groups = int(_PADDED * values), 1
-        labels = pool = (
-            min(num_labels, int(_number(sampler.num_draws) + _PADDED * positives)) if pool < num_labels else pool
-        )
+    is_static = cuda and _has_static_shapes(config, num_labels)
+    if is_static:
+        of_batch = _LARGEST * batch / max(data.num_instances, 1)
+        rows, groups = int(of_batch * data.num_values), 1
+        draws = 0 if sampler.name == "in-batch" else _number(sampler.num_draws)
+        labels = pool = int(draws + of_batch * data.num_positives) if pool < num_labels else pool
     logits = batch * min(pool, (_LOGITS_AT_ONCE_CUDA if cuda else _SCORES_AT_ONCE) // batch)
-    epoch = 12 * rows * dim + 16 * (labels + groups * pool) * dim + 32 * logits + _FRAGMENTS
+    epoch = 12 * rows * dim + 16 * (labels + groups * pool) * dim + 32 * logits
+    # A graph has memory of its own, beside that of the batches that are worked on without one.
+    epoch += epoch * is_static + _FRAGMENTS
     if sampler.name.startswith("midx"):
         epoch += 4 * min(num_labels, _ASSIGN_CHUNK) * codewords
         sample = _POINTS_PER_CODEWORD * codewords
@@ -276,6 +277,15 @@ def cheaper_options(config: Config, data: TrainingData, *, cuda: bool = False) -
         costs.append((name, peak(Config.model_validate(tree))))
     now = peak(config)
     return sorted((cost for cost in costs if cost[1] < now), key=lambda cost: cost[1])[:3]
+
+
+def _has_static_shapes(config: Config, num_labels: int) -> bool:
+    """As `LabelSoftmax.allows_static_shapes`, whatever the size."""
+    sampler = config.sampler
+    if config.training.cuda_graphs is not True or sampler.estimator != "pool" or config.model.label_memory == "host":
+        return False
+    is_all = sampler.name == "full" or (sampler.name != "in-batch" and _number(sampler.num_draws) >= num_labels)
+    return is_all or (sampler.positives == "sampled" and sampler.name in HOST_SAMPLERS) or sampler.name == "in-batch"
 
 
 def _rows_of_a_batch(config: Config, data: TrainingData) -> tuple[int, int, int, int]:

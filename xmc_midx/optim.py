@@ -68,6 +68,11 @@ class RowAdam(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "moment": moment, "padded": padded})
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("padded", False)  # of a state that knows no pads yet
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None, "RowAdam has no line search"
@@ -110,19 +115,19 @@ class RowAdam(torch.optim.Optimizer):
         rows: torch.Tensor,
         square: torch.Tensor,
     ) -> None:
-        from xmc_midx import kernels  # Triton comes with CUDA alone
+        from xmc_midx import triton_rows  # Triton comes with CUDA alone
 
-        is_sum = group["moment"] == "sum"
+        is_sum, rate = group["moment"] == "sum", group["lr"]
         state = self._row_state(parameter) if is_sum else self._row_state(parameter, "count")
         if parameter.dtype == torch.bfloat16:
             self._count(parameter, "rounded")
-        kernels.step_rows(
+        triton_rows.step_rows(
             parameter.detach(),
             row_ids,
             rows,
             square,
             state,
-            rate=torch.as_tensor(group["lr"], dtype=torch.float32, device=parameter.device),
+            rate=rate if isinstance(rate, torch.Tensor) else torch.full((), rate, device=parameter.device),
             beta2=group["betas"][1],
             eps=group["eps"],
             table_moment=self._table_moment(state, group["betas"][1], square) if is_sum else None,

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["distinct_padded", "groups", "owners"]
+__all__ = ["distinct_padded", "distinct_sorted", "owners", "rounded_up"]
 
 
-def groups(in_order: torch.Tensor, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def distinct_sorted(in_order: torch.Tensor, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The distinct ones of rising ids, without a look at the device.
 
     Parameters
@@ -32,7 +32,7 @@ def groups(in_order: torch.Tensor, pad: int) -> tuple[torch.Tensor, torch.Tensor
 def distinct_padded(ids: torch.Tensor, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`torch.unique(ids, return_inverse=True)` of (n,) ids, the distinct ones filled up to n with pads."""
     in_order, order = torch.sort(ids, stable=True)
-    rising, place = groups(in_order, pad)
+    rising, place = distinct_sorted(in_order, pad)
     return rising, torch.empty_like(place).scatter_(0, order, place)
 
 
@@ -44,3 +44,9 @@ def owners(offsets: torch.Tensor, num_entries: int) -> torch.Tensor:
     offsets : (B+1,) int64, from 0.
     """
     return torch.searchsorted(offsets[1:], torch.arange(num_entries, device=offsets.device), right=True)
+
+
+def rounded_up(size: int) -> int:
+    """To a multiple of a sixteenth of the power of two below: sizes that differ little become the same."""
+    step = 1 << max(0, size.bit_length() - 5)
+    return -(-size // step) * step

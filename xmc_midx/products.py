@@ -6,6 +6,8 @@ import platform
 
 import torch
 
+from xmc_midx.padding import rounded_up
+
 __all__ = ["linear"]
 
 _ONEDNN = (
@@ -43,8 +45,6 @@ def linear(
 
 
 def _filled_up(rows: torch.Tensor) -> torch.Tensor:
-    """The rows and zeros, to the next multiple of a sixteenth of the power of two below."""
-    count = rows.shape[0]
-    step = 1 << max(0, count.bit_length() - 5)
-    missing = -count % step
+    """The rows and zeros, to a number that is rounded up."""
+    missing = rounded_up(rows.shape[0]) - rows.shape[0]
     return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows

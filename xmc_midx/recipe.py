@@ -107,6 +107,7 @@ def resolve(config: Config, shape: DataShape) -> Config:
     derive("sampler", "gradient_negatives", _GRADIENT_NEGATIVES if is_rounded else "all")
     num_steps = num_epochs * shape.num_instances / tree["training"]["batch_size"]
     derive("training", "label_learning_rate", _label_learning_rate(_share_of_labels(tree, shape), num_steps))
+    derive("training", "cuda_graphs", True)
     derive("ranker", "num_instances", effort.num_rivalled)
     return Config.model_validate(tree)
 
@@ -119,6 +120,7 @@ def as_started(config: Config) -> Config:
         ("data", "weighting", "none"),
         ("sampler", "pool_instances", batch_size),
         ("sampler", "gradient_negatives", "all"),
+        ("training", "cuda_graphs", False),
     ):
         if tree[section][key] == "auto":
             tree[section][key] = before

@@ -3,8 +3,9 @@
 `bag_rows` and `gather_rows` give `weight.grad` as a `torch.sparse_coo_tensor` with unique, rising row ids, which the
 optimisers of `xmc_midx.optim` and `torch.optim.SparseAdam` take. Nothing of the size of the table is allocated.
 Measured in EXPERIMENTS.md ("Row gathers"): torch's own `embedding_bag` is as fast on two CPU cores as fused numba
-kernels, so there are none here. On a GPU shapes are static (`xmc_midx.padding`): a row id may be a pad, the number of
-the table's rows, and the bags are Triton's.
+kernels, so there are none here. Where there are Triton's kernels (`device.has_kernels`), they sum the bags, shapes are
+static, and the row ids of a gradient end in pads, the number of the table's rows (`xmc_midx.padding`), which `RowAdam`
+leaves alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch.nn.functional as F  # noqa: N812
 from scipy.sparse import csr_matrix
 
 from xmc_midx.device import has_kernels
-from xmc_midx.padding import groups, owners
+from xmc_midx.padding import distinct_sorted, owners
 from xmc_midx.types import SparseRows
 
 __all__ = ["bag_rows", "gather_rows", "sparse_rows"]
@@ -141,7 +142,7 @@ def _transposed_padded(
     """As `_transposed`, of static shapes: U is the number of entries, and pads have none."""
     # Half of the bits take half of the time to sort.
     sorted_ids, order = torch.sort(feature_ids.int(), stable=True)
-    row_ids, place = groups(sorted_ids, num_features)
+    row_ids, place = distinct_sorted(sorted_ids, num_features)
     starts = torch.searchsorted(place, torch.arange(place.shape[0] + 1, device=place.device))
     return row_ids.long(), torch.minimum(starts, offsets[-1]), order, owners(offsets, feature_ids.shape[0])
 
@@ -159,9 +160,9 @@ def _moved_rows(weight: torch.Tensor, row_ids: torch.Tensor) -> torch.Tensor:
 
 def _bag(ids: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     if has_kernels(weight.device) and weight.dtype == torch.float32:
-        from xmc_midx import kernels  # Triton comes with CUDA alone
+        from xmc_midx import triton_rows  # Triton comes with CUDA alone
 
-        return kernels.bag(ids, values, offsets, weight)
+        return triton_rows.bag(ids, values, offsets, weight)
     return F.embedding_bag(
         ids, weight, offsets, mode="sum", per_sample_weights=values.to(weight.dtype), include_last_offset=True
     )

@@ -193,6 +193,8 @@ class TrainingSession:
 
     def release(self) -> None:
         """Give tables and training rows back: what follows a finished training reads the run directory."""
+        # Recorded steps hold their trainer, which holds them.
+        self.trainer.graphs = None
         del self.trainer, self._training, self.held_out
         release_freed_memory()
 

@@ -287,10 +287,11 @@ class LabelSoftmax(nn.Module):
         law, num_draws = self._two_sources(sampler)
         assert law is not None and isinstance(sampler, MidxSampler | UniformSampler), "see allows_static_shapes"
         sample = sampler.sample_pool(query_BD.detach(), num_draws, self.generator, padded=True)
-        label_ids, weight_P = two_samples(positives, sample, law, query_BD.shape[0] - 1, num_draws, padded=True)
-        # No power of an infinite weight is finite.
-        weight_P = torch.where(torch.isfinite(weight_P), self.correction_power * weight_P, weight_P)
-        return label_ids, weight_P.to(query_BD.dtype)
+        others = query_BD.shape[0] - 1
+        label_ids, log_weight_P = two_samples(positives, sample, law, others, num_draws, padded=True)
+        # Infinite ones count nothing, whatever the power.
+        corrected_P = torch.where(torch.isfinite(log_weight_P), self.correction_power * log_weight_P, log_weight_P)
+        return label_ids, corrected_P.to(query_BD.dtype)
 
     def _rounding(self, query_BD: torch.Tensor) -> Rounding | None:
         if self.gradient_negatives is None or not rounds_slopes(query_BD.device, query_BD.dtype):

@@ -71,7 +71,7 @@ class Trainer:
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self._loss_sum, self._pool_sum = 0.0, 0.0
         encoder.dropout.generator = torch.Generator(self.device).manual_seed(config.seed + 1)
-        on_gpu = has_kernels(self.device) and config.cuda_graphs
+        on_gpu = has_kernels(self.device) and config.cuda_graphs is True
         self._static_shapes = on_gpu if static_shapes is None else static_shapes
         self._rates = torch.zeros(len(self._base_rates), device=self.device)
         """What the optimiser's groups read where steps have static shapes."""
@@ -105,6 +105,7 @@ class Trainer:
         DivergedError : the loss of a batch or a gradient is not finite; the step is not taken. With static shapes it is
             found after the next step, and the tables are of no use any more.
         """
+        self._settle()
         epoch, first_step = divmod(self.step, self.stream.steps_per_epoch)
         if first_step == 0:
             self._loss_sum, self._pool_sum = 0.0, 0.0
@@ -118,6 +119,7 @@ class Trainer:
             batches = made_ahead(batch.pin_memory() for batch in batches)
         for batch in batches:
             if self._refresh_is_due():
+                self._settle()
                 crash_point("refresh.begun")
                 self.softmax.refresh()
                 crash_point("refresh.done")
@@ -130,8 +132,9 @@ class Trainer:
                 self._begin_step(batch)
             num_instances += batch.num_instances
             seconds = time.perf_counter() - started
-            done = max(1, self.step - epoch * self.stream.steps_per_epoch - (self._unread is not None))
-            reporter.step(1, loss=self._loss_sum / done, instances_per_second=num_instances / seconds)
+            done = self.step - epoch * self.stream.steps_per_epoch - (self._unread is not None)
+            facts = {"loss": self._loss_sum / done} if done else {}
+            reporter.step(1, **facts, instances_per_second=num_instances / seconds)
             crash_point("step.done")
             if after_step is not None:
                 after_step()
@@ -175,7 +178,7 @@ class Trainer:
         numbers.copy_(found, non_blocking=True)
         if found.is_cuda:
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record()
+            copied.record(torch.cuda.current_stream(self.device))
         begun = _Unread(batch=batch, step=self.step, numbers=numbers, copied=copied)
         self._settle()
         self._unread = begun
@@ -266,6 +269,7 @@ class Trainer:
         self, model: dict[str, torch.Tensor], training: dict[str, torch.Tensor], counters: dict[str, float]
     ) -> None:
         """Restore what `model_tensors`, `training_tensors` and `counters` returned."""
+        self._unread = None
         self.load_model(model | training)
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in _part(training, "optimizer.").items():
@@ -280,7 +284,7 @@ class Trainer:
     def release_tables(self) -> None:
         """Give the tables, their optimiser and the sampler back. Nothing can be trained or saved any more."""
         self.optimizer.state.clear()
-        self.softmax.sampler = None
+        self.graphs = self.softmax.sampler = None
         for parameter in (*self.encoder.parameters(), *self.softmax.parameters()):
             parameter.data = parameter.data.new_empty(0)
 

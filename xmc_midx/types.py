@@ -10,8 +10,8 @@ Shape legend, used as name suffixes in all mathematical code:
 `D`   embedding size                        `Y`   positives of a batch, flattened
 ====  ====================================  ====  ====================================
 
-Labels and features are numbered from 0; there is no padding label. Ragged rows use offsets: row i owns
-`offsets[i]:offsets[i + 1]`, and an empty range is an empty row.
+Labels and features are numbered from 0; where a pad is allowed, it is the number of them (`xmc_midx.padding`). Ragged
+rows use offsets: row i owns `offsets[i]:offsets[i + 1]`, and an empty range is an empty row.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class SparseRows:
     """Feature rows of a batch, in CSR order. An absent feature has the value 0."""
 
     feature_ids: torch.Tensor
-    """(nnz,) int64, in 0..F-1."""
+    """(nnz,) int64, in 0..F-1; behind the last offset there may be pads, F with the value 0 (`xmc_midx.padding`)."""
     values: torch.Tensor
     """(nnz,) float32, finite."""
     offsets: torch.Tensor
@@ -79,8 +79,7 @@ class Batch:
 
     features: SparseRows
     positives: torch.Tensor
-    """(Y,) int64 label ids, in 0..L-1, without duplicates inside a row. What stands behind the last offset, here and in
-    the features, is a pad: L or F, of the value 0 (`xmc_midx.padding`)."""
+    """(Y,) int64 label ids, in 0..L-1, without duplicates inside a row; behind the last offset there may be pads, L."""
     positive_offsets: torch.Tensor
     """(B+1,) int64: instance i owns `positive_offsets[i]:positive_offsets[i+1]`."""
     instance_ids: torch.Tensor
@@ -119,7 +118,8 @@ class LabelSample:
     """Labels drawn for a batch, and what the estimator subtracts from their logits."""
 
     label_ids: torch.Tensor
-    """(P,) int64 distinct labels shared by the batch, or (B, M) int64 draws of each instance, repeats kept."""
+    """(P,) int64 distinct labels shared by the batch, or (B, M) int64 draws of each instance, repeats kept. Among
+    the shared, repeats have the log weight +inf, and count nothing."""
     log_weight: torch.Tensor
     """Same shape as `label_ids`, float, in nats: log inclusion probability of a shared label, or `log(M Q)`."""
 

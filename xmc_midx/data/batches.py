@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
+from xmc_midx.padding import rounded_up
 from xmc_midx.rows import sparse_rows
 from xmc_midx.types import Batch, SparseRows
 
@@ -68,7 +69,7 @@ class BatchStream:
         """Feature entries and positives of an epoch's largest batches, rounded up: epochs have few different sizes."""
         order, begins = self._order(epoch), np.arange(0, self.num_instances, self.batch_size)
         largest = (np.add.reduceat(np.diff(rows.indptr)[order], begins).max() for rows in (self.features, self.labels))
-        num_entries, num_positives = (_rounded_up(max(int(size), 1)) for size in largest)
+        num_entries, num_positives = (rounded_up(max(int(size), 1)) for size in largest)
         return num_entries, num_positives
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -92,12 +93,6 @@ class BatchStream:
             positive_offsets=torch.from_numpy(labels.indptr.astype(np.int64)),
             instance_ids=torch.from_numpy(instances if self.row_numbers is None else self.row_numbers[instances]),
         )
-
-
-def _rounded_up(size: int) -> int:
-    """To a multiple of a sixteenth of the power of two below."""
-    step = 1 << max(0, size.bit_length() - 5)
-    return -(-size // step) * step
 
 
 def _filled(values: torch.Tensor, size: int, pad: float) -> torch.Tensor:

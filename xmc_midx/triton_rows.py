@@ -32,9 +32,9 @@ def bag(ids: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor, table: t
     num_bags, dim = offsets.shape[0] - 1, table.shape[1]
     found = table.new_empty(num_bags, dim)
     block = min(_WIDEST, triton.next_power_of_2(dim))
-    _bag[(num_bags, triton.cdiv(dim, block))](
-        ids, values, offsets, table, found, dim, BLOCK=block, ENTRIES=_ENTRIES, num_warps=_warps(block)
-    )
+    grid = num_bags, triton.cdiv(dim, block)
+    with torch.cuda.device_of(table):  # type: ignore[no-untyped-call]
+        _bag[grid](ids, values, offsets, table, found, dim, BLOCK=block, ENTRIES=_ENTRIES, num_warps=_warps(block))
     return found
 
 
@@ -67,25 +67,26 @@ def step_rows(
     is_rounded = table.dtype == torch.bfloat16
     # What is not there is not read.
     moment = state["second_moment"]
-    _step_rows[(row_ids.shape[0],)](
-        table,
-        row_ids,
-        grads.contiguous(),
-        square,
-        moment,
-        state.get("count", moment),
-        moment if table_moment is None else table_moment,
-        rate,
-        state["rounded"] if is_rounded else moment,
-        table.shape[0],
-        dim,
-        beta2,
-        eps,
-        IS_SUM=table_moment is not None,
-        IS_ROUNDED=is_rounded,
-        BLOCK=block,
-        num_warps=_warps(block),
-    )
+    with torch.cuda.device_of(table):  # type: ignore[no-untyped-call]
+        _step_rows[(row_ids.shape[0],)](
+            table,
+            row_ids,
+            grads.contiguous(),
+            square,
+            moment,
+            state.get("count", moment),
+            moment if table_moment is None else table_moment,
+            rate,
+            state["rounded"] if is_rounded else moment,
+            table.shape[0],
+            dim,
+            beta2,
+            eps,
+            IS_SUM=table_moment is not None,
+            IS_ROUNDED=is_rounded,
+            BLOCK=block,
+            num_warps=_warps(block),
+        )
 
 
 def _warps(block: int) -> int:

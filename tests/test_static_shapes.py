@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.test_trainer import CUDA, make_trainer
 from xmc_midx.capture import CapturedSteps
 from xmc_midx.data.batches import BatchStream
+from xmc_midx.device import has_kernels
 from xmc_midx.errors import DivergedError, ResourceError
 from xmc_midx.optim import RowAdam
 from xmc_midx.padding import distinct_padded, distinct_sorted, owners, rounded_up
@@ -439,6 +440,16 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 1000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here a GPU runs them")
+def test_kernels_that_do_not_run_are_told_and_not_used(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not has_kernels(torch.device("cpu")) and not has_kernels(torch.device("cuda"))
+    # torch says that there is a GPU, and then cannot reach it.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.warns(UserWarning, match="without Triton's kernels, which is slower: "):
+        assert not has_kernels(torch.device("cuda:3"))
+    assert not has_kernels(torch.device("cuda:3")), "told once"
 
 
 @pytest.mark.parametrize(("dim", "longest"), [(1, 3), (19, 40), (128, 9), (700, 20)])

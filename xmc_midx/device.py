@@ -84,24 +84,22 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 def has_kernels(device: torch.device) -> bool:
     """Whether `xmc_midx.triton_rows` works there: Triton is installed, has a compiler, and knows the GPU."""
-    return device.type == "cuda" and _runs_kernels(
-        torch.cuda.current_device() if device.index is None else device.index
-    )
+    return device.type == "cuda" and _runs_kernels(device.index)
 
 
 @functools.cache
-def _runs_kernels(index: int) -> bool:
-    if importlib.util.find_spec("triton") is None:
+def _runs_kernels(index: int | None) -> bool:
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return False
     try:
         from xmc_midx.triton_rows import bag
 
-        device = torch.device("cuda", index)
+        device = torch.device("cuda" if index is None else f"cuda:{index}")
         ids, offsets = torch.zeros(1, dtype=torch.int64, device=device), torch.tensor([0, 1], device=device)
         ones = torch.ones(1, 1, device=device)
         return float(bag(ids, ones[0], offsets, ones)) == 1.0
     except Exception as error:  # a compiler's, a driver's, a cache's
-        warnings.warn(f"GPU {index} is used without Triton's kernels, which is slower: {error}", stacklevel=3)
+        warnings.warn(f"a GPU is used without Triton's kernels, which is slower: {error}", stacklevel=3)
         return False
 
 

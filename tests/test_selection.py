@@ -57,3 +57,29 @@ def test_weights_count_and_odd_scores_keep_all_or_nothing() -> None:
     nothing = np.empty(0, dtype=np.int32)
     for odd in ([1.0, np.inf, 2.0], [4.0, 4.0, 4.0], []):
         assert least_of_best(np.array(odd, dtype=np.float32), nothing, 1, 3) == -np.inf
+
+
+@pytest.mark.parametrize("best", ["sampled", "between", "nan", "infinite", "equal"])
+@pytest.mark.parametrize("wanted", [1, 7, 100])
+def test_a_sample_of_the_scores_loses_none_of_the_best(best: str, wanted: int) -> None:
+    """Every eighth score is looked at first: all of the best are among them, or none, or they are no numbers."""
+    rng = np.random.default_rng(wanted)
+    scores = rng.normal(size=2000).astype(np.float32)
+    places = np.arange(2000)
+    if best == "sampled":
+        scores[places % 8 == 0] += 20
+    elif best == "between":
+        scores[places % 8 == 3] += 20
+    elif best == "nan":
+        scores[places % 8 == 0] = np.nan
+    elif best == "infinite":
+        scores[::16] = np.inf
+    else:
+        scores[:] = 1.5
+    kept = scores.copy()
+    ids = places.astype(np.int32)
+    count = keep_best(ids, kept, 2000, wanted)
+    assert (np.diff(ids[:count]) > 0).all() and np.array_equal(kept[:count], scores[ids[:count]])
+    real = np.where(np.isnan(scores), -np.inf, scores)
+    least = np.sort(real)[::-1][wanted - 1]
+    assert set(np.flatnonzero(real > least)) <= set(ids[:count].tolist()) and count >= wanted

@@ -10,6 +10,8 @@ import numpy as np
 __all__ = ["insert_best", "keep_best", "least_of_best", "write_best"]
 
 _BINS = 1024
+_EVERY = 8
+"""Of many scores, every eighth says first which are far from the best."""
 
 
 @numba.njit(nogil=True, cache=True)
@@ -40,7 +42,18 @@ def least_of_best(values: Any, weights: Any, wanted: Any, total: Any) -> Any:
 def keep_best(ids: Any, scores: Any, count: int, wanted: int) -> int:
     """Of the first `count` ids and float32 scores, move those to the front that are among the `wanted` best, or little
     below; returns how many. Their order stays."""
-    least = least_of_best(scores[:count], np.empty(0, dtype=np.int32), wanted, count)
+    nothing = np.empty(0, dtype=np.int32)
+    if _EVERY * wanted < count:
+        sample = scores[:count:_EVERY].copy()
+        # Half as many again, so that seldom too few are left.
+        least = least_of_best(sample, nothing, 3 * wanted // (2 * _EVERY) + 4, sample.shape[0])
+        if (scores[:count] >= least).sum() >= wanted:
+            count = _keep(ids, scores, count, least)
+    return _keep(ids, scores, count, least_of_best(scores[:count], nothing, wanted, count))
+
+
+@numba.njit(nogil=True, cache=True)
+def _keep(ids: Any, scores: Any, count: int, least: Any) -> int:
     kept = 0
     for place in range(count):
         # No branch: the processor would guess wrong.

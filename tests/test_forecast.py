@@ -185,3 +185,19 @@ def test_the_counts_of_the_data_are_those_of_the_training_split(topic_dir: Path)
     assert dataset.train is not None
     data = _training_data(dataset, dataset.train)
     assert (data.num_values, data.num_positives) == (dataset.train.features.nnz, dataset.train.labels.nnz)
+
+
+def test_a_step_of_static_shapes_counts_twice_and_only_where_a_pool_is_whole() -> None:
+    def epoch(name: str, graphs: bool, num_labels: int) -> int:
+        shape = DataShape(num_instances=10**5, num_features=2000, num_labels=num_labels, num_positives=5 * 10**5)
+        data = TrainingData.of_shape(10**5, 2000, num_labels, values=50, positives=5)
+        words = [f"sampler.name={name}", f"training.cuda_graphs={graphs}", "training.batch_size=512"]
+        config = resolve(load_config(assignments=words), shape)
+        assert ("training.cuda_graphs=false" in dict(cheaper_options(config, data, cuda=True))) <= graphs
+        return forecast(config, data, cuda=True).device["epoch"]
+
+    assert 1.2 < epoch("midx-pq", True, 50_000) / epoch("midx-pq", False, 50_000) < 4
+    assert 1.5 < epoch("full", True, 60_000) / epoch("full", False, 60_000) < 3
+    # So many logits of a batch are never held at once.
+    assert epoch("full", True, 70_000) == epoch("full", False, 70_000)
+    assert epoch("lsh", True, 50_000) == epoch("lsh", False, 50_000)

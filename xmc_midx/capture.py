@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -81,14 +81,12 @@ class CapturedSteps:
             if self._keeper is None:
                 self._keeper, _ = self._recorded(lambda: torch.zeros(1, device=self._device))
             graph, found = self._recorded(lambda: self._work(held))
-        except RuntimeError as error:
-            # What went wrong, rather than that a recording was cut short by it.
-            cause = error.__context__ or error
-            if is_out_of_memory(cause):
-                raise cause from None
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
             # Generators and memory are the recording's now: nothing can go on from here.
             raise ResourceError(
-                f"A training step could not be recorded as a CUDA graph: {cause}.",
+                f"A training step could not be recorded as a CUDA graph: {error}.",
                 hint="Train anew with --set training.cuda_graphs=false, and please report it.",
             ) from error
         return graph, held, found
@@ -102,8 +100,12 @@ class CapturedSteps:
             graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
             try:
                 found = work()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                # That a recording was cut short would hide what cut it.
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return graph, found
 
     @contextmanager

@@ -92,12 +92,15 @@ def _runs_kernels(index: int | None) -> bool:
     if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return False
     try:
-        from xmc_midx.triton_rows import bag
+        from xmc_midx.triton_rows import bag, step_rows
 
         device = torch.device("cuda" if index is None else f"cuda:{index}")
         ids, offsets = torch.zeros(1, dtype=torch.int64, device=device), torch.tensor([0, 1], device=device)
         ones = torch.ones(1, 1, device=device)
-        return float(bag(ids, ones[0], offsets, ones)) == 1.0
+        state = {name: torch.zeros(1, device=device) for name in ("second_moment", "count")} | {"rounded": ones[0, 0]}
+        for table in (torch.ones(1, 1, device=device), torch.ones(1, 1, dtype=torch.bfloat16, device=device)):
+            step_rows(table, ids, ones.to(table.dtype), ones[0], state, rate=ones[0, 0], beta2=0.9, eps=1e-8)
+        return float(bag(ids, ones[0], offsets, ones)) == 1.0 and abs(float(table)) < 0.01
     except Exception as error:  # a compiler's, a driver's, a cache's
         warnings.warn(f"a GPU is used without Triton's kernels, which is slower: {error}", stacklevel=3)
         return False

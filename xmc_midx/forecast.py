@@ -169,12 +169,12 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     optimizer = 4 * num_features + 16 * num_labels + 8 * model.num_hidden_layers * dim**2
     sampler_state = 24 * num_labels + 28 * codewords**2 + 8 * codewords * dim
     rows, labels, pool, groups = _rows_of_a_batch(config, data)
-    is_static = cuda and _has_static_shapes(config, num_labels)
+    draws = 0 if sampler.name == "in-batch" else _number(sampler.num_draws)
+    of_batch = _LARGEST * batch / max(data.num_instances, 1)
+    padded = int(draws + of_batch * data.num_positives) if pool < num_labels else pool
+    is_static = cuda and _has_static_shapes(config, num_labels) and batch * (padded + 1) <= _LOGITS_AT_ONCE_CUDA
     if is_static:
-        of_batch = _LARGEST * batch / max(data.num_instances, 1)
-        rows, groups = int(of_batch * data.num_values), 1
-        draws = 0 if sampler.name == "in-batch" else _number(sampler.num_draws)
-        labels = pool = int(draws + of_batch * data.num_positives) if pool < num_labels else pool
+        rows, groups, labels, pool = int(of_batch * data.num_values), 1, padded, padded
     logits = batch * min(pool, (_LOGITS_AT_ONCE_CUDA if cuda else _SCORES_AT_ONCE) // batch)
     epoch = 12 * rows * dim + 16 * (labels + groups * pool) * dim + 32 * logits
     # A graph has memory of its own, beside that of the batches that are worked on without one.
@@ -264,6 +264,8 @@ def cheaper_options(config: Config, data: TrainingData, *, cuda: bool = False) -
     }
     if cuda and config.sampler.name in HOST_SAMPLERS:
         trials["model.label_memory=host"] = {"model": {"label_memory": "host"}}
+    if cuda and _has_static_shapes(config, data.label_counts.shape[0]):
+        trials["training.cuda_graphs=false"] = {"training": {"cuda_graphs": False}}
 
     def peak(settings: Config) -> int:
         result = forecast(settings, data, cuda=cuda)

@@ -5,7 +5,7 @@ optimisers of `xmc_midx.optim` and `torch.optim.SparseAdam` take. Nothing of the
 Measured in EXPERIMENTS.md ("Row gathers"): torch's own `embedding_bag` is as fast on two CPU cores as fused numba
 kernels, so there are none here. Where there are Triton's kernels (`device.has_kernels`), they sum the bags, shapes are
 static, and the row ids of a gradient end in pads, the number of the table's rows (`xmc_midx.padding`), which `RowAdam`
-leaves alone.
+alone leaves alone; so do those of `gather_rows` of parts with pads.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class _BagRows(torch.autograd.Function):
         transposed = _transposed_padded if has_kernels(offsets.device) else _transposed
         row_ids, row_offsets, order, instance = transposed(feature_ids, offsets, ctx.shape[0])
         grad_UD = _bag(instance[order], grad_BD.contiguous(), values[order], row_offsets)
-        return _row_gradient(row_ids, grad_UD, ctx.shape), None, None, None
+        return _row_gradient(row_ids, grad_UD, ctx.shape, has_pads=has_kernels(offsets.device)), None, None, None
 
 
 def _transposed(
@@ -159,7 +159,7 @@ def _moved_rows(weight: torch.Tensor, row_ids: torch.Tensor) -> torch.Tensor:
 
 
 def _bag(ids: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    if has_kernels(weight.device) and weight.dtype == torch.float32:
+    if has_kernels(weight.device) and weight.dtype == torch.float32 and weight.is_contiguous():
         from xmc_midx import triton_rows  # Triton comes with CUDA alone
 
         return triton_rows.bag(ids, values, offsets, weight)
@@ -168,5 +168,7 @@ def _bag(ids: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, offsets:
     )
 
 
-def _row_gradient(row_ids: torch.Tensor, grad: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    return torch.sparse_coo_tensor(row_ids[None], grad, shape, is_coalesced=True, check_invariants=False)
+def _row_gradient(
+    row_ids: torch.Tensor, grad: torch.Tensor, shape: torch.Size, *, has_pads: bool = False
+) -> torch.Tensor:
+    return torch.sparse_coo_tensor(row_ids[None], grad, shape, is_coalesced=not has_pads, check_invariants=False)

@@ -170,14 +170,15 @@ class TrainingSession:
         self.run_directory.write_metrics(self.history)
         with deferred_signals() as self._signals:
             try:
-                self._run_epochs(started)
-            except (KeyboardInterrupt, _DeadlinePassed) as stop:
-                self.seconds = time.perf_counter() - started
-                self._save()
-                if isinstance(stop, _DeadlinePassed):
-                    return
-                stop.add_note(f"Saved at step {self.trainer.step} of {self.trainer.total_steps}.")
-                raise
+                try:
+                    self._run_epochs(started)
+                except (KeyboardInterrupt, _DeadlinePassed) as stop:
+                    self.seconds = time.perf_counter() - started
+                    self._save()
+                    if isinstance(stop, _DeadlinePassed):
+                        return
+                    stop.add_note(f"Saved at step {self.trainer.step} of {self.trainer.total_steps}.")
+                    raise
             except DivergedError as error:
                 self._write_postponed()
                 kept = self.store.step_of("latest")
@@ -212,6 +213,8 @@ class TrainingSession:
     def _conclude(self, started: float) -> None:
         """Keep the best model, and choose what is added to it, unless a resumed run has both already."""
         run = self.run_directory
+        # No step follows, and a recorded one holds the memory of a step.
+        self.trainer.graphs = None
         added = self.held_out is not None
         if not added:
             self.reporter.message(
@@ -466,6 +469,7 @@ class TrainingSession:
 
     def _parts(self) -> dict[str, dict[str, torch.Tensor]]:
         """The tensors of a checkpoint; a DivergedError where the model is not finite."""
+        self.trainer.settle()
         model = self.trainer.model_tensors()
         _require_finite(model, self.trainer.step)
         return {"model": model | self._known, "training": self.trainer.training_tensors()}

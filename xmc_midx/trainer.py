@@ -105,7 +105,7 @@ class Trainer:
         DivergedError : the loss of a batch or a gradient is not finite; the step is not taken. With static shapes it is
             found after the next step, and the tables are of no use any more.
         """
-        self._settle()
+        self.settle()
         epoch, first_step = divmod(self.step, self.stream.steps_per_epoch)
         if first_step == 0:
             self._loss_sum, self._pool_sum = 0.0, 0.0
@@ -119,12 +119,12 @@ class Trainer:
             batches = made_ahead(batch.pin_memory() for batch in batches)
         for batch in batches:
             if self._refresh_is_due():
-                self._settle()
+                self.settle()
+                if self.graphs is not None:
+                    self.graphs.forget()
                 crash_point("refresh.begun")
                 self.softmax.refresh()
                 crash_point("refresh.done")
-                if self.graphs is not None:
-                    self.graphs.forget()
             self._set_rates()
             if sizes is None:
                 self._train_step(batch.to(self.device))
@@ -138,7 +138,7 @@ class Trainer:
             crash_point("step.done")
             if after_step is not None:
                 after_step()
-        self._settle()
+        self.settle()
         seconds = time.perf_counter() - started
         steps = self.stream.steps_per_epoch
         return EpochStats(
@@ -180,7 +180,7 @@ class Trainer:
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record(torch.cuda.current_stream(self.device))
         begun = _Unread(batch=batch, step=self.step, numbers=numbers, copied=copied)
-        self._settle()
+        self.settle()
         self._unread = begun
 
     def _static_step(self, batch: Batch) -> torch.Tensor:
@@ -193,8 +193,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return numbers
 
-    def _settle(self) -> None:
-        """Wait for the step that was begun last, and count it."""
+    def settle(self) -> None:
+        """Wait for the step that was begun last, and count it; a DivergedError where it was not finite."""
         if self._unread is None:
             return
         unread, self._unread = self._unread, None
@@ -254,7 +254,7 @@ class Trainer:
 
     def counters(self) -> dict[str, float]:
         """The plain part of the state."""
-        self._settle()
+        self.settle()
         return {"step": self.step, "loss_sum": self._loss_sum, "pool_sum": self._pool_sum}
 
     def load_model(self, model: dict[str, torch.Tensor]) -> None:

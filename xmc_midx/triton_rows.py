@@ -8,6 +8,8 @@ TRITON_INTERPRET=1 the kernels run on the CPU, which is how they are tested with
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -81,6 +83,7 @@ def step_rows(
             table.shape[0],
             dim,
             beta2,
+            math.log(beta2),
             eps,
             IS_SUM=table_moment is not None,
             IS_ROUNDED=is_rounded,
@@ -135,6 +138,7 @@ def _step_rows(  # type: ignore[no-untyped-def]
     num_rows,
     dim,
     beta2,
+    log_beta2,
     eps,
     IS_SUM: tl.constexpr,
     IS_ROUNDED: tl.constexpr,
@@ -151,7 +155,10 @@ def _step_rows(  # type: ignore[no-untyped-def]
             moment = beta2 * moment + (1.0 - beta2) * tl.load(square + place)
             times = tl.load(count + row) + 1.0
             tl.store(count + row, times)
-            root = tl.sqrt(moment / (1.0 - tl.exp(times * tl.log(beta2))))
+            # 1 - beta2^times, of which a difference would lose the digits while it is small.
+            power = times * log_beta2
+            small = -power * (1.0 + power * 0.5 * (1.0 + power / 3.0))
+            root = tl.sqrt(moment / tl.where(power > -0.01, small, 1.0 - tl.exp(power)))
         tl.store(second_moment + row, moment)
         factor = -tl.load(rate) / (root + eps)
         for begin in range(0, dim, BLOCK):

@@ -179,20 +179,23 @@ def test_a_refresh_inside_an_epoch_follows_the_table(data: tuple[csr_matrix, csr
 
 
 def test_a_state_may_be_loaded_while_a_step_is_unread(data: tuple[csr_matrix, csr_matrix]) -> None:
+    """The unread step is not the loaded state's."""
     trainer = make_trainer(data, static_shapes=True)
-    parts = [{name: tensor.clone() for name, tensor in part.items()} for part in (trainer.model_tensors(),)]
-    start = trainer.training_tensors(), trainer.counters()
-    training = {name: tensor.clone() for name, tensor in start[0].items()}
+    kept: list[Any] = []
 
     def stop() -> None:
-        if trainer.step == 3:
+        if trainer.step == 2:
+            parts = trainer.model_tensors(), trainer.training_tensors()
+            kept.extend({name: tensor.clone() for name, tensor in part.items()} for part in parts)
+            kept.append(trainer.counters())
+        if trainer.step == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         trainer.run_epoch(SilentReporter(), after_step=stop)
     assert trainer._unread is not None
+    trainer.load(*kept)
     expected = make_trainer(data, static_shapes=True).run_epoch(SilentReporter()).loss
-    trainer.load(parts[0], training, start[1])
     assert trainer.run_epoch(SilentReporter()).loss == pytest.approx(expected, rel=1e-6)
 
 

@@ -280,9 +280,8 @@ def measure_cost(sampler: str, shape: Shape, options: argparse.Namespace) -> Cos
     resident = used_memory_bytes()
     pool = round(float(softmax.pool_size))
     clock = StageClock(device)
-    if trainer.graphs is not None:
-        # A clock cannot look into a graph: the stages are those of the same work, asked for piece by piece.
-        trainer.graphs.enabled = False
+    # A clock cannot look into a graph: the stages are those of the same work, asked for piece by piece.
+    trainer.graphs = None
     with _clocked(clock, trainer):
         staged = StepTimes(device, clock)
         trainer.run_epoch(staged)

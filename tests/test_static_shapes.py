@@ -19,7 +19,8 @@ import torch
 from scipy.sparse import csr_matrix
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.test_trainer import CUDA, make_trainer
+from tests.test_trainer import CUDA, make_config, make_trainer
+from xmc_midx import forecast
 from xmc_midx.capture import CapturedSteps
 from xmc_midx.data.batches import BatchStream
 from xmc_midx.device import has_kernels
@@ -46,8 +47,9 @@ def data(topic_data: TopicMaker) -> tuple[csr_matrix, csr_matrix]:
 @pytest.mark.parametrize(("count", "num_ids"), [(1, 1), (7, 3), (64, 1000), (501, 90)])
 def test_distinct_ids_are_those_of_unique_and_then_pads(count: int, num_ids: int, device: str) -> None:
     for pads in (0, 1, 5):
-        ids = torch.randint(num_ids, (count,), generator=torch.Generator().manual_seed(pads))
-        ids = torch.cat([ids, torch.full((pads,), num_ids)])[torch.randperm(count + pads)].to(device)
+        generator = torch.Generator().manual_seed(pads)
+        ids = torch.cat([torch.randint(num_ids, (count,), generator=generator), torch.full((pads,), num_ids)])
+        ids = ids[torch.randperm(count + pads, generator=generator)].to(device)
         rising, which = distinct_padded(ids, num_ids)
         expected = torch.unique(ids[ids < num_ids])
         assert rising.shape == ids.shape and torch.equal(rising[: len(expected)], expected)
@@ -150,6 +152,18 @@ def test_what_has_no_static_shapes_trains_without_them(
     assert not trainer.softmax.static_shapes and stats[-1].loss < stats[0].loss
 
 
+@pytest.mark.parametrize(
+    "options",
+    [*SAMPLERS.values(), ("sampler.estimator=instance",), ("sampler.name=lsh",), ("sampler.positives=certain",)],
+)
+def test_the_forecast_knows_which_steps_have_static_shapes(
+    data: tuple[csr_matrix, csr_matrix], options: tuple[str, ...]
+) -> None:
+    allowed = make_trainer(data, *options).softmax.allows_static_shapes(32, 100)
+    assert forecast._has_static_shapes(make_config(*options), data[1].shape[1]) == allowed
+    assert not forecast._has_static_shapes(make_config(*options, "training.cuda_graphs=false"), data[1].shape[1])
+
+
 def test_a_pool_that_is_read_in_chunks_has_no_static_shapes(
     data: tuple[csr_matrix, csr_matrix], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,7 +219,8 @@ def test_a_step_is_read_after_the_next_and_a_state_counts_it(data: tuple[csr_mat
 
     class Losses(SilentReporter):
         def step(self, advance: int = 1, **facts: float) -> None:
-            seen.extend(facts[name] for name in ("loss",) if name in facts)
+            if "loss" in facts:
+                seen.append(facts["loss"])
 
     sums = []
     epoch = trainer.run_epoch(Losses(), after_step=lambda: sums.append(trainer.counters()["loss_sum"]))
@@ -485,15 +500,15 @@ def test_a_bag_is_the_sum_of_its_rows(kernels: ModuleType, device: str, dim: int
     np.testing.assert_allclose(found.cpu().numpy(), exact, rtol=1e-5, atol=1e-5)
 
 
-def gradients(shape: tuple[int, ...], dtype: torch.dtype, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Rising row ids and pads, and their gradients, of some steps."""
+def gradients(shape: tuple[int, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Rising row ids and pads, and their gradients, of three steps."""
     generator, steps = torch.Generator().manual_seed(0), []
-    for pads in [0, 2, 5][:count]:
+    for pads in (0, 2, 5):
         row_ids = torch.sort(torch.randperm(shape[0], generator=generator)[:20]).values
         rows = torch.randn(20, *shape[1:], generator=generator)
         rows[3] = 0.0
         padding = torch.zeros(pads, *shape[1:])
-        steps.append((torch.cat([row_ids, torch.full((pads,), shape[0])]), torch.cat([rows, padding]).to(dtype)))
+        steps.append((torch.cat([row_ids, torch.full((pads,), shape[0])]), torch.cat([rows, padding])))
     return steps
 
 
@@ -513,7 +528,7 @@ def test_the_step_of_the_kernel_is_the_step(
     kernels: ModuleType, device: str, shape: tuple[int, ...], moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    steps = gradients(shape, torch.float32, 3)
+    steps = gradients(shape)
     expected, state = stepped(torch.nn.Parameter(start.clone()), steps, moment, 0.05)
     monkeypatch.setattr("xmc_midx.optim.has_kernels", lambda where: True)
     there = [(row_ids.to(device), rows.to(device)) for row_ids, rows in steps]
@@ -612,10 +627,9 @@ def test_a_training_by_kernels_is_the_training(
 ) -> None:
     """All of a GPU's step but the graph, also where there is no GPU."""
     options = (f"model.num_hidden_layers={num_hidden_layers}", "sampler.pool_instances=32", "model.dropout=0")
-    options += ("sampler.gradient_negatives=all", "training.epochs=2", "training.precision=float32")
-    expected = [make_trainer(data, *options).run_epoch(SilentReporter()).loss]
+    options += ("sampler.gradient_negatives=all", "training.precision=float32")
+    expected = make_trainer(data, *options).run_epoch(SilentReporter()).loss
     for module in ("optim", "rows"):
         monkeypatch.setattr(f"xmc_midx.{module}.has_kernels", lambda where: True)
     trainer = make_trainer(data, *options, device=device, static_shapes=True)
-    found = [trainer.run_epoch(SilentReporter()).loss]
-    assert found == pytest.approx(expected, rel=1e-4 if device == "cpu" else 0.08)
+    assert trainer.run_epoch(SilentReporter()).loss == pytest.approx(expected, rel=1e-4 if device == "cpu" else 0.08)

@@ -44,7 +44,6 @@ class CapturedSteps:
         self._memory = torch.cuda.graph_pool_handle()
         self._keeper: torch.cuda.CUDAGraph | None = None
         """Memory that no graph has any more is nobody's: the next recording could not ask for it."""
-        self.enabled = True
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """What `work` returns for a batch in pinned memory: on the device, and written over by the next call.
@@ -55,7 +54,7 @@ class CapturedSteps:
         """
         shape = tuple(tensor.shape[0] for tensor in batch.tensors)
         self._sights[shape] += 1
-        if not self.enabled or self._sights[shape] < _SIGHTS or batch.num_instances != self._batch_size:
+        if self._sights[shape] < _SIGHTS or batch.num_instances != self._batch_size:
             with self._apart():
                 return self._work(batch.to(self._device))
         if shape in self._graphs:

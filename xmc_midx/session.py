@@ -194,8 +194,6 @@ class TrainingSession:
 
     def release(self) -> None:
         """Give tables and training rows back: what follows a finished training reads the run directory."""
-        # Recorded steps hold their trainer, which holds them.
-        self.trainer.graphs = None
         del self.trainer, self._training, self.held_out
         release_freed_memory()
 
@@ -213,7 +211,7 @@ class TrainingSession:
     def _conclude(self, started: float) -> None:
         """Keep the best model, and choose what is added to it, unless a resumed run has both already."""
         run = self.run_directory
-        # No step follows, and a recorded one holds the memory of a step.
+        # No step follows; recorded ones hold the memory of a step, and the trainer that holds them.
         self.trainer.graphs = None
         added = self.held_out is not None
         if not added:

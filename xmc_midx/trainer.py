@@ -284,7 +284,7 @@ class Trainer:
     def release_tables(self) -> None:
         """Give the tables, their optimiser and the sampler back. Nothing can be trained or saved any more."""
         self.optimizer.state.clear()
-        self.graphs = self.softmax.sampler = None
+        self.softmax.sampler = None
         for parameter in (*self.encoder.parameters(), *self.softmax.parameters()):
             parameter.data = parameter.data.new_empty(0)
 

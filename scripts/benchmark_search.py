@@ -33,7 +33,7 @@ from scipy.sparse import csr_matrix, save_npz
 from xmc_midx.cells import fit_cells
 from xmc_midx.data.dataset import load_dataset
 from xmc_midx.data.features import normalize_rows
-from xmc_midx.index import CellIndex, ExactIndex, tune_effort
+from xmc_midx.index import CellIndex, ExactIndex, ScanIndex, tune_effort
 from xmc_midx.predictor import Predictor
 from xmc_midx.quantization import StoredTable, quantize
 
@@ -132,7 +132,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    for kind in ("cells", "IVF", "HNSW", "PECOS", "exact"):
+    for kind in ("cells", "scan of sketches", "scan of rows", "IVF", "HNSW", "PECOS", "exact"):
         points = sorted((r["microseconds"], r["recall@5"]) for r in report["results"] if r["name"].startswith(kind))
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label="label cells" if kind == "cells" else kind)
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--systems", default="exact,cells,ivf,hnsw")
+    parser.add_argument("--systems", default="exact,cells,scan,ivf,hnsw")
     parser.add_argument("--pecos", type=Path, metavar="WORK")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
@@ -189,6 +189,15 @@ def main() -> None:
             name = f"cells, {depth:,} sketches, {width} logits" + (" (tuned)" if share == 1 else "")
             searches[name] = lambda query, depth=depth, width=width: (  # type: ignore[misc]
                 cells.search(query, table, bias, K, depth=depth, width=width).label_ids
+            )
+    if "scan" in systems:
+        rough = ScanIndex(torch.from_numpy(table.rows()), torch.from_numpy(bias))
+        searches["scan of rows in bfloat16"] = lambda query: rough.search(query, K).label_ids
+        for share in (0.25, 0.5, 1.0, 2.0):
+            depth, width = effort.depth, max(K, round(share * effort.width))
+            name = f"scan of sketches, {width} logits" + (" (tuned)" if share == 1 else "")
+            searches[name] = lambda query, depth=depth, width=width: (  # type: ignore[misc]
+                cells.scan(query, table, bias, K, depth=depth, width=width).label_ids
             )
     if {"ivf", "hnsw"} & set(systems):
         searches |= faiss_searches(table, bias, systems, arguments.threads)

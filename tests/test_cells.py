@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from xmc_midx import index as index_module
 from xmc_midx.cells import LabelCells, fit_cells
 from xmc_midx.index import CellIndex, Effort, tune_effort
 from xmc_midx.quantization import StoredTable, quantize
@@ -39,7 +42,7 @@ def brute_force(table: StoredTable, bias: np.ndarray, queries: torch.Tensor, k: 
 def test_all_cells_are_the_exact_search_bit_for_bit(num_labels: int, dim: int, storage: str) -> None:
     table, bias, fitted, queries = tables(num_labels, dim, storage)
     cells = fit_cells(table, bias, fitted)
-    exact = CellIndex(table, bias, cells, Effort(depth=1, width=1, recall=1.0), exact=True)
+    exact = CellIndex(table, bias, cells, Effort(depth=1, width=1, recall=1.0), reach="exact")
     for k in (1, 5, 12):
         expected = exact.search(queries, k)
         found = cells.search(queries, table, bias, k, depth=ALL, width=ALL)
@@ -50,7 +53,8 @@ def test_all_cells_are_the_exact_search_bit_for_bit(num_labels: int, dim: int, s
         np.testing.assert_array_equal(single.label_ids, expected.label_ids[:1])
 
 
-def test_the_tuned_effort_keeps_its_promise_on_other_queries_and_is_small() -> None:
+def test_the_tuned_effort_keeps_its_promise_on_other_queries_and_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "multiplies_bfloat16", lambda device: False)
     table, bias, fitted, queries = tables(6000, 48)
     cells = fit_cells(table, bias, fitted)
     effort = tune_effort(table, bias, cells, fitted)
@@ -63,13 +67,81 @@ def test_the_tuned_effort_keeps_its_promise_on_other_queries_and_is_small() -> N
         return float(hits.any(axis=1).mean())
 
     assert recall(index) == pytest.approx(effort.recall, abs=1e-9)
-    assert recall(index.with_exact(True)) == 1.0
+    assert recall(index.with_reach("exact")) == 1.0
     found = index.search(queries, 5)
     exact = brute_force(table, bias, queries, 5)
     assert (found.label_ids[:, :, None] == exact[:, None, :]).any(axis=1).mean() > 0.97
     assert (np.diff(found.scores, axis=1) <= 0).all()
     logits = np.take_along_axis(queries.numpy() @ table.rows().T + bias, found.label_ids, axis=1)
     np.testing.assert_allclose(found.scores, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_many_queries_are_answered_by_a_scan_of_all_sketches_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It reads them all, so that it finds what the search by cells does, and more; its logits are exact too."""
+    table, bias, fitted, queries = tables(6000, 48)
+    cells = fit_cells(table, bias, fitted)
+    index = CellIndex(table, bias, cells, Effort(depth=500, width=60, recall=0.5))
+    exact = brute_force(table, bias, queries, 5)
+    called, scan = [], LabelCells.scan
+
+    def watched(cells: LabelCells, queries: torch.Tensor, *arguments: Any, **options: int) -> TopK:
+        called.append(len(queries))
+        return scan(cells, queries, *arguments, **options)
+
+    monkeypatch.setattr(LabelCells, "scan", watched)
+    found = {}
+    for is_fast in (False, True):
+        monkeypatch.setattr(index_module, "multiplies_bfloat16", lambda device, is_fast=is_fast: is_fast)
+        found[is_fast] = index.search(queries, 5)
+        index.search(queries[:100], 5)
+    assert called == [len(queries)], "few queries, or other hardware: by cells"
+    by_cells, by_scan = (
+        (found[is_fast].label_ids[:, :, None] == exact[:, None, :]).any(axis=1).mean() for is_fast in (False, True)
+    )
+    assert by_scan > max(by_cells, 0.995)
+    logits = np.take_along_axis(queries.numpy() @ table.rows().T + bias, found[True].label_ids, axis=1)
+    np.testing.assert_allclose(found[True].scores, logits, rtol=1e-4, atol=1e-4)
+    # Where cells read a small part of the labels, they are faster.
+    CellIndex(table, bias, cells, Effort(depth=300, width=60, recall=0.5)).search(queries, 5)
+    assert len(called) == 1
+
+
+def test_all_labels_in_bfloat16_are_the_exact_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, bias, fitted, queries = tables(3001, 48)
+    queries[5] = 0.0
+    bias[:] = 0.0
+    index = CellIndex(table, bias, fit_cells(table, bias, fitted), Effort(depth=50, width=20, recall=0.5), reach="all")
+    asked: list[int] = []
+    exact = CellIndex._exact
+
+    def watched(index: CellIndex, queries: torch.Tensor, k: int, excluded: torch.Tensor | None) -> TopK:
+        asked.append(len(queries))
+        return exact(index, queries, k, excluded)
+
+    expected = index.with_reach("exact").search(queries, 12)
+    monkeypatch.setattr(CellIndex, "_exact", watched)
+    for is_fast in (True, False):
+        monkeypatch.setattr(index_module, "multiplies_bfloat16", lambda device, is_fast=is_fast: is_fast)
+        found = index.search(queries, 12)
+        np.testing.assert_array_equal(found.label_ids, brute_force(table, bias, queries, 12))
+        np.testing.assert_array_equal(found.scores, expected.scores)
+    assert asked == [1, len(queries)], "of the query whose logits are all alike; of all, without the hardware"
+
+
+def test_a_query_that_the_scan_has_no_answer_to_is_searched_by_cells() -> None:
+    table, bias, fitted, queries = tables(6000, 48)
+    cells = fit_cells(table, bias, fitted)
+    mixed = queries.clone()
+    mixed[[3, 200]] = torch.full((48,), float("nan"))
+    mixed[7] = 3e38
+    found = cells.scan(mixed, table, bias, 5, depth=900, width=60)
+    usual = np.delete(np.arange(len(queries)), [3, 7, 200])
+    expected = cells.scan(queries, table, bias, 5, depth=900, width=60)
+    np.testing.assert_array_equal(found.label_ids[usual], expected.label_ids[usual])
+    by_cells = cells.search(mixed[[3, 7, 200]], table, bias, 5, depth=900, width=60)
+    np.testing.assert_array_equal(found.label_ids[[3, 7, 200]], by_cells.label_ids)
 
 
 def test_lists_and_many_results_are_answered_exactly() -> None:
@@ -144,7 +216,7 @@ def test_more_results_compute_more_logits_and_do_not_scan(monkeypatch: pytest.Mo
     cells = fit_cells(table, bias, fitted)
     index = CellIndex(table, bias, cells, Effort(depth=400, width=50, recall=0.99))
     exact = brute_force(table, bias, queries, 5)
-    monkeypatch.setattr(CellIndex, "_scan", lambda *_: pytest.fail("all labels are scanned"))
+    monkeypatch.setattr(CellIndex, "_exact", lambda *_: pytest.fail("all labels are scanned"))
     top = index.search(queries, 100)
     assert (top.label_ids >= 0).all()
     assert (top.label_ids[:, :5, None] == exact[:, None, :]).any(axis=1).mean() > 0.97

@@ -8,7 +8,7 @@ import torch
 
 from xmc_midx import device, topk
 from xmc_midx import index as module
-from xmc_midx.index import ExactIndex, HalfPrecisionIndex, build_index
+from xmc_midx.index import ExactIndex, HalfPrecisionIndex, ScanIndex, build_index
 
 
 def tables(num_labels: int, dim: int = 24, num_queries: int = 37) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -20,12 +20,15 @@ def tables(num_labels: int, dim: int = 24, num_queries: int = 37) -> tuple[torch
     )
 
 
+@pytest.mark.parametrize("kind", [HalfPrecisionIndex, ScanIndex])
 @pytest.mark.parametrize("num_labels", [1, 7, 30, 1000, 5003])
 @pytest.mark.parametrize("k", [1, 5, 40])
-def test_the_rough_scan_finds_the_exact_best_and_their_logits(num_labels: int, k: int) -> None:
-    table, bias, queries = tables(num_labels)
+def test_the_rough_scan_finds_the_exact_best_and_their_logits(
+    num_labels: int, k: int, kind: type[HalfPrecisionIndex | ScanIndex]
+) -> None:
+    table, bias, queries = tables(num_labels, num_queries=137)
     exact = ExactIndex(table, bias).search(queries, k)
-    found = HalfPrecisionIndex(table, bias).search(queries, k)
+    found = kind(table, bias).search(queries, k)
     np.testing.assert_array_equal(found.label_ids, exact.label_ids)
     np.testing.assert_allclose(found.scores, exact.scores, rtol=1e-5, atol=1e-5)
 
@@ -40,7 +43,19 @@ def test_chunks_and_lists_do_not_change_what_is_found(monkeypatch: pytest.Monkey
         found = HalfPrecisionIndex(table, bias).search(queries, 60, allow=allow, deny=deny)
         np.testing.assert_array_equal(found.label_ids, expected.label_ids)
         np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5, atol=1e-5)
-    assert HalfPrecisionIndex(table, bias).search(queries[:0], 3).label_ids.shape == (0, 3)
+    found = ScanIndex(table, bias).search(torch.cat([queries] * 4), 60, allow=allow, deny=deny)
+    np.testing.assert_array_equal(found.label_ids, np.tile(expected.label_ids, (4, 1)))
+    for kind in (HalfPrecisionIndex, ScanIndex):
+        assert kind(table, bias).search(queries[:0], 3).label_ids.shape == (0, 3)
+
+
+def test_a_query_that_the_scan_has_no_answer_to_is_answered_exactly() -> None:
+    table, bias, queries = tables(5003, num_queries=140)
+    queries[5] = 0.0
+    bias[:] = 0.0
+    found = ScanIndex(table, bias).search(queries, 6)
+    np.testing.assert_array_equal(found.label_ids, ExactIndex(table, bias).search(queries, 6).label_ids)
+    np.testing.assert_array_equal(found.label_ids[5], np.arange(6))
 
 
 def test_ties_of_exact_logits_go_to_the_smaller_id() -> None:
@@ -63,8 +78,8 @@ def test_training_products_are_float32_on_a_cpu_whatever_it_multiplies_fast(monk
 
 def test_the_rough_scan_is_for_many_labels_and_fast_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     table, bias, _ = tables(60)
-    monkeypatch.setattr(module, "_MIN_LABELS", 50)
-    for is_fast, kind in ((True, HalfPrecisionIndex), (False, ExactIndex)):
+    monkeypatch.setattr(module, "_MIN_LABELS", {"cpu": 50})
+    for is_fast, kind in ((True, ScanIndex), (False, ExactIndex)):
         monkeypatch.setattr(module, "multiplies_bfloat16", lambda device, is_fast=is_fast: is_fast)
         assert type(build_index(table, bias)) is kind
         assert type(build_index(table, bias, exact=True)) is ExactIndex

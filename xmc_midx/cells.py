@@ -25,8 +25,9 @@ import torch
 from numpy.typing import NDArray
 
 from xmc_midx.codebook import kmeans
-from xmc_midx.quantization import StoredTable, row_product
-from xmc_midx.selection import keep_best, least_of_best, write_best
+from xmc_midx.quantization import StoredTable
+from xmc_midx.scan import rough_rows, scan_topk, write_best_logits
+from xmc_midx.selection import keep_best, least_of_best
 from xmc_midx.threads import in_threads, scratch
 from xmc_midx.types import TopK
 
@@ -121,9 +122,47 @@ class LabelCells:
         depth : labels whose sketches are read, at least.
         width : labels that get an exact logit, at least.
         """
+        short_BK = self._short(query_BD)
+        return self._search(query_BD, short_BK, table, bias, k, depth=depth, width=width)
+
+    def scan(
+        self, query_BD: torch.Tensor, table: StoredTable, bias: _Floats, k: int, *, depth: int, width: int
+    ) -> TopK:
+        """As `search`, but the sketches of all labels are read, by one product for many queries; `depth` is for a query
+        to which that does not answer."""
+        codes_LK, base_L = torch.from_numpy(self.sketches), torch.from_numpy(self.base)
+        short_BK = self._short(query_BD)
+        found, left = scan_topk(
+            query_BD,
+            table,
+            bias,
+            k,
+            short_BK=short_BK,
+            rough=lambda rows: rough_rows(codes_LK[rows], base_L[rows]),
+            label_ids=self.label_ids,
+            width=width,
+        )
+        if len(left):
+            again = self._search(query_BD[left], short_BK[left], table, bias, k, depth=depth, width=width)
+            found.label_ids[left], found.scores[left] = again.label_ids, again.scores
+        return found
+
+    def _short(self, query_BD: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(torch.from_numpy(self.shift), query_BD, torch.from_numpy(self.projection))
+
+    def _search(
+        self,
+        query_BD: torch.Tensor,
+        short_BK: torch.Tensor,
+        table: StoredTable,
+        bias: _Floats,
+        k: int,
+        *,
+        depth: int,
+        width: int,
+    ) -> TopK:
         found = TopK.empty(query_BD.shape[0], k)
         cells = (self.cell_means, self.cell_bias, self.offsets, self.label_ids, self.sketches, self.base)
-        short_BK = torch.addmm(torch.from_numpy(self.shift), query_BD, torch.from_numpy(self.projection))
         queries = (query_BD.contiguous().numpy(), short_BK.numpy())
 
         def run(first: int, last: int) -> None:
@@ -218,7 +257,7 @@ def _weights(table: StoredTable, unprojection_DK: torch.Tensor) -> tuple[torch.T
 def _chunks(table: StoredTable) -> Iterator[tuple[int, torch.Tensor]]:
     """The rows, a block at a time, with the number of its first: a table may be larger than memory."""
     for begin in range(0, table.shape[0], _CHUNK_ROWS):
-        yield begin, torch.from_numpy(table.rows(begin, begin + _CHUNK_ROWS))
+        yield begin, torch.from_numpy(table.rows(slice(begin, begin + _CHUNK_ROWS)))
 
 
 def _directions(table: StoredTable, query_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -292,7 +331,6 @@ def _search(
 ) -> None:
     query_BD, short_BK = queries
     means, cell_bias, offsets, label_ids, sketches, base = cells
-    codes, scales = table
     num_cells, num_labels = offsets.shape[0] - 1, label_ids.shape[0]
     score, places = workspace
     cell_score = np.empty(num_cells, dtype=np.float32)
@@ -316,7 +354,4 @@ def _search(
                     places[count] = position
                     count += 1
         count = keep_best(places, score, count, width)
-        for place in range(count):
-            places[place] = label_ids[places[place]]
-            score[place] = row_product(query_BD[row], codes, scales, places[place]) + bias[places[place]]
-        write_best(places, score, count, found_BK[row], score_BK[row])
+        write_best_logits(query_BD[row], table, bias, label_ids, places, score, count, found_BK[row], score_BK[row])

@@ -66,7 +66,6 @@ _CELL_LABEL = 440
 _ASSIGN_CHUNK = 4096
 _POINTS_PER_CODEWORD = 1024
 _ENCODE_CHUNK = 4096
-_VALIDATION_CHUNK = 256
 _SCORES_AT_ONCE, _LOGITS_AT_ONCE_CUDA = 1 << 24, 1 << 25
 _LARGEST = 1.25
 """An epoch's largest batch, rounded up, over the mean one."""
@@ -184,7 +183,7 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
         sample = _POINTS_PER_CODEWORD * codewords
         epoch += 4 * dim * sample // (2 if sampler.name == "midx-pq" else 1) if sample < num_labels else 0
     held_out = round(_fraction(config) * data.num_instances)
-    epoch += min(4 * min(held_out, _VALIDATION_CHUNK) * num_labels, 4 * _SCORES_AT_ONCE) + 8 * num_labels
+    epoch += min(4 * held_out * num_labels, 4 * _SCORES_AT_ONCE) + 8 * num_labels
     kept = 1.0 - _fraction(config)
     host = {
         "libraries": _LIBRARIES,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numba
 import numpy as np
@@ -15,14 +15,24 @@ from scipy.sparse import csr_matrix
 from xmc_midx.cells import LabelCells
 from xmc_midx.device import multiplies_bfloat16
 from xmc_midx.quantization import StoredTable, row_product
+from xmc_midx.scan import rough_rows, scan_topk
 from xmc_midx.selection import insert_best
 from xmc_midx.topk import best_of, exact_topk, rescored_topk
 from xmc_midx.types import LabelIndex, TopK
 
-__all__ = ["CellIndex", "Effort", "ExactIndex", "HalfPrecisionIndex", "build_index", "tune_effort"]
+__all__ = [
+    "CellIndex",
+    "Effort",
+    "ExactIndex",
+    "HalfPrecisionIndex",
+    "Reach",
+    "ScanIndex",
+    "build_index",
+    "tune_effort",
+]
 
-_MIN_LABELS = 16_384
-"""Labels from which the rough scan is faster than the exact one (EXPERIMENTS.md, "Prediction time")."""
+_MIN_LABELS = {"cpu": 4096, "cuda": 16_384}
+"""Labels from which the rough scan is faster than the exact one (EXPERIMENTS.md, "Label index")."""
 _SLACK = 32
 """Labels beyond those asked for whose exact logits are computed."""
 _TARGET_RECALL, _TARGET_K = 0.992, 5
@@ -33,8 +43,17 @@ _STEP = 1.4
 """By which the effort grows."""
 _FIRST_PART, _FIRST_SLACK = 4, 0.002
 """Up to a recall less by the second, one in so many of the queries says how the effort grows."""
+_MANY = 128
+"""Queries from which a scan in bfloat16 is faster than the search that it stands for."""
+_SCANNED = 16
+"""Labels for each whose sketch a search by cells reads, up to which a scan of all sketches is faster."""
+_CPU = torch.device("cpu")
 _SCAN_ROWS = 1 << 12
 """Rows in float32 at once, when all are scanned."""
+
+Reach = Literal["cells", "all", "exact"]
+"""Which labels a search by cells looks at: those of the cells; all, in bfloat16 where the CPU multiplies it, so that
+almost surely the exact best are found; all, in float32."""
 
 
 class ExactIndex:
@@ -81,11 +100,53 @@ class ExactIndex:
         return None if excluded_L is None else excluded_L.to(self.bias_L.device)
 
 
-class HalfPrecisionIndex(ExactIndex):
-    """The full scan in bfloat16, and the exact logits of the best that it finds.
+class ScanIndex(ExactIndex):
+    """The full scan in bfloat16 on a CPU, and the exact logits of the best that it finds (`xmc_midx.scan`).
 
-    Where the hardware multiplies bfloat16 it takes 0.5 to 0.6 of the exact search's time at 41,218 labels. A label is
-    missed only where rounding ranks it more than 32 places too low.
+    A label is missed only where rounding ranks it more than 32 places too low.
+
+    Parameters
+    ----------
+    label_table_LD, bias_L : as of `ExactIndex`, on the CPU.
+    """
+
+    def __init__(self, label_table_LD: torch.Tensor, bias_L: torch.Tensor) -> None:
+        super().__init__(label_table_LD, bias_L)
+        self._rough_LK = rough_rows(label_table_LD, bias_L)
+        self._table, self._label_ids = StoredTable.of(label_table_LD.numpy()), np.arange(len(bias_L), dtype=np.int32)
+
+    def search(
+        self,
+        query_BD: torch.Tensor,
+        k: int,
+        *,
+        allow: torch.Tensor | None = None,
+        deny: torch.Tensor | None = None,
+    ) -> TopK:
+        """As `ExactIndex.search`; the logits are exact, the labels almost surely. With label lists, or for few queries,
+        the scan is exact."""
+        if query_BD.shape[0] < _MANY or allow is not None or deny is not None:
+            return super().search(query_BD, k, allow=allow, deny=deny)
+        found, left = scan_topk(
+            query_BD,
+            self._table,
+            self.bias_L.numpy(),
+            k,
+            short_BK=query_BD,
+            rough=self._rough_LK.__getitem__,
+            label_ids=self._label_ids,
+            width=k + _SLACK,
+        )
+        if len(left):
+            exact = super().search(query_BD[left], k)
+            found.label_ids[left], found.scores[left] = exact.label_ids, exact.scores
+        return found
+
+
+class HalfPrecisionIndex(ExactIndex):
+    """The full scan in bfloat16 on a GPU, and the exact logits of the best that it finds.
+
+    A label is missed only where rounding ranks it more than 32 places too low.
 
     Parameters
     ----------
@@ -130,17 +191,23 @@ class CellIndex:
     ----------
     table, bias : (L, D) and (L,).
     cells, effort : of this table.
-    exact : whether every search scans all labels.
+    reach : which labels a search looks at.
     """
 
     def __init__(
-        self, table: StoredTable, bias_L: NDArray[np.float32], cells: LabelCells, effort: Effort, *, exact: bool = False
+        self,
+        table: StoredTable,
+        bias_L: NDArray[np.float32],
+        cells: LabelCells,
+        effort: Effort,
+        *,
+        reach: Reach = "cells",
     ) -> None:
-        self.table, self.bias_L, self.cells, self.effort, self.exact = table, bias_L, cells, effort, exact
+        self.table, self.bias_L, self.cells, self.effort, self.reach = table, bias_L, cells, effort, reach
 
-    def with_exact(self, exact: bool) -> CellIndex:
-        """The same index, that scans or does not."""
-        return CellIndex(self.table, self.bias_L, self.cells, self.effort, exact=exact)
+    def with_reach(self, reach: Reach) -> CellIndex:
+        """The same index, that looks at other labels."""
+        return CellIndex(self.table, self.bias_L, self.cells, self.effort, reach=reach)
 
     def as_arrays(self) -> dict[str, NDArray[Any]]:
         """Cells and effort: what `from_arrays` reads beside the table."""
@@ -151,14 +218,19 @@ class CellIndex:
 
     @classmethod
     def from_arrays(
-        cls, table: StoredTable, bias_L: NDArray[np.float32], arrays: Mapping[str, NDArray[Any]], *, exact: bool = False
+        cls,
+        table: StoredTable,
+        bias_L: NDArray[np.float32],
+        arrays: Mapping[str, NDArray[Any]],
+        *,
+        reach: Reach = "cells",
     ) -> CellIndex:
         """The index of `as_arrays`; a ValueError or LookupError where it is not that of this table."""
         depth, width = arrays["effort"].tolist()
         if not (depth >= 1 and width >= 1):
             raise ValueError("an effort is at least one label")
         effort = Effort(depth=int(depth), width=int(width), recall=float(arrays["recall"][0]))
-        return cls(table, bias_L, LabelCells.from_arrays(arrays, *table.shape), effort, exact=exact)
+        return cls(table, bias_L, LabelCells.from_arrays(arrays, *table.shape), effort, reach=reach)
 
     @property
     def num_labels(self) -> int:
@@ -177,9 +249,14 @@ class CellIndex:
         # More results need more exact logits; not more sketches, which the best labels are found by in any case.
         width = max(self.effort.width, 2 * k)
         depth = max(self.effort.depth, width)
-        if self.exact or allow is not None or deny is not None or 2 * width > self.num_labels:
-            return self._scan(query_BD, k, _excluded_of(self.num_labels, allow, deny))
-        return self.cells.search(query_BD, self.table, self.bias_L, k, depth=depth, width=width)
+        if self.reach == "exact" or allow is not None or deny is not None or 2 * width > self.num_labels:
+            return self._exact(query_BD, k, _excluded_of(self.num_labels, allow, deny))
+        if self.reach == "all":
+            return self._all(query_BD, k)
+        # All sketches by one product, where it is the faster way to the same labels, and more.
+        is_scan = query_BD.shape[0] >= _MANY and self.num_labels <= _SCANNED * depth and multiplies_bfloat16(_CPU)
+        find = self.cells.scan if is_scan else self.cells.search
+        return find(query_BD, self.table, self.bias_L, k, depth=depth, width=width)
 
     def add(self, top: TopK, query_BD: torch.Tensor, labels: csr_matrix) -> TopK:
         """A search's result with those of other labels, the stored ones of (B, L), that it should have found."""
@@ -188,13 +265,32 @@ class CellIndex:
         _insert(query, self.table.arrays, self.bias_L, others, found.label_ids, found.scores)
         return found
 
-    def _scan(self, query_BD: torch.Tensor, k: int, excluded_L: torch.Tensor | None) -> TopK:
+    def _all(self, query_BD: torch.Tensor, k: int) -> TopK:
+        if query_BD.shape[0] < _MANY or not multiplies_bfloat16(_CPU):
+            return self._exact(query_BD, k, None)
+        bias_L = torch.from_numpy(self.bias_L)
+        found, left = scan_topk(
+            query_BD,
+            self.table,
+            self.bias_L,
+            k,
+            short_BK=query_BD,
+            rough=lambda rows: rough_rows(torch.from_numpy(self.table.rows(rows)), bias_L[rows]),
+            label_ids=np.arange(self.num_labels, dtype=np.int32),
+            width=k + _SLACK,
+        )
+        if len(left):
+            exact = self._exact(query_BD[left], k, None)
+            found.label_ids[left], found.scores[left] = exact.label_ids, exact.scores
+        return found
+
+    def _exact(self, query_BD: torch.Tensor, k: int, excluded_L: torch.Tensor | None) -> TopK:
         best: TopK | None = None
         for begin in range(0, self.num_labels, _SCAN_ROWS):
             rows = slice(begin, min(begin + _SCAN_ROWS, self.num_labels))
             part = exact_topk(
                 query_BD,
-                torch.from_numpy(self.table.rows(rows.start, rows.stop)),
+                torch.from_numpy(self.table.rows(rows)),
                 torch.from_numpy(self.bias_L[rows]),
                 k + _SLACK,
                 excluded_L=None if excluded_L is None else excluded_L[rows],
@@ -229,8 +325,8 @@ def _insert(query_BD: Any, table: Any, bias: Any, others: Any, found_BK: Any, sc
 def tune_effort(table: StoredTable, bias_L: NDArray[np.float32], cells: LabelCells, query_ND: torch.Tensor) -> Effort:
     """A small effort that finds 99.2% of the five best labels of the queries (N, D), held-out ones."""
     num_labels = bias_L.shape[0]
-    everything = Effort(depth=num_labels, width=num_labels, recall=1.0)
-    exact_NK = CellIndex(table, bias_L, cells, everything, exact=True).search(query_ND, _TARGET_K).label_ids
+    least = Effort(depth=1, width=1, recall=0.0)
+    exact_NK = CellIndex(table, bias_L, cells, least, reach="all").search(query_ND, _TARGET_K).label_ids
 
     def recall(depth: int, width: int, every: int) -> float:
         found = cells.search(query_ND[::every], table, bias_L, _TARGET_K, depth=depth, width=width).label_ids
@@ -264,6 +360,7 @@ def _excluded_of(num_labels: int, allow: torch.Tensor | None, deny: torch.Tensor
 
 def build_index(label_table_LD: torch.Tensor, bias_L: torch.Tensor, *, exact: bool = False) -> LabelIndex:
     """The fastest search for a label table on its device; with `exact` the full scan in float32."""
-    if exact or not multiplies_bfloat16(label_table_LD.device) or bias_L.shape[0] < _MIN_LABELS:
+    device = label_table_LD.device
+    if exact or not multiplies_bfloat16(device) or bias_L.shape[0] < _MIN_LABELS[device.type]:
         return ExactIndex(label_table_LD, bias_L)
-    return HalfPrecisionIndex(label_table_LD, bias_L)
+    return (ScanIndex if device.type == "cpu" else HalfPrecisionIndex)(label_table_LD, bias_L)

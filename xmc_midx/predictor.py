@@ -130,7 +130,7 @@ class Predictor:
             tensors = torch.from_numpy(table.rows()).to(device), torch.from_numpy(bias).to(device)
             index = build_index(*tensors, exact=exact)
         else:
-            index = CellIndex.from_arrays(table, bias, found, exact=exact)
+            index = CellIndex.from_arrays(table, bias, found, reach="exact" if exact else "cells")
         label_names = directory.label_names()
         if label_names is not None and len(label_names) != index.num_labels:
             raise DataError(

@@ -73,11 +73,11 @@ class StoredTable:
         in_threads(lambda first, last: _bag(rows, *self.arrays, found_BD, first, last), len(found_BD))
         return found_BD
 
-    def rows(self, begin: int = 0, end: int | None = None) -> NDArray[np.float32]:
-        """Rows begin..end in float32; not copied where they are stored so."""
+    def rows(self, part: slice = slice(None)) -> NDArray[np.float32]:
+        """The rows, or part of them, in float32; not copied where they are stored so."""
         if self.codes.dtype == np.float32:
-            return self.codes[begin:end]
-        return self.codes[begin:end] * self.scales[begin:end, None]
+            return self.codes[part]
+        return self.codes[part] * self.scales[part, None]
 
 
 def quantize(arrays: Arrays, storage: str = "int8") -> dict[str, NDArray[Any]]:

@@ -29,7 +29,7 @@ from xmc_midx.data.features import AS_GIVEN, IDF, FeatureScaling, row_hashes
 from xmc_midx.device import find_device, keep_freed_memory, release_freed_memory
 from xmc_midx.encoder import SparseEncoder, stored_encoder
 from xmc_midx.errors import DataError, DivergedError
-from xmc_midx.index import CellIndex, build_index, tune_effort
+from xmc_midx.index import CellIndex, Reach, build_index, tune_effort
 from xmc_midx.interpolation import SHORTLIST, Interpolation, fit_interpolation, interpolate
 from xmc_midx.metrics import evaluate_topk
 from xmc_midx.neighbors import NeighborIndex, choose_idf_power, is_compiled, tune_budget
@@ -45,8 +45,8 @@ from xmc_midx.types import DEFAULT_KS, DEFAULT_PROPENSITY, EpochStats, Reporter,
 
 __all__ = ["TrainingSession"]
 
-_VALIDATION_CHUNK = 256
-"""Instances between two looks at the signals: at a million labels, two seconds."""
+_CHUNK, _CHUNK_SCORES = (256, 4096), 1 << 26
+"""Instances between two looks at the signals, at the least and most, and scores of labels: a few seconds."""
 _COPIED = 512 << 20
 """Bytes of a label table up to which validation may copy it."""
 
@@ -342,7 +342,7 @@ class TrainingSession:
         order = np.random.default_rng((self.config.training.seed, 1)).permutation(features.shape[0])
         assert isinstance(self.config.ranker.num_instances, int), "the configuration is resolved"
         rows = np.sort(order[: self.config.ranker.num_instances])
-        top = self._predict(features[rows], self.config.ranker.num_rivals, stage="rivals", exact=False)
+        top = self._predict(features[rows], self.config.ranker.num_rivals, stage="rivals", reach="cells")
         release_freed_memory()
         self.reporter.start("ranker", None)
         found = top.label_ids >= 0
@@ -352,14 +352,16 @@ class TrainingSession:
         )
         return LinearRanker.fit(features, labels, rivals, num_threads=torch.get_num_threads())
 
-    def _predict(self, features: csr_matrix, k: int, *, stage: str | None = None, exact: bool = True) -> TopK:
+    def _predict(self, features: csr_matrix, k: int, *, stage: str | None = None, reach: Reach = "all") -> TopK:
         """The model's best labels, k or all, with a look at the signals now and again; `stage` reports."""
-        predictor, parts = self._predictor(exact), []
+        predictor, parts = self._predictor(reach), []
         if stage is not None:
             self.reporter.start(stage, features.shape[0])
-        for begin in range(0, features.shape[0], _VALIDATION_CHUNK):
+        fewest, most = _CHUNK
+        chunk = min(max(fewest, _CHUNK_SCORES // self.frequencies.shape[0]), most)
+        for begin in range(0, features.shape[0], chunk):
             self._signals.check()
-            rows = features[begin : begin + _VALIDATION_CHUNK]
+            rows = features[begin : begin + chunk]
             parts.append(predictor.predict(rows, k=min(k, self.frequencies.shape[0])))
             if stage is not None:
                 self.reporter.step(rows.shape[0])
@@ -407,11 +409,11 @@ class TrainingSession:
             return {}
         return self._metrics(self._predict(self.held_out[0], max(DEFAULT_KS)))
 
-    def _predictor(self, exact: bool) -> Predictor:
+    def _predictor(self, reach: Reach) -> Predictor:
         """The model as it stands; its rows come scaled already."""
         if self._stored is not None:
             encoder, cells = self._stored
-            return Predictor(encoder, cells.with_exact(exact), scaling=AS_GIVEN)
+            return Predictor(encoder, cells.with_reach(reach), scaling=AS_GIVEN)
         softmax = self.trainer.softmax
         # A faster search needs the table in float32, and takes half of it once more.
         weight_LD = softmax.weight.detach()

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from xmc_midx.products import linear
-from xmc_midx.quantization import StoredTable
 from xmc_midx.types import TopK
 
 __all__ = ["best_of", "concatenate_topk", "exact_topk", "merge_topk", "rescored_topk"]
@@ -97,21 +96,12 @@ def rescored_topk(
         if excluded_L is not None:
             rough_BL[:, excluded_L] = -torch.inf
         rough_BW, ids_BW = torch.topk(rough_BL, wide, dim=1, sorted=False)
-        logits_BW = _logits(query_BD, label_table_LD, ids_BW).add_(bias_L[ids_BW])
+        logits_BW = torch.bmm(label_table_LD[ids_BW], query_BD[:, :, None])[:, :, 0].add_(bias_L[ids_BW])
         logits_BW.masked_fill_(torch.isneginf(rough_BW), -torch.inf)
         ids, scores = (part.cpu().numpy() for part in _sorted(ids_BW, logits_BW, min(k, wide)))
         result.label_ids[begin : begin + chunk, : ids.shape[1]] = np.where(np.isneginf(scores), -1, ids)
         result.scores[begin : begin + chunk, : ids.shape[1]] = scores
     return result
-
-
-def _logits(query_BD: torch.Tensor, label_table_LD: torch.Tensor, ids_BW: torch.Tensor) -> torch.Tensor:
-    """(B, W): the products of each query with the rows of its own labels."""
-    if query_BD.device.type != "cpu":
-        return torch.bmm(label_table_LD[ids_BW], query_BD[:, :, None])[:, :, 0]
-    # A gather writes and reads the rows once more, which takes longer than the scan itself.
-    query, table, ids = (t.contiguous().numpy() for t in (query_BD, label_table_LD, ids_BW))
-    return torch.from_numpy(StoredTable.of(table).products(query, ids))
 
 
 def merge_topk(

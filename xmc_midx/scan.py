@@ -1,0 +1,217 @@
+"""Layer 2. The best rows of a table by one product of all of them in bfloat16, then by their exact logits.
+
+Where a CPU multiplies bfloat16, looking at the scores takes longer than making them. So each query knows beforehand
+what it will keep, by the scores of a sample of the rows, and brings that score into the product as one more number:
+the signs of what comes out say which rows are above it, and 32 of them are looked at in one instruction. What bfloat16
+rounds is then the distance from that score, least where it decides.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from xmc_midx.padding import rounded_up
+from xmc_midx.quantization import StoredTable, row_product
+from xmc_midx.selection import keep_best, least_of_best, write_best
+from xmc_midx.threads import in_threads, scratch
+from xmc_midx.types import TopK
+
+__all__ = ["rough_rows", "scan_topk", "write_best_logits"]
+
+_QUERIES, _ROWS = 1 << 10, 1 << 12
+"""Whose scores are held at once (8 MiB)."""
+_EVERY, _SAMPLE = 16, 1 << 14
+"""One row in so many is in the sample, and rows of the sample, about, from which on it does not grow."""
+_DEVIATIONS, _MORE = 2.0, 4
+"""Rows of the sample that are kept beyond those expected, in their deviations, and beyond these."""
+_LIST = 4
+"""Places of a query's list, in rows wanted."""
+_GROUP, _PART = 64, 8
+"""Scores that are looked at together, and of those where one is kept."""
+
+
+def rough_rows(row_RK: torch.Tensor, base_R: torch.Tensor) -> torch.Tensor:
+    """(R, K + 4) bfloat16, what `scan_topk` multiplies: rows, and what is added to their products, float32 in two
+    parts."""
+    size = row_RK.shape[1]
+    found = torch.ones(row_RK.shape[0], size + 4, dtype=torch.bfloat16)
+    found[:, :size] = row_RK
+    found[:, size : size + 2] = _halves(base_R)
+    return found
+
+
+def scan_topk(
+    query_BD: torch.Tensor,
+    table: StoredTable,
+    bias_L: NDArray[np.float32],
+    k: int,
+    *,
+    short_BK: torch.Tensor,
+    rough: Callable[[slice], torch.Tensor],
+    label_ids: NDArray[np.int32],
+    width: int,
+) -> tuple[TopK, NDArray[np.int64]]:
+    """The k labels with the largest logits among the `width` best by rough rows, and the queries that have none.
+
+    Parameters
+    ----------
+    query_BD : (B, D) float32, for the logits.
+    table, bias_L : (L, D) and (L,), the labels' rows and biases.
+    k : results, at most `width`.
+    short_BK : (B, K), the queries as the rough rows are multiplied with.
+    rough : `rough_rows` of a slice of the L labels, in the order of `label_ids`.
+    label_ids : (L,), the label of each rough row.
+    width : labels that get an exact logit, at least.
+
+    Returns
+    -------
+    The labels and their logits, and the numbers of the queries for which there are none: where the sample was no guide,
+    or too many rows score alike. They need another search.
+    """
+    found = TopK.empty(query_BD.shape[0], k)
+    is_known_B = np.empty(query_BD.shape[0], dtype=np.bool_)
+    queries = query_BD.contiguous().numpy()
+    for begin in range(0, len(queries), _QUERIES):
+        part = slice(begin, begin + _QUERIES)
+        lists = _above(short_BK[part], rough, len(label_ids), width)
+        answers = (is_known_B[part], found.label_ids[part], found.scores[part])
+        arrays = (queries[part], table.arrays, bias_L, label_ids, lists, width, answers)
+        in_threads(functools.partial(_answer, *arrays), len(answers[0]))
+    return found, np.flatnonzero(~is_known_B)
+
+
+_Lists = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]
+"""(B,) rows found for a query, -1 where it has to be asked otherwise; (B, C) their numbers and scores."""
+
+
+def _above(short_BK: torch.Tensor, rough: Callable[[slice], torch.Tensor], num_rows: int, wanted: int) -> _Lists:
+    """The rows whose scores are about among the `wanted` best, more of them rather than fewer."""
+    num_queries, size = short_BK.shape
+    # Few shapes: oneDNN keeps code for each that it meets.
+    query_BK = torch.zeros(rounded_up(num_queries), size + 4, dtype=torch.bfloat16)
+    query_BK[:num_queries, :size] = short_BK
+    query_BK[:num_queries, size : size + 2] = 1.0
+    every = max(_EVERY, num_rows // _SAMPLE)
+    expected = wanted / every
+    kept = math.ceil(expected + _DEVIATIONS * math.sqrt(expected)) + _MORE
+    sample = _bits(query_BK, rough(slice(None, None, every)))
+    least_B = np.empty(num_queries, dtype=np.float32)
+
+    def guess(first: int, last: int) -> None:
+        _guess(sample, scratch(sample.shape[1], np.float32), kept, least_B, first, last)
+
+    in_threads(guess, num_queries)
+    query_BK[:num_queries, size + 2 :] = _halves(-torch.from_numpy(np.where(np.isfinite(least_B), least_B, 0.0)))
+    count_B = np.where(np.isfinite(least_B), 0, -1)
+    places = _LIST * wanted + _GROUP
+    above_B = np.zeros(num_queries, dtype=np.int16)
+    ids, scores = np.empty((num_queries, places), dtype=np.int32), np.empty((num_queries, places), dtype=np.float32)
+    for begin in range(0, num_rows, _ROWS):
+        bits = _bits(query_BK, rough(slice(begin, min(begin + _ROWS, num_rows))))
+        in_threads(functools.partial(_collect, bits, begin, above_B, (count_B, ids, scores), wanted), num_queries)
+    return count_B, ids, scores
+
+
+def _bits(query_BK: torch.Tensor, rough_RK: torch.Tensor) -> NDArray[np.int16]:
+    """(B, R): the scores, bfloat16, as whole numbers: of those that are not negative, the larger is the larger."""
+    found: NDArray[np.int16] = (query_BK @ rough_RK.T).view(torch.int16).numpy()
+    return found
+
+
+def _halves(value_R: torch.Tensor) -> torch.Tensor:
+    """(R, 2): float32 values as the sum of two numbers that bfloat16 holds."""
+    high_R = value_R.bfloat16().float()
+    return torch.stack([high_R, value_R - high_R], dim=1)
+
+
+@numba.njit(nogil=True, cache=True)
+def _guess(bits_BR: Any, score_R: Any, kept: int, least_B: Any, begin: int, end: int) -> None:
+    """The score that about `kept` of the sample reach; -inf where that is no guide."""
+    nothing = np.empty(0, dtype=np.int32)
+    as_bits = score_R.view(np.uint32)
+    for row in range(begin, end):
+        bits = bits_BR[row]
+        for place in range(score_R.shape[0]):
+            as_bits[place] = np.uint32(np.uint16(bits[place])) << np.uint32(16)
+        least_B[row] = least_of_best(score_R, nothing, kept, score_R.shape[0])
+
+
+@numba.njit(nogil=True, cache=True)
+def _collect(bits_BR: Any, start: int, above_B: Any, lists: Any, wanted: int, begin: int, end: int) -> None:
+    """The rows from `start` on whose scores are `above_B`, which rises where a list is full, behind those found."""
+    count_B, ids_BC, score_BC = lists
+    places = ids_BC.shape[1]
+    num_rows = bits_BR.shape[1]
+    for row in range(begin, end):
+        bits, ids, scores = bits_BR[row], ids_BC[row], score_BC[row]
+        count, above = count_B[row], above_B[row]
+        first = 0
+        while first < num_rows and count >= 0:
+            last = min(first + _GROUP, num_rows)
+            # A constant number of turns: the compiler looks at 32 of them at once.
+            if last - first < _GROUP or _has(bits[first:last], above, _GROUP):
+                for part in range(first, last, _PART):
+                    upto = min(part + _PART, last)
+                    if upto - part < _PART or _has(bits[part:upto], above, _PART):
+                        for place in range(part, upto):
+                            if bits[place] >= above:
+                                ids[count], scores[count] = start + place, bits[place]
+                                count += 1
+                if count > places - _GROUP:
+                    count = keep_best(ids, scores, count, wanted)
+                    above = np.int16(scores[:count].min())
+                    # Too many alike.
+                    count = count if 2 * count <= places else -1
+            first = last
+        count_B[row], above_B[row] = count, above
+
+
+@numba.njit(nogil=True, inline="always")
+def _has(bits: Any, above: Any, size: int) -> Any:
+    found = np.int16(0)
+    for place in range(size):
+        found |= np.int16(bits[place] >= above)
+    return found
+
+
+@numba.njit(nogil=True, cache=True)
+def _answer(
+    query_BD: Any,
+    table: Any,
+    bias: Any,
+    label_ids: Any,
+    lists: Any,
+    width: int,
+    answers: Any,
+    begin: int,
+    end: int,
+) -> None:
+    count_B, ids_BC, score_BC = lists
+    is_known_B, found_BK, score_BK = answers
+    for row in range(begin, end):
+        is_known_B[row] = count_B[row] >= width
+        if is_known_B[row]:
+            ids, scores = ids_BC[row], score_BC[row]
+            count = keep_best(ids, scores, count_B[row], width)
+            write_best_logits(query_BD[row], table, bias, label_ids, ids, scores, count, found_BK[row], score_BK[row])
+
+
+@numba.njit(nogil=True, cache=True)
+def write_best_logits(
+    query: Any, table: Any, bias: Any, label_ids: Any, places: Any, score: Any, count: int, found_K: Any, score_K: Any
+) -> None:
+    """Of the labels of the first `count` places, the K with the largest logits into `found_K`, these into `score_K`.
+    What is in `places` and `score` is lost."""
+    codes, scales = table
+    for place in range(count):
+        places[place] = label_ids[places[place]]
+        score[place] = row_product(query, codes, scales, places[place]) + bias[places[place]]
+    write_best(places, score, count, found_K, score_K)

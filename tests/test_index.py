@@ -64,16 +64,19 @@ def test_ties_of_exact_logits_go_to_the_smaller_id() -> None:
     assert (np.diff(found.label_ids, axis=1) > 0).all(), "rising, among those that the scan found"
 
 
-def test_training_products_are_float32_on_a_cpu_whatever_it_multiplies_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scan of all labels is another matter, below: its table is converted once."""
+def test_products_are_bfloat16_where_the_hardware_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for is_fast in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda is_fast=is_fast: is_fast, raising=False)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda is_fast=is_fast: is_fast)
-        assert device.multiplies_bfloat16(cpu) == device.multiplies_bfloat16(cuda) == is_fast
-        assert device.find_precision("auto", cpu) == torch.float32
-        assert device.find_precision("auto", cuda) == (torch.bfloat16 if is_fast else torch.float32)
-        assert device.find_precision("bfloat16", cpu) == torch.bfloat16
+        fast = torch.bfloat16 if is_fast else torch.float32
+        for where in (cpu, cuda):
+            assert device.multiplies_bfloat16(where) == is_fast
+            assert device.find_precision("auto", where, 4096) == fast
+            assert device.find_precision("bfloat16", where, 10) == torch.bfloat16
+            assert device.find_precision("float32", where, 4096) == torch.float32
+        assert device.find_precision("auto", cpu, 4095) == torch.float32, "takes no longer"
+        assert device.find_precision("auto", cuda, 4095) == fast
 
 
 def test_the_rough_scan_is_for_many_labels_and_fast_hardware(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from xmc_midx.products import linear
 @pytest.mark.parametrize(
     ("num_rows", "num_labels", "dim"), [(1, 1, 1), (7, 13, 5), (33, 257, 64), (0, 9, 4), (5, 0, 4)]
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_the_product_is_that_of_float64(
     num_rows: int, num_labels: int, dim: int, dtype: torch.dtype, onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -24,13 +24,47 @@ def test_the_product_is_that_of_float64(
         for shape in ((num_rows, dim), (num_labels, dim), (num_labels,))
     )
     expected = rows.detach().double() @ table.detach().double().T
-    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    rounding = {torch.bfloat16: 2.0**-8, torch.float32: 1e-4, torch.float64: 1e-12}[dtype]
+    # Of the product: what is added may take most of it away again.
+    tolerance = {"rtol": rounding, "atol": rounding * float(expected.abs().max()) if expected.numel() else 0.0}
     found = linear(rows, table)
     assert found.dtype == dtype and not found.requires_grad
     torch.testing.assert_close(found.double(), expected, **tolerance)
     for varies in (False, True):
         found = linear(rows, table, bias, table_varies=varies)
         torch.testing.assert_close(found.double(), expected + bias.detach().double(), **tolerance)
+
+
+def test_a_bfloat16_product_is_added_to_in_the_dtype_of_what_is_added() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(9, 20, generator=generator).bfloat16()
+    table, bias = torch.randn(31, 20, generator=generator), 100.0 + torch.randn(31, generator=generator)
+    for varies in (False, True):
+        found = linear(rows, table, bias, table_varies=varies)
+        assert found.dtype == torch.float32 and found.shape == (9, 31)
+        expected = (rows.float() @ table.bfloat16().float().T).bfloat16().float() + bias
+        # Near 100 bfloat16's numbers are a half apart.
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=2.0**-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_pools_of_all_sizes_are_products_of_few_shapes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What oneDNN makes for a shape takes longer than the product itself: 3 ms in bfloat16 became 12."""
+    shapes, fill = set(), products._filled_up
+
+    def watched(rows: torch.Tensor, *dtype: torch.dtype) -> torch.Tensor:
+        filled = fill(rows, *dtype)
+        shapes.add(filled.shape)
+        return filled
+
+    monkeypatch.setattr(products, "_ONEDNN", products._ONEDNN or dtype == torch.float32)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda rows, table, *_: rows @ table.T)
+    monkeypatch.setattr(products, "_filled_up", watched)
+    rows, table = torch.ones(64, 3, dtype=dtype), torch.ones(2048, 3)
+    for size in range(1025, 2049):
+        found = linear(rows, table[:size].to(torch.float32), table_varies=True)
+        assert found.shape == (64, size)
+    assert len(shapes) == 1 + 16
 
 
 def test_few_shapes_are_met_and_none_is_much_larger_than_asked_for() -> None:

@@ -68,7 +68,7 @@ def build_softmax(config: Config, frequencies: np.ndarray, num_instances: int, d
         "weighting": config.loss.weighting,
         "decoupled": config.loss.decoupled,
         "sparse": True,
-        "precision": find_precision(config.training.precision, device),
+        "precision": find_precision(config.training.precision, device, len(frequencies)),
         "seed": config.training.seed,
         "device": device,
         "table_device": "cpu" if model.label_memory == "host" else None,

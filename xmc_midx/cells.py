@@ -42,8 +42,8 @@ _ITERATIONS = 8
 _MAX_CODE = 127
 _MAX_QUERY = 2047
 """Sizes of a sketch's and a query's whole numbers: a sketch's products together fit in 32 bits."""
-_CHUNK = 1024
-"""Queries at once."""
+_CHUNK, _FEW = 1024, 8
+"""Queries at once, and those that are projected by compiled code."""
 _CHUNK_ROWS = 1 << 12
 
 _Floats = NDArray[np.float32]
@@ -148,6 +148,12 @@ class LabelCells:
         return found
 
     def _short(self, query_BD: torch.Tensor) -> torch.Tensor:
+        """(B, K): the queries' side of the sketches' products."""
+        if query_BD.shape[0] < _FEW:
+            # A library's product of a single row wakes its threads, which takes longer than the product.
+            short_BK = np.empty((query_BD.shape[0], _SKETCH), dtype=np.float32)
+            _project(query_BD.numpy(), self.projection, self.shift, short_BK)
+            return torch.from_numpy(short_BK)
         return torch.addmm(torch.from_numpy(self.shift), query_BD, torch.from_numpy(self.projection))
 
     def _search(
@@ -302,6 +308,16 @@ def _cluster(points: _Points, generator: torch.Generator) -> torch.Tensor:
         used += share
     found: torch.Tensor = torch.unique(cell_L, return_inverse=True)[1]
     return found
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"contract"})
+def _project(query_BD: Any, projection_DK: Any, shift_K: Any, short_BK: Any) -> None:
+    for row in range(query_BD.shape[0]):
+        short = short_BK[row]
+        short[:] = shift_K
+        for column in range(query_BD.shape[1]):
+            for place in range(short.shape[0]):
+                short[place] += query_BD[row, column] * projection_DK[column, place]
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})

@@ -34,6 +34,8 @@ __all__ = [
 ]
 
 
+_HALVED_FROM = 4096
+"""Labels from which a CPU's training is faster in bfloat16 (EXPERIMENTS.md, "Precision")."""
 _HUGE_PAGE, _HUGE_FROM = 2 << 20, 32 << 20
 """Bytes of a large page, and of the smallest table that asks for them."""
 
@@ -62,15 +64,15 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def find_precision(name: str, device: torch.device) -> torch.dtype:
+def find_precision(name: str, device: torch.device, num_labels: int) -> torch.dtype:
     """The dtype of the large matrix products.
 
-    `auto` is bfloat16 on a GPU that has it. On a CPU it is float32: with rounded slopes, bfloat16 is no faster over a
-    whole training, and takes more memory (EXPERIMENTS.md, "Precision").
+    `auto` is bfloat16 where the device multiplies it fast, else float32; on a CPU, of few labels, that takes no longer.
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    return torch.bfloat16 if device.type == "cuda" and multiplies_bfloat16(device) else torch.float32
+    is_large = device.type != "cpu" or num_labels >= _HALVED_FROM
+    return torch.bfloat16 if is_large and multiplies_bfloat16(device) else torch.float32
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

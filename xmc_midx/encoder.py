@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
@@ -24,6 +25,8 @@ _START_LENGTH = 3.0
 """Length of a feature's random start vector. Long ones keep more of the input's geometry while the table learns
 (EXPERIMENTS.md)."""
 _TABLE = "encoder.embedding"
+_FEW = 8
+"""Instances of a stored model that are encoded by compiled code."""
 _ENCODE_CHUNK = 4096
 """Instances encoded at once outside training."""
 
@@ -133,11 +136,44 @@ class StoredEncoder(SparseEncoder):
         self.table = table
 
     def _encode(self, features: csr_matrix) -> torch.Tensor:
-        return self.layers(torch.from_numpy(self.table.bag(features)))
+        bag_BD = self.table.bag(features)
+        if features.shape[0] >= _FEW:
+            return self.layers(torch.from_numpy(bag_BD))
+        # Of a single row, torch's calls and the threads that they wake take longer than the arithmetic.
+        is_relu = isinstance(self.activation, nn.ReLU)
+        _activate(bag_BD, self.bias.detach().numpy(), is_relu)
+        for layer in self.hidden:
+            assert isinstance(layer, nn.Linear)
+            weight_DD, bias_D = layer.weight.detach().numpy(), layer.bias.detach().numpy()
+            bag_BD = _layer(bag_BD, weight_DD, bias_D, is_relu, self.residual)
+        return torch.from_numpy(bag_BD)
 
     @property
     def num_features(self) -> int:
         return self.table.shape[0]
+
+
+@numba.njit(nogil=True, cache=True)
+def _activate(query_BD: Any, bias_D: Any, is_relu: bool) -> None:
+    """Add the bias to each row; with ReLU, nothing below zero is left."""
+    for row in range(query_BD.shape[0]):
+        for column in range(query_BD.shape[1]):
+            value = query_BD[row, column] + bias_D[column]
+            query_BD[row, column] = max(value, np.float32(0.0)) if is_relu else value
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+def _layer(query_BD: Any, weight_DD: Any, bias_D: Any, is_relu: bool, is_residual: bool) -> Any:
+    found_BD = np.empty_like(query_BD)
+    for row in range(query_BD.shape[0]):
+        query = query_BD[row]
+        for place in range(query.shape[0]):
+            weight, total = weight_DD[place], np.float32(0.0)
+            for column in range(query.shape[0]):
+                total += query[column] * weight[column]
+            found_BD[row, place] = total
+    _activate(found_BD, bias_D, is_relu)
+    return found_BD + query_BD if is_residual else found_BD
 
 
 def stored_encoder(

@@ -154,7 +154,7 @@ class PoolLoss(torch.autograd.Function):
         whole = None
         for begin in range(0, pool_size, chunk):
             logits, mine, column = _chunk_logits(
-                query, rows_PD, bias_P - log_weight_P, positions_Y, begin, begin + chunk, precision
+                query, rows_PD, bias_P - log_weight_P, positions_Y, begin, begin + chunk
             )
             instance = targets.instance[mine]
             own = logits[instance, column] + log_weight_P[positions_Y[mine]]
@@ -202,9 +202,7 @@ class PoolLoss(torch.autograd.Function):
                 if whole is not None:
                     slopes = whole
                 else:
-                    logits, mine, column = _chunk_logits(
-                        query, rows_PD, bias_P - log_weight_P, positions_Y, begin, end, ctx.precision
-                    )
+                    logits, mine, column = _chunk_logits(query, rows_PD, bias_P - log_weight_P, positions_Y, begin, end)
                     softmax = logits.sub_(_finite(log_negatives_B)[:, None]).exp_()
                     slopes = _slopes(softmax, share_B, slope_Y[mine], ctx.targets.instance[mine], column)
                     slopes = slopes.to(ctx.precision)
@@ -227,14 +225,9 @@ def _chunk_logits(
     positions_Y: torch.Tensor,
     begin: int,
     end: int,
-    precision: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Corrected logits (B, chunk) of the pool's labels begin..end, which positives lie there, and in which column."""
-    offset = offset_P[begin:end]
-    if precision == offset.dtype:
-        logits = linear(query, rows_PD[begin:end], offset, table_varies=True)
-    else:
-        logits = (query @ rows_PD[begin:end].to(precision).T).to(offset.dtype).add_(offset)
+    logits = linear(query, rows_PD[begin:end], offset_P[begin:end], table_varies=True)
     if begin == 0 and end >= rows_PD.shape[0]:
         return logits, torch.arange(positions_Y.shape[0], device=query.device), positions_Y
     mine = torch.nonzero((positions_Y >= begin) & (positions_Y < end)).flatten()

@@ -384,7 +384,7 @@ def plan(
     batch, dim, draws = resolved.training.batch_size, resolved.model.dim, resolved.sampler.num_draws
     assert isinstance(batch, int) and isinstance(dim, int) and isinstance(draws, int), "the configuration is resolved"
     device = find_device(resolved.training.device)
-    precision = find_precision(resolved.training.precision, device)
+    precision = find_precision(resolved.training.precision, device, shape.num_labels)
     flops, rate = measure_speed(batch, min(draws, shape.num_labels), min(dim, 4096), precision, device)
     speed = Speed(flops=flops, bytes=rate, rounds_slopes=rounds_slopes(device))
     return Plan(

@@ -20,31 +20,48 @@ _ONEDNN = (
 def linear(
     rows: torch.Tensor, table: torch.Tensor, bias: torch.Tensor | None = None, *, table_varies: bool = False
 ) -> torch.Tensor:
-    """`rows @ table.T + bias`, without a gradient.
+    """`rows @ table.T + bias`, without a gradient: a product in the rows' dtype, and from there on in the bias's.
 
     torch multiplies float32 by MKL, which is slow at this product on processors that are not Intel's: oneDNN, which
-    torch has too, takes half of its time there (EXPERIMENTS.md, "Products"). But it keeps 0.8 MB of code for each shape
-    that it meets, so there are few: rows are filled up to one of sixteen numbers between a power of two and the next.
+    torch has too, takes half of its time there. It is oneDNN too that multiplies bfloat16 on a CPU. But it makes code
+    for each shape that it meets, which takes milliseconds and 0.8 MB, so there are few shapes: rows are filled up to
+    one of sixteen numbers between a power of two and the next (EXPERIMENTS.md, "Products" and "Precision").
 
     Parameters
     ----------
-    rows, table : (N, D) and (L, D) of one dtype and device.
+    rows, table : (N, D) and (L, D) of one device; the table is cast to the rows' dtype.
     bias : (L,), or None for none.
     table_varies : whether L is another at each call: then the table is filled up too, which copies it.
     """
     rows, table, bias = rows.detach(), table.detach(), None if bias is None else bias.detach()
-    if not (_ONEDNN and rows.dtype == torch.float32 and rows.device.type == "cpu" and rows.numel() and table.numel()):
-        product = rows @ table.T
-        return product if bias is None else product.add_(bias)
     num_rows, num_labels = rows.shape[0], table.shape[0]
-    rows = _filled_up(rows)
-    if table_varies:
-        table, bias = _filled_up(table), None if bias is None else _filled_up(bias)
+    is_float32 = _ONEDNN and rows.dtype == torch.float32
+    if (
+        rows.device.type != "cpu"
+        or not rows.numel()
+        or not num_labels
+        or not (is_float32 or rows.dtype == torch.bfloat16)
+    ):
+        return _added(rows @ table.to(rows.dtype).T, bias)
+    rows, table = _filled_up(rows), _filled_up(table, rows.dtype) if table_varies else table.to(rows.dtype)
+    if not is_float32:
+        return _added((rows @ table.T)[:num_rows, :num_labels], bias)
+    if bias is not None and table_varies:
+        bias = _filled_up(bias)
     filled: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, table, bias, "none", [], "")
     return filled[:num_rows, :num_labels]
 
 
-def _filled_up(rows: torch.Tensor) -> torch.Tensor:
-    """The rows and zeros, to a number that is rounded up."""
-    missing = rounded_up(rows.shape[0]) - rows.shape[0]
-    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
+def _added(product: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return product if bias is None else product.to(bias.dtype).add_(bias)
+
+
+def _filled_up(rows: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The rows and zeros, to a number that is rounded up; not copied where there is nothing to do."""
+    num_rows, dtype = rows.shape[0], dtype or rows.dtype
+    if rounded_up(num_rows) == num_rows:
+        return rows.to(dtype)
+    filled = rows.new_empty(rounded_up(num_rows), *rows.shape[1:], dtype=dtype)
+    filled[:num_rows] = rows
+    filled[num_rows:] = 0.0
+    return filled

@@ -108,6 +108,14 @@ def test_many_queries_are_answered_by_a_scan_of_all_sketches_where_it_is_faster(
     assert len(called) == 1
 
 
+def test_few_queries_are_projected_as_many_are() -> None:
+    table, bias, fitted, queries = tables(900, 160)
+    cells = fit_cells(table, bias, fitted)
+    many = cells._short(queries)
+    for few in (queries[:3], queries.T.contiguous().T[:3], queries[:7]):
+        torch.testing.assert_close(cells._short(few), many[: len(few)], rtol=1e-4, atol=1e-3)
+
+
 def test_all_labels_in_bfloat16_are_the_exact_search(monkeypatch: pytest.MonkeyPatch) -> None:
     table, bias, fitted, queries = tables(3001, 48)
     queries[5] = 0.0

@@ -1,11 +1,15 @@
-"""Claims about `xmc_midx.encoder`: its dropout drops what it says, wherever a coordinate stands."""
+"""Claims about `xmc_midx.encoder`: its dropout drops what it says, few instances are encoded as many are."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from scipy.sparse import random as random_rows
 
-from xmc_midx.encoder import SparseEncoder
+from xmc_midx.config import ModelConfig
+from xmc_midx.encoder import SparseEncoder, stored_encoder
+from xmc_midx.quantization import quantize
 from xmc_midx.types import SparseRows
 
 
@@ -37,3 +41,28 @@ def test_the_same_seed_drops_the_same() -> None:
         encoder.dropout.generator = torch.Generator().manual_seed(7)
         values.append(encoder.dropout(torch.ones(5, 9)))
     assert torch.equal(*values)
+
+
+@pytest.mark.parametrize("storage", ["int8", "float32"])
+@pytest.mark.parametrize("activation", ["relu", "none"])
+@pytest.mark.parametrize(("num_hidden_layers", "residual"), [(0, True), (1, True), (1, False), (3, True), (2, False)])
+def test_few_instances_of_a_stored_model_are_encoded_as_many_are(
+    num_hidden_layers: int, residual: bool, activation: str, storage: str
+) -> None:
+    """By compiled code those, by torch these."""
+    settings = {"num_hidden_layers": num_hidden_layers, "activation": activation, "residual": residual}
+    encoder = SparseEncoder(60, 33, **settings)
+    generator = torch.Generator().manual_seed(num_hidden_layers)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.normal_(0.0, 0.2, generator=generator)
+    arrays = {f"encoder.{name}": tensor.numpy() for name, tensor in encoder.state_dict().items()}
+    stored = stored_encoder(quantize(arrays, storage), ModelConfig(dim=33, **settings))
+    features = random_rows(40, 60, density=0.2, format="csr", dtype=np.float32, random_state=0)
+    features.data -= 0.3
+    many = torch.cat([query for _, query in stored.encode(features)])
+    assert (many < 0).any() == (activation == "none")
+    for few in (1, 3, 7):
+        found = torch.cat([query for _, query in stored.encode(features[:few])])
+        assert not found.requires_grad
+        torch.testing.assert_close(found, many[:few], rtol=1e-5, atol=1e-5)

@@ -24,12 +24,20 @@ def tables(num_labels: int, dim: int, num_queries: int = 133) -> tuple[torch.Ten
 def scan(
     table: torch.Tensor, bias: torch.Tensor, queries: torch.Tensor, k: int, width: int, order: np.ndarray | None = None
 ) -> tuple[TopK, np.ndarray]:
-    """With the rows themselves as rough ones, those of `order` if it is another than the ids'."""
+    """With the rows themselves as rough ones, those of `order` if it is another than the ids'; and which queries are
+    left to another search, which finds nothing."""
     ids = np.arange(len(bias)) if order is None else order
     rough = rough_rows(table, bias)[ids]
     stored, labels = StoredTable.of(table.numpy()), ids.astype(np.int32)
-    arguments = {"short_BK": queries, "rough": rough.__getitem__, "label_ids": labels, "width": width}
-    return scan_topk(queries, stored, bias.numpy(), k, **arguments)  # type: ignore[arg-type]
+    left = np.empty(0, dtype=np.int64)
+
+    def otherwise(rows: np.ndarray) -> TopK:
+        nonlocal left
+        left = rows
+        return TopK.empty(len(rows), k)
+
+    how = {"short_BK": queries, "rough": rough.__getitem__, "label_ids": labels, "width": width, "otherwise": otherwise}
+    return scan_topk(queries, stored, bias.numpy(), k, **how), left  # type: ignore[arg-type]
 
 
 def brute_force(
@@ -65,6 +73,7 @@ def test_parts_and_the_order_of_the_rows_do_not_matter(monkeypatch: pytest.Monke
         np.testing.assert_array_equal(found.label_ids, expected.label_ids)
         found, again = scan(table, bias, queries, 7, 60, order)
         both = np.setdiff1d(np.arange(len(queries)), np.union1d(left, again))
+        assert len(both) > 100
         np.testing.assert_array_equal(found.label_ids[both], expected.label_ids[both])
 
 
@@ -80,7 +89,7 @@ def test_a_sample_that_misleads_is_noticed_or_does_no_harm() -> None:
     _, left = scan(good, bias, queries, 5, 300)
     np.testing.assert_array_equal(left, np.arange(150))
     bad[sampled, 0] -= 10.0
-    # Scores that bfloat16 tells apart, in rising order: the list is full again and again.
+    # In rising order, few of them alike in bfloat16: the list is full again and again.
     bad[~sampled, 0] = torch.linspace(0.0, 90.0, 3750)
     found, left = scan(bad, bias, queries, 5, 300)
     assert not len(left)
@@ -115,6 +124,35 @@ def test_more_rows_alike_than_a_list_holds_are_left() -> None:
     answered = np.delete(np.arange(len(queries)), left)
     assert len(answered) > 100
     np.testing.assert_array_equal(found.label_ids[answered], np.tile([1000, 1001, 1002], (len(answered), 1)))
+
+
+def test_a_list_that_is_full_of_rows_alike_has_room_for_another_group() -> None:
+    """Half of it may be kept where its rows are alike: then a whole group comes at once."""
+    for width in (1, 2, 5, 9, 15, 16, 40):
+        table, bias, queries = torch.zeros(4096, 4), torch.zeros(4096), torch.ones(140, 4)
+        # The sample is low and spread out, so that all others are above what it guesses.
+        table[::16, 0] = torch.linspace(-20.0, -10.0, 256)
+        plain = torch.nonzero(torch.arange(4096) % 16).flatten()
+        for count in range(0, 3 * width + 130, 7):
+            table[plain, 0] = -9.0
+            table[plain[:count], 0] = 1.0
+            table[plain[count + 20 : count + 20 + 3 * width], 0] = 2.0
+            found, left = scan(table, bias, queries, 1, width)
+            assert len(left) in (0, 140)
+            if not len(left):
+                np.testing.assert_array_equal(found.label_ids, brute_force(table, bias, queries, 1)[0])
+
+
+def test_many_results_are_found_in_parts_of_few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, bias, queries = tables(9000, 8)
+    expected, left = scan(table, bias, queries, 100, 200)
+    asked, above = [], module._above
+    monkeypatch.setattr(module, "_PLACES", 10 * module._places(200) + 1)
+    monkeypatch.setattr(module, "_above", lambda short, *rest: asked.append(len(short)) or above(short, *rest))
+    found, again = scan(table, bias, queries, 100, 200)
+    assert asked == [10] * 13 + [3]
+    np.testing.assert_array_equal(again, left)
+    np.testing.assert_array_equal(found.label_ids, expected.label_ids)
 
 
 def test_no_query_few_rows() -> None:

@@ -16,8 +16,8 @@ __version__ = "0.1.0"
 # that does anything else, a step of many small operations then takes 5 to 10 times as long (EXPERIMENTS.md, "Waiting
 # threads"). A setting of your own wins.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Read by torch and by oneDNN at the first bfloat16 product on a CPU. Each shape leaves about 0.5 MB of compiled code in
-# either cache, a pool has another size at every step, and the default of 1,024 shapes is 1.2 GB.
+# Read by torch and by oneDNN at the first product that oneDNN makes on a CPU. Each shape leaves about 0.5 MB of
+# compiled code in either cache; by default they keep 1,024 shapes, 1.2 GB.
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 

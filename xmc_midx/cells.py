@@ -122,54 +122,9 @@ class LabelCells:
         depth : labels whose sketches are read, at least.
         width : labels that get an exact logit, at least.
         """
-        short_BK = self._short(query_BD)
-        return self._search(query_BD, short_BK, table, bias, k, depth=depth, width=width)
-
-    def scan(
-        self, query_BD: torch.Tensor, table: StoredTable, bias: _Floats, k: int, *, depth: int, width: int
-    ) -> TopK:
-        """As `search`, but the sketches of all labels are read, by one product for many queries; `depth` is for a query
-        to which that does not answer."""
-        codes_LK, base_L = torch.from_numpy(self.sketches), torch.from_numpy(self.base)
-        short_BK = self._short(query_BD)
-        found, left = scan_topk(
-            query_BD,
-            table,
-            bias,
-            k,
-            short_BK=short_BK,
-            rough=lambda rows: rough_rows(codes_LK[rows], base_L[rows]),
-            label_ids=self.label_ids,
-            width=width,
-        )
-        if len(left):
-            again = self._search(query_BD[left], short_BK[left], table, bias, k, depth=depth, width=width)
-            found.label_ids[left], found.scores[left] = again.label_ids, again.scores
-        return found
-
-    def _short(self, query_BD: torch.Tensor) -> torch.Tensor:
-        """(B, K): the queries' side of the sketches' products."""
-        if query_BD.shape[0] < _FEW:
-            # A library's product of a single row wakes its threads, which takes longer than the product.
-            short_BK = np.empty((query_BD.shape[0], _SKETCH), dtype=np.float32)
-            _project(query_BD.numpy(), self.projection, self.shift, short_BK)
-            return torch.from_numpy(short_BK)
-        return torch.addmm(torch.from_numpy(self.shift), query_BD, torch.from_numpy(self.projection))
-
-    def _search(
-        self,
-        query_BD: torch.Tensor,
-        short_BK: torch.Tensor,
-        table: StoredTable,
-        bias: _Floats,
-        k: int,
-        *,
-        depth: int,
-        width: int,
-    ) -> TopK:
         found = TopK.empty(query_BD.shape[0], k)
         cells = (self.cell_means, self.cell_bias, self.offsets, self.label_ids, self.sketches, self.base)
-        queries = (query_BD.contiguous().numpy(), short_BK.numpy())
+        queries = (query_BD.contiguous().numpy(), self._short(query_BD).numpy())
 
         def run(first: int, last: int) -> None:
             workspace = scratch(self.num_labels, np.float32), scratch(self.num_labels, np.int32)
@@ -178,6 +133,33 @@ class LabelCells:
 
         in_threads(run, query_BD.shape[0])
         return found
+
+    def scan(
+        self, query_BD: torch.Tensor, table: StoredTable, bias: _Floats, k: int, *, depth: int, width: int
+    ) -> TopK:
+        """As `search`, but the sketches of all labels are read, by one product for many queries; `depth` is for a query
+        to which that does not answer."""
+        codes_LK, base_L = torch.from_numpy(self.sketches), torch.from_numpy(self.base)
+        return scan_topk(
+            query_BD,
+            table,
+            bias,
+            k,
+            short_BK=self._short(query_BD),
+            rough=lambda rows: rough_rows(codes_LK[rows], base_L[rows]),
+            label_ids=self.label_ids,
+            width=width,
+            otherwise=lambda left: self.search(query_BD[left], table, bias, k, depth=depth, width=width),
+        )
+
+    def _short(self, query_BD: torch.Tensor) -> torch.Tensor:
+        """(B, K): the queries' side of the sketches' products."""
+        if query_BD.shape[0] < _FEW:
+            # A library's product of a single row wakes its threads, which takes longer than the product.
+            short_BK = np.empty((query_BD.shape[0], _SKETCH), dtype=np.float32)
+            _project(query_BD.contiguous().numpy(), self.projection, self.shift, short_BK)
+            return torch.from_numpy(short_BK)
+        return torch.addmm(torch.from_numpy(self.shift), query_BD, torch.from_numpy(self.projection))
 
 
 def fit_cells(table: StoredTable, bias: _Floats, query_ND: torch.Tensor, *, seed: int = 0) -> LabelCells:
@@ -312,6 +294,7 @@ def _cluster(points: _Points, generator: torch.Generator) -> torch.Tensor:
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract"})
 def _project(query_BD: Any, projection_DK: Any, shift_K: Any, short_BK: Any) -> None:
+    """`short = query projection + shift`, all float32."""
     for row in range(query_BD.shape[0]):
         short = short_BK[row]
         short[:] = shift_K

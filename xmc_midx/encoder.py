@@ -26,7 +26,7 @@ _START_LENGTH = 3.0
 (EXPERIMENTS.md)."""
 _TABLE = "encoder.embedding"
 _FEW = 8
-"""Instances of a stored model that are encoded by compiled code."""
+"""Instances of a stored model from which torch encodes them, not compiled code."""
 _ENCODE_CHUNK = 4096
 """Instances encoded at once outside training."""
 
@@ -164,6 +164,7 @@ def _activate(query_BD: Any, bias_D: Any, is_relu: bool) -> None:
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
 def _layer(query_BD: Any, weight_DD: Any, bias_D: Any, is_relu: bool, is_residual: bool) -> Any:
+    """(B, D) float32: the activation of `query weight.T + bias`, and the query besides if residual."""
     found_BD = np.empty_like(query_BD)
     for row in range(query_BD.shape[0]):
         query = query_BD[row]

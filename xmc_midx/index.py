@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,7 +33,8 @@ __all__ = [
 ]
 
 _MIN_LABELS = {"cpu": 4096, "cuda": 16_384}
-"""Labels from which the rough scan is faster than the exact one (EXPERIMENTS.md, "Label index")."""
+"""Labels from which the rough scan is faster than the exact one (EXPERIMENTS.md, "Label index"; on a GPU not
+measured)."""
 _SLACK = 32
 """Labels beyond those asked for whose exact logits are computed."""
 _TARGET_RECALL, _TARGET_K = 0.992, 5
@@ -42,11 +44,13 @@ _FEWEST = (1000, 100)
 _STEP = 1.4
 """By which the effort grows."""
 _FIRST_PART, _FIRST_SLACK = 4, 0.002
-"""Up to a recall less by the second, one in so many of the queries says how the effort grows."""
-_MANY = 128
-"""Queries from which a scan in bfloat16 is faster than the search that it stands for."""
-_SCANNED = 16
-"""Labels for each whose sketch a search by cells reads, up to which a scan of all sketches is faster."""
+"""One in so many of the queries says how the effort grows and, up to a recall less by the second, whether it has to."""
+_MANY_ROWS, _MANY_SKETCHES = 64, 128
+"""Queries from which a scan in bfloat16, of all rows or sketches, is faster than the exact one or a search by cells
+(EXPERIMENTS.md, "Label index")."""
+_SCANNED, _SHARE = 16, 16
+"""Labels for each whose sketch a search by cells reads, up to which a scan of all sketches is faster, and for each that
+gets an exact logit, from which a scan in bfloat16 is."""
 _CPU = torch.device("cpu")
 _SCAN_ROWS = 1 << 12
 """Rows in float32 at once, when all are scanned."""
@@ -112,7 +116,6 @@ class ScanIndex(ExactIndex):
 
     def __init__(self, label_table_LD: torch.Tensor, bias_L: torch.Tensor) -> None:
         super().__init__(label_table_LD, bias_L)
-        self._rough_LK = rough_rows(label_table_LD, bias_L)
         self._table, self._label_ids = StoredTable.of(label_table_LD.numpy()), np.arange(len(bias_L), dtype=np.int32)
 
     def search(
@@ -123,24 +126,27 @@ class ScanIndex(ExactIndex):
         allow: torch.Tensor | None = None,
         deny: torch.Tensor | None = None,
     ) -> TopK:
-        """As `ExactIndex.search`; the logits are exact, the labels almost surely. With label lists, or for few queries,
-        the scan is exact."""
-        if query_BD.shape[0] < _MANY or allow is not None or deny is not None:
+        """As `ExactIndex.search`; the logits are exact, the labels almost surely. With label lists, and for few queries
+        or many results, the scan is exact."""
+        is_worth_it = query_BD.shape[0] >= _MANY_ROWS and _SHARE * (k + _SLACK) <= self.num_labels
+        if not is_worth_it or allow is not None or deny is not None:
             return super().search(query_BD, k, allow=allow, deny=deny)
-        found, left = scan_topk(
+        return scan_topk(
             query_BD,
             self._table,
             self.bias_L.numpy(),
             k,
             short_BK=query_BD,
-            rough=self._rough_LK.__getitem__,
+            rough=self._rough.__getitem__,
             label_ids=self._label_ids,
             width=k + _SLACK,
+            otherwise=lambda left: ExactIndex.search(self, query_BD[left], k),
         )
-        if len(left):
-            exact = super().search(query_BD[left], k)
-            found.label_ids[left], found.scores[left] = exact.label_ids, exact.scores
-        return found
+
+    @functools.cached_property
+    def _rough(self) -> torch.Tensor:
+        """(L, D + 4) bfloat16, made for the first search that needs it."""
+        return rough_rows(self.label_table_LD, self.bias_L)
 
 
 class HalfPrecisionIndex(ExactIndex):
@@ -245,7 +251,11 @@ class CellIndex:
         deny: torch.Tensor | None = None,
     ) -> TopK:
         """As `ExactIndex.search`. With label lists, or where half of the labels would get an exact logit, all are
-        scanned."""
+        scanned.
+
+        Of many queries at once, a CPU that multiplies bfloat16 reads the sketches of all labels, by one product: then
+        a label may be found that a search of the same query alone misses.
+        """
         # More results need more exact logits; not more sketches, which the best labels are found by in any case.
         width = max(self.effort.width, 2 * k)
         depth = max(self.effort.depth, width)
@@ -253,8 +263,8 @@ class CellIndex:
             return self._exact(query_BD, k, _excluded_of(self.num_labels, allow, deny))
         if self.reach == "all":
             return self._all(query_BD, k)
-        # All sketches by one product, where it is the faster way to the same labels, and more.
-        is_scan = query_BD.shape[0] >= _MANY and self.num_labels <= _SCANNED * depth and multiplies_bfloat16(_CPU)
+        # All sketches by one product, where that is the faster way to the same labels, and more.
+        is_scan = self._multiplies(query_BD, _MANY_SKETCHES, width) and self.num_labels <= _SCANNED * depth
         find = self.cells.scan if is_scan else self.cells.search
         return find(query_BD, self.table, self.bias_L, k, depth=depth, width=width)
 
@@ -266,10 +276,10 @@ class CellIndex:
         return found
 
     def _all(self, query_BD: torch.Tensor, k: int) -> TopK:
-        if query_BD.shape[0] < _MANY or not multiplies_bfloat16(_CPU):
+        if not self._multiplies(query_BD, _MANY_ROWS, k + _SLACK):
             return self._exact(query_BD, k, None)
         bias_L = torch.from_numpy(self.bias_L)
-        found, left = scan_topk(
+        return scan_topk(
             query_BD,
             self.table,
             self.bias_L,
@@ -278,11 +288,12 @@ class CellIndex:
             rough=lambda rows: rough_rows(torch.from_numpy(self.table.rows(rows)), bias_L[rows]),
             label_ids=np.arange(self.num_labels, dtype=np.int32),
             width=k + _SLACK,
+            otherwise=lambda left: self._exact(query_BD[left], k, None),
         )
-        if len(left):
-            exact = self._exact(query_BD[left], k, None)
-            found.label_ids[left], found.scores[left] = exact.label_ids, exact.scores
-        return found
+
+    def _multiplies(self, query_BD: torch.Tensor, many: int, width: int) -> bool:
+        """Whether a product in bfloat16 pays: for many queries, of which each wants few of the labels."""
+        return query_BD.shape[0] >= many and _SHARE * width <= self.num_labels and multiplies_bfloat16(_CPU)
 
     def _exact(self, query_BD: torch.Tensor, k: int, excluded_L: torch.Tensor | None) -> TopK:
         best: TopK | None = None
@@ -334,16 +345,18 @@ def tune_effort(table: StoredTable, bias_L: NDArray[np.float32], cells: LabelCel
         hits = (found[:, :, None] == exact[:, None, :]) & (exact[:, None, :] >= 0)
         return float(hits.any(axis=1).sum() / max((exact >= 0).sum(), 1))
 
-    depth, width = (min(least, num_labels) for least in _FEWEST)
-    reached = 0.0
-    for every, target in ((_FIRST_PART, _TARGET_RECALL - _FIRST_SLACK), (1, _TARGET_RECALL)):
-        reached = recall(depth, width, every)
+    depth, width = (min(fewest, num_labels) for fewest in _FEWEST)
+    part = recall(depth, width, _FIRST_PART)
+    while True:
         # With exact logits of half of the labels, a search scans them all.
-        while reached < target and (depth < num_labels or 2 * width <= num_labels) and len(query_ND):
-            # More sketches or more logits: whatever finds more.
-            ways = {(min(round(_STEP * depth), num_labels), width), (depth, min(round(_STEP * width), num_labels))}
-            reached, depth, width = max((recall(*way, every), *way) for way in ways)
-    return Effort(depth=depth, width=width, recall=reached)
+        is_most = not len(query_ND) or (depth == num_labels and 2 * width > num_labels)
+        if part >= _TARGET_RECALL - _FIRST_SLACK or is_most:
+            reached = recall(depth, width, 1)
+            if reached >= _TARGET_RECALL or is_most:
+                return Effort(depth=depth, width=width, recall=reached)
+        # More sketches or more logits: whatever finds more.
+        ways = {(min(round(_STEP * depth), num_labels), width), (depth, min(round(_STEP * width), num_labels))}
+        part, depth, width = max((recall(*way, _FIRST_PART), *way) for way in ways)
 
 
 def _excluded_of(num_labels: int, allow: torch.Tensor | None, deny: torch.Tensor | None) -> torch.Tensor | None:

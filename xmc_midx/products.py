@@ -30,21 +30,21 @@ def linear(
     Parameters
     ----------
     rows, table : (N, D) and (L, D) of one device; the table is cast to the rows' dtype.
-    bias : (L,), or None for none.
+    bias : (L,) of any float dtype, or None for none.
     table_varies : whether L is another at each call: then the table is filled up too, which copies it.
+
+    Returns
+    -------
+    (N, L) in the bias's dtype; without one, the rows'.
     """
     rows, table, bias = rows.detach(), table.detach(), None if bias is None else bias.detach()
     num_rows, num_labels = rows.shape[0], table.shape[0]
-    is_float32 = _ONEDNN and rows.dtype == torch.float32
-    if (
-        rows.device.type != "cpu"
-        or not rows.numel()
-        or not num_labels
-        or not (is_float32 or rows.dtype == torch.bfloat16)
-    ):
+    by_onednn = _ONEDNN and rows.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32)
+    has_shapes = rows.device.type == "cpu" and (by_onednn or rows.dtype == torch.bfloat16)
+    if not (has_shapes and rows.numel() and num_labels):
         return _added(rows @ table.to(rows.dtype).T, bias)
     rows, table = _filled_up(rows), _filled_up(table, rows.dtype) if table_varies else table.to(rows.dtype)
-    if not is_float32:
+    if not by_onednn:
         return _added((rows @ table.T)[:num_rows, :num_labels], bias)
     if bias is not None and table_varies:
         bias = _filled_up(bias)
@@ -53,6 +53,7 @@ def linear(
 
 
 def _added(product: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The product and the bias, if any, in the bias's dtype."""
     return product if bias is None else product.to(bias.dtype).add_(bias)
 
 

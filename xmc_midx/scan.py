@@ -26,8 +26,8 @@ from xmc_midx.types import TopK
 
 __all__ = ["rough_rows", "scan_topk", "write_best_logits"]
 
-_QUERIES, _ROWS = 1 << 10, 1 << 12
-"""Whose scores are held at once (8 MiB)."""
+_QUERIES, _ROWS, _PLACES = 1 << 10, 1 << 12, 1 << 22
+"""Queries and rows whose scores are held at once (8 MiB), at most, and places of all their lists (32 MiB)."""
 _EVERY, _SAMPLE = 16, 1 << 14
 """One row in so many is in the sample, and rows of the sample, about, from which on it does not grow."""
 _DEVIATIONS, _MORE = 2.0, 4
@@ -39,8 +39,8 @@ _GROUP, _PART = 64, 8
 
 
 def rough_rows(row_RK: torch.Tensor, base_R: torch.Tensor) -> torch.Tensor:
-    """(R, K + 4) bfloat16, what `scan_topk` multiplies: rows, and what is added to their products, float32 in two
-    parts."""
+    """(R, K + 4) bfloat16, what `scan_topk` multiplies: rows of any dtype, and what is added to their products, float32
+    in two parts."""
     size = row_RK.shape[1]
     found = torch.ones(row_RK.shape[0], size + 4, dtype=torch.bfloat16)
     found[:, :size] = row_RK
@@ -58,34 +58,37 @@ def scan_topk(
     rough: Callable[[slice], torch.Tensor],
     label_ids: NDArray[np.int32],
     width: int,
-) -> tuple[TopK, NDArray[np.int64]]:
-    """The k labels with the largest logits among the `width` best by rough rows, and the queries that have none.
+    otherwise: Callable[[NDArray[np.int64]], TopK],
+) -> TopK:
+    """The k labels with the largest logits among the `width` best by rough rows.
 
     Parameters
     ----------
     query_BD : (B, D) float32, for the logits.
-    table, bias_L : (L, D) and (L,), the labels' rows and biases.
+    table, bias_L : (L, D) and (L,) float32, the labels' rows and biases.
     k : results, at most `width`.
     short_BK : (B, K), the queries as the rough rows are multiplied with.
     rough : `rough_rows` of a slice of the L labels, in the order of `label_ids`.
     label_ids : (L,), the label of each rough row.
     width : labels that get an exact logit, at least.
-
-    Returns
-    -------
-    The labels and their logits, and the numbers of the queries for which there are none: where the sample was no guide,
-    or too many rows score alike. They need another search.
+    otherwise : another search, for the queries of these numbers: where the sample is no guide, or too many rows score
+        alike.
     """
     found = TopK.empty(query_BD.shape[0], k)
     is_known_B = np.empty(query_BD.shape[0], dtype=np.bool_)
     queries = query_BD.contiguous().numpy()
-    for begin in range(0, len(queries), _QUERIES):
-        part = slice(begin, begin + _QUERIES)
+    at_once = min(_QUERIES, max(1, _PLACES // _places(width)))
+    for begin in range(0, len(queries), at_once):
+        part = slice(begin, begin + at_once)
         lists = _above(short_BK[part], rough, len(label_ids), width)
         answers = (is_known_B[part], found.label_ids[part], found.scores[part])
         arrays = (queries[part], table.arrays, bias_L, label_ids, lists, width, answers)
         in_threads(functools.partial(_answer, *arrays), len(answers[0]))
-    return found, np.flatnonzero(~is_known_B)
+    left = np.flatnonzero(~is_known_B)
+    if len(left):
+        other = otherwise(left)
+        found.label_ids[left], found.scores[left] = other.label_ids, other.scores
+    return found
 
 
 _Lists = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]
@@ -111,13 +114,18 @@ def _above(short_BK: torch.Tensor, rough: Callable[[slice], torch.Tensor], num_r
     in_threads(guess, num_queries)
     query_BK[:num_queries, size + 2 :] = _halves(-torch.from_numpy(np.where(np.isfinite(least_B), least_B, 0.0)))
     count_B = np.where(np.isfinite(least_B), 0, -1)
-    places = _LIST * wanted + _GROUP
+    places = _places(wanted)
     above_B = np.zeros(num_queries, dtype=np.int16)
     ids, scores = np.empty((num_queries, places), dtype=np.int32), np.empty((num_queries, places), dtype=np.float32)
     for begin in range(0, num_rows, _ROWS):
         bits = _bits(query_BK, rough(slice(begin, min(begin + _ROWS, num_rows))))
         in_threads(functools.partial(_collect, bits, begin, above_B, (count_B, ids, scores), wanted), num_queries)
     return count_B, ids, scores
+
+
+def _places(wanted: int) -> int:
+    """Of a query's list: what is left when it is full, half of it at most, and a group more fit in any case."""
+    return _LIST * wanted + 2 * _GROUP
 
 
 def _bits(query_BK: torch.Tensor, rough_RK: torch.Tensor) -> NDArray[np.int16]:
@@ -127,7 +135,7 @@ def _bits(query_BK: torch.Tensor, rough_RK: torch.Tensor) -> NDArray[np.int16]:
 
 
 def _halves(value_R: torch.Tensor) -> torch.Tensor:
-    """(R, 2): float32 values as the sum of two numbers that bfloat16 holds."""
+    """(R, 2): float32 values as the sum of two numbers, which lose little in bfloat16."""
     high_R = value_R.bfloat16().float()
     return torch.stack([high_R, value_R - high_R], dim=1)
 
@@ -146,7 +154,8 @@ def _guess(bits_BR: Any, score_R: Any, kept: int, least_B: Any, begin: int, end:
 
 @numba.njit(nogil=True, cache=True)
 def _collect(bits_BR: Any, start: int, above_B: Any, lists: Any, wanted: int, begin: int, end: int) -> None:
-    """The rows from `start` on whose scores are `above_B`, which rises where a list is full, behind those found."""
+    """The rows from `start` on whose scores, int16 as of `_bits`, come up to `above_B`, which rises where a list is
+    full, behind those that are found."""
     count_B, ids_BC, score_BC = lists
     places = ids_BC.shape[1]
     num_rows = bits_BR.shape[1]
@@ -176,6 +185,7 @@ def _collect(bits_BR: Any, start: int, above_B: Any, lists: Any, wanted: int, be
 
 @numba.njit(nogil=True, inline="always")
 def _has(bits: Any, above: Any, size: int) -> Any:
+    """Whether one of the first `size` comes up to `above`, 1 or 0."""
     found = np.int16(0)
     for place in range(size):
         found |= np.int16(bits[place] >= above)

@@ -287,7 +287,7 @@ def measure_cost(sampler: str, shape: Shape, options: argparse.Namespace) -> Cos
         trainer.run_epoch(staged)
     steps = [1e3 * parts["step"] for parts in plain.steps[SKIPPED:]]
     stages = {stage: 1e3 * statistics.median(parts[stage] for parts in staged.steps[SKIPPED:]) for stage in STAGES}
-    precision = find_precision(config.training.precision, device, shape.num_labels)
+    precision = find_precision(config.training.precision, device, shape.labels)
     flops, rate = measure_speed(options.batch, pool, options.dim, precision, device)
     values = stream.features.nnz / stream.num_instances
     touched = statistics.fmean(np.unique(batch.features.feature_ids).size for batch in stream.epoch(1))

@@ -7,8 +7,8 @@ The queries are encoded test instances, the tables those of a trained RUN. With 
 them: a row is one of the run's plus half the difference of two others of its cell, so that it is clustered as a trained
 one is, and biases go with the rows. Cells are fitted to training instances and tuned on others of them, so the figures
 are held out. Each system answers all queries at once, in turns; the median of the passes counts. The share of the exact
-five best labels that are found is its recall@5. `scan` is that of all sketches, and of all rows, in bfloat16 with exact
-logits of the best, which many queries at once get where the CPU multiplies it, and left out elsewhere.
+five best labels that are found is its recall@5. `scan` reads all sketches, or all rows, in bfloat16, and computes exact
+logits of the best, as is done for many queries at once; it is left out where the CPU does not multiply bfloat16.
 
 --pecos adds PECOS's predictor over its beam widths, by itself and after the others: from WORK, where
 `benchmark_peers.py DATA --systems pecos --work WORK` has trained it. Its exact answer is its own model's, and its time
@@ -23,6 +23,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,11 +197,11 @@ def main() -> None:
         rough = ScanIndex(exact.label_table_LD, exact.bias_L)
         searches["scan of rows"] = lambda query: rough.search(query, K).label_ids
         for share in (0.25, 0.5, 1.0, 2.0):
-            depth, width = effort.depth, max(K, round(share * effort.width))
+            width = max(K, round(share * effort.width))
             name = f"scan of sketches, {width} logits" + (" (tuned)" if share == 1 else "")
-            searches[name] = lambda query, depth=depth, width=width: (  # type: ignore[misc]
-                cells.scan(query, table, bias, K, depth=depth, width=width).label_ids
-            )
+            # Many queries at once are answered so, where cells read more than a sixteenth of the labels.
+            scanned = CellIndex(table, bias, cells, replace(effort, width=width))
+            searches[name] = lambda query, scanned=scanned: scanned.search(query, K).label_ids  # type: ignore[misc]
     if {"ivf", "hnsw"} & set(systems):
         searches |= faiss_searches(table, bias, systems, arguments.threads)
     seconds: dict[str, list[float]] = {name: [] for name in searches}

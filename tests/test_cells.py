@@ -17,6 +17,12 @@ from xmc_midx.types import TopK
 ALL = 1 << 30
 
 
+@pytest.fixture(autouse=True)
+def by_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU that does not multiply bfloat16, whatever this one does."""
+    monkeypatch.setattr(index_module, "multiplies_bfloat16", lambda device: False)
+
+
 def tables(
     num_labels: int, dim: int, storage: str = "int8", num_queries: int = 300
 ) -> tuple[StoredTable, np.ndarray, torch.Tensor, torch.Tensor]:
@@ -53,8 +59,7 @@ def test_all_cells_are_the_exact_search_bit_for_bit(num_labels: int, dim: int, s
         np.testing.assert_array_equal(single.label_ids, expected.label_ids[:1])
 
 
-def test_the_tuned_effort_keeps_its_promise_on_other_queries_and_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "multiplies_bfloat16", lambda device: False)
+def test_the_tuned_effort_keeps_its_promise_on_other_queries_and_is_small() -> None:
     table, bias, fitted, queries = tables(6000, 48)
     cells = fit_cells(table, bias, fitted)
     effort = tune_effort(table, bias, cells, fitted)
@@ -76,6 +81,27 @@ def test_the_tuned_effort_keeps_its_promise_on_other_queries_and_is_small(monkey
     np.testing.assert_allclose(found.scores, logits, rtol=1e-4, atol=1e-4)
 
 
+def test_the_effort_is_checked_on_all_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the part that says how it grows are easy here, and the others need more logits."""
+    table, bias, fitted, _ = tables(3000, 48)
+    cells = fit_cells(table, bias, fitted)
+    exact = brute_force(table, bias, fitted, 5)
+    asked = []
+
+    def search(self: LabelCells, queries: torch.Tensor, *_: Any, depth: int, width: int) -> TopK:
+        asked.append((len(queries), depth, width))
+        if len(queries) == len(fitted):
+            found = exact if width >= 250 else np.where(np.arange(len(fitted))[:, None] % 4, -1, exact)
+        else:
+            found = exact[::4]
+        return TopK(label_ids=found, scores=np.zeros(found.shape, dtype=np.float32))
+
+    monkeypatch.setattr(LabelCells, "search", search)
+    effort = tune_effort(table, bias, cells, fitted)
+    assert effort.recall == 1.0 and effort.width >= 250
+    assert [number for number, *_ in asked[:2]] == [75, 300], "a fourth first, then all"
+
+
 def test_many_queries_are_answered_by_a_scan_of_all_sketches_where_it_is_faster(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -86,7 +112,7 @@ def test_many_queries_are_answered_by_a_scan_of_all_sketches_where_it_is_faster(
     exact = brute_force(table, bias, queries, 5)
     called, scan = [], LabelCells.scan
 
-    def watched(cells: LabelCells, queries: torch.Tensor, *arguments: Any, **options: int) -> TopK:
+    def watched(cells: LabelCells, queries: torch.Tensor, *arguments: Any, **options: Any) -> TopK:
         called.append(len(queries))
         return scan(cells, queries, *arguments, **options)
 
@@ -97,13 +123,19 @@ def test_many_queries_are_answered_by_a_scan_of_all_sketches_where_it_is_faster(
         found[is_fast] = index.search(queries, 5)
         index.search(queries[:100], 5)
     assert called == [len(queries)], "few queries, or other hardware: by cells"
+    called.clear()
     by_cells, by_scan = (
         (found[is_fast].label_ids[:, :, None] == exact[:, None, :]).any(axis=1).mean() for is_fast in (False, True)
     )
     assert by_scan > max(by_cells, 0.995)
+    monkeypatch.setattr(index_module, "_CONVERTED", 0)
+    again = index.with_reach("cells").search(queries, 5)
+    np.testing.assert_array_equal(again.label_ids, found[True].label_ids)
+    np.testing.assert_array_equal(again.scores, found[True].scores)
     logits = np.take_along_axis(queries.numpy() @ table.rows().T + bias, found[True].label_ids, axis=1)
     np.testing.assert_allclose(found[True].scores, logits, rtol=1e-4, atol=1e-4)
     # Where cells read a small part of the labels, they are faster.
+    assert len(called) == 1
     CellIndex(table, bias, cells, Effort(depth=300, width=60, recall=0.5)).search(queries, 5)
     assert len(called) == 1
 

@@ -15,7 +15,7 @@ index".
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -43,7 +43,7 @@ _MAX_CODE = 127
 _MAX_QUERY = 2047
 """Sizes of a sketch's and a query's whole numbers: a sketch's products together fit in 32 bits."""
 _CHUNK, _FEW = 1024, 8
-"""Queries at once, and those that are projected by compiled code."""
+"""Queries at once, and from which on torch projects them, not compiled code (EXPERIMENTS.md, "Latency")."""
 _CHUNK_ROWS = 1 << 12
 
 _Floats = NDArray[np.float32]
@@ -134,19 +134,35 @@ class LabelCells:
         in_threads(run, query_BD.shape[0])
         return found
 
+    def rough(self, rows: slice = slice(None)) -> torch.Tensor:
+        """The sketches of those positions as `scan` multiplies them, (R, K + 4) bfloat16."""
+        return rough_rows(torch.from_numpy(self.sketches[rows]), torch.from_numpy(self.base[rows]))
+
     def scan(
-        self, query_BD: torch.Tensor, table: StoredTable, bias: _Floats, k: int, *, depth: int, width: int
+        self,
+        query_BD: torch.Tensor,
+        table: StoredTable,
+        bias: _Floats,
+        k: int,
+        *,
+        depth: int,
+        width: int,
+        rough: Callable[[slice], torch.Tensor] | None = None,
     ) -> TopK:
-        """As `search`, but the sketches of all labels are read, by one product for many queries; `depth` is for a query
-        to which that does not answer."""
-        codes_LK, base_L = torch.from_numpy(self.sketches), torch.from_numpy(self.base)
+        """As `search`, but the sketches of all labels are read, by one product for many queries.
+
+        Parameters
+        ----------
+        depth : for a query to which that does not answer.
+        rough : as the method of this name, of sketches that are multiplied again and again; None: that.
+        """
         return scan_topk(
             query_BD,
             table,
             bias,
             k,
             short_BK=self._short(query_BD),
-            rough=lambda rows: rough_rows(codes_LK[rows], base_L[rows]),
+            rough=rough or self.rough,
             label_ids=self.label_ids,
             width=width,
             otherwise=lambda left: self.search(query_BD[left], table, bias, k, depth=depth, width=width),

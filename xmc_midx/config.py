@@ -160,8 +160,8 @@ class TrainingConfig(_Section):
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the pool's products; `auto`: bfloat16 on a GPU that has it, and from 4,096 labels on on a CPU with AVX512-BF16
-    or AMX, else float32. That of the label table is `model.label_precision`."""
+    """Of the pool's products; `auto`: bfloat16 on a GPU that has it and, of 4,096 labels or more, on a CPU with
+    AVX512-BF16 or AMX, else float32. That of the label table is `model.label_precision`."""
     cuda_graphs: bool | Auto = "auto"
     """On a GPU: whether a step has static shapes, where its sampler allows it, and is one CUDA graph. A batch then
     shares a pool, whatever `sampler.pool_instances`."""

@@ -26,7 +26,7 @@ _START_LENGTH = 3.0
 (EXPERIMENTS.md)."""
 _TABLE = "encoder.embedding"
 _FEW = 8
-"""Instances of a stored model from which torch encodes them, not compiled code."""
+"""Instances of a stored model from which on torch encodes them, not compiled code (EXPERIMENTS.md, "Latency")."""
 _ENCODE_CHUNK = 4096
 """Instances encoded at once outside training."""
 

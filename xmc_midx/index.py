@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,6 +48,8 @@ _FIRST_PART, _FIRST_SLACK = 4, 0.002
 _MANY_ROWS, _MANY_SKETCHES = 64, 128
 """Queries from which a scan in bfloat16, of all rows or sketches, is faster than the exact one or a search by cells
 (EXPERIMENTS.md, "Label index")."""
+_CONVERTED = 32 << 20
+"""Bytes of sketches up to which they are kept in bfloat16 too, in twice as many: 250,000 labels."""
 _SCANNED, _SHARE = 16, 16
 """Labels for each whose sketch a search by cells reads, up to which a scan of all sketches is faster, and for each that
 gets an exact logit, from which a scan in bfloat16 is."""
@@ -262,11 +264,13 @@ class CellIndex:
         if self.reach == "exact" or allow is not None or deny is not None or 2 * width > self.num_labels:
             return self._exact(query_BD, k, _excluded_of(self.num_labels, allow, deny))
         if self.reach == "all":
-            return self._all(query_BD, k)
+            return self._scan(query_BD, k)
         # All sketches by one product, where that is the faster way to the same labels, and more.
-        is_scan = self._multiplies(query_BD, _MANY_SKETCHES, width) and self.num_labels <= _SCANNED * depth
-        find = self.cells.scan if is_scan else self.cells.search
-        return find(query_BD, self.table, self.bias_L, k, depth=depth, width=width)
+        if self._pays(query_BD, _MANY_SKETCHES, width) and self.num_labels <= _SCANNED * depth:
+            return self.cells.scan(
+                query_BD, self.table, self.bias_L, k, depth=depth, width=width, rough=self._rough_sketches
+            )
+        return self.cells.search(query_BD, self.table, self.bias_L, k, depth=depth, width=width)
 
     def add(self, top: TopK, query_BD: torch.Tensor, labels: csr_matrix) -> TopK:
         """A search's result with those of other labels, the stored ones of (B, L), that it should have found."""
@@ -275,8 +279,9 @@ class CellIndex:
         _insert(query, self.table.arrays, self.bias_L, others, found.label_ids, found.scores)
         return found
 
-    def _all(self, query_BD: torch.Tensor, k: int) -> TopK:
-        if not self._multiplies(query_BD, _MANY_ROWS, k + _SLACK):
+    def _scan(self, query_BD: torch.Tensor, k: int) -> TopK:
+        """The k best of all labels, found in bfloat16 where that pays."""
+        if not self._pays(query_BD, _MANY_ROWS, k + _SLACK):
             return self._exact(query_BD, k, None)
         bias_L = torch.from_numpy(self.bias_L)
         return scan_topk(
@@ -291,11 +296,19 @@ class CellIndex:
             otherwise=lambda left: self._exact(query_BD[left], k, None),
         )
 
-    def _multiplies(self, query_BD: torch.Tensor, many: int, width: int) -> bool:
+    @functools.cached_property
+    def _rough_sketches(self) -> Callable[[slice], torch.Tensor]:
+        """Of not too many labels, all are converted for the first scan and kept."""
+        if self.cells.sketches.nbytes > _CONVERTED:
+            return self.cells.rough
+        return self.cells.rough().__getitem__
+
+    def _pays(self, query_BD: torch.Tensor, many: int, width: int) -> bool:
         """Whether a product in bfloat16 pays: for many queries, of which each wants few of the labels."""
         return query_BD.shape[0] >= many and _SHARE * width <= self.num_labels and multiplies_bfloat16(_CPU)
 
     def _exact(self, query_BD: torch.Tensor, k: int, excluded_L: torch.Tensor | None) -> TopK:
+        """The k best of all labels that are not excluded, in float32."""
         best: TopK | None = None
         for begin in range(0, self.num_labels, _SCAN_ROWS):
             rows = slice(begin, min(begin + _SCAN_ROWS, self.num_labels))
@@ -334,7 +347,8 @@ def _insert(query_BD: Any, table: Any, bias: Any, others: Any, found_BK: Any, sc
 
 
 def tune_effort(table: StoredTable, bias_L: NDArray[np.float32], cells: LabelCells, query_ND: torch.Tensor) -> Effort:
-    """A small effort that finds 99.2% of the five best labels of the queries (N, D), held-out ones."""
+    """A small effort that finds 99.2% of the five best labels of the queries (N, D), held-out ones; these are found by
+    a scan of all labels."""
     num_labels = bias_L.shape[0]
     least = Effort(depth=1, width=1, recall=0.0)
     exact_NK = CellIndex(table, bias_L, cells, least, reach="all").search(query_ND, _TARGET_K).label_ids
@@ -346,17 +360,20 @@ def tune_effort(table: StoredTable, bias_L: NDArray[np.float32], cells: LabelCel
         return float(hits.any(axis=1).sum() / max((exact >= 0).sum(), 1))
 
     depth, width = (min(fewest, num_labels) for fewest in _FEWEST)
-    part = recall(depth, width, _FIRST_PART)
+    part, every = recall(depth, width, _FIRST_PART), _FIRST_PART
     while True:
         # With exact logits of half of the labels, a search scans them all.
         is_most = not len(query_ND) or (depth == num_labels and 2 * width > num_labels)
         if part >= _TARGET_RECALL - _FIRST_SLACK or is_most:
-            reached = recall(depth, width, 1)
+            reached = part if every == 1 else recall(depth, width, 1)
             if reached >= _TARGET_RECALL or is_most:
                 return Effort(depth=depth, width=width, recall=reached)
+            if part >= _TARGET_RECALL:
+                # The part is no guide any more.
+                every = 1
         # More sketches or more logits: whatever finds more.
         ways = {(min(round(_STEP * depth), num_labels), width), (depth, min(round(_STEP * width), num_labels))}
-        part, depth, width = max((recall(*way, _FIRST_PART), *way) for way in ways)
+        part, depth, width = max((recall(*way, every), *way) for way in ways - {(depth, width)})
 
 
 def _excluded_of(num_labels: int, allow: torch.Tensor | None, deny: torch.Tensor | None) -> torch.Tensor | None:

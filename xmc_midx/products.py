@@ -24,8 +24,8 @@ def linear(
 
     torch multiplies float32 by MKL, which is slow at this product on processors that are not Intel's: oneDNN, which
     torch has too, takes half of its time there. It is oneDNN too that multiplies bfloat16 on a CPU. But it makes code
-    for each shape that it meets, which takes milliseconds and 0.8 MB, so there are few shapes: rows are filled up to
-    one of sixteen numbers between a power of two and the next (EXPERIMENTS.md, "Products" and "Precision").
+    for each shape that it meets, which takes milliseconds and 0.5 to 0.8 MB, so there are few shapes: rows are filled
+    up to one of sixteen numbers between a power of two and the next (EXPERIMENTS.md, "Products" and "Precision").
 
     Parameters
     ----------

@@ -9,6 +9,7 @@ rounds is then the distance from that score, least where it decides.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +30,8 @@ __all__ = ["rough_rows", "scan_topk", "write_best_logits"]
 _QUERIES, _ROWS, _PLACES = 1 << 10, 1 << 12, 1 << 22
 """Queries and rows whose scores are held at once (8 MiB), at most, and places of all their lists (32 MiB)."""
 _EVERY, _SAMPLE = 16, 1 << 14
-"""One row in so many is in the sample, and rows of the sample, about, from which on it does not grow."""
+"""One row in so many is in the sample, and rows of the sample, about, from which on it does not grow (its scores are
+32 MiB)."""
 _DEVIATIONS, _MORE = 2.0, 4
 """Rows of the sample that are kept beyond those expected, in their deviations, and beyond these."""
 _LIST = 4
@@ -78,8 +80,10 @@ def scan_topk(
     is_known_B = np.empty(query_BD.shape[0], dtype=np.bool_)
     queries = query_BD.contiguous().numpy()
     at_once = min(_QUERIES, max(1, _PLACES // _places(width)))
-    for begin in range(0, len(queries), at_once):
-        part = slice(begin, begin + at_once)
+    # Parts alike: the least, too, goes through all rows.
+    borders = np.linspace(0, len(queries), -(-len(queries) // at_once) + 1).astype(int)
+    for begin, end in itertools.pairwise(borders.tolist()):
+        part = slice(begin, end)
         lists = _above(short_BK[part], rough, len(label_ids), width)
         answers = (is_known_B[part], found.label_ids[part], found.scores[part])
         arrays = (queries[part], table.arrays, bias_L, label_ids, lists, width, answers)
@@ -105,13 +109,7 @@ def _above(short_BK: torch.Tensor, rough: Callable[[slice], torch.Tensor], num_r
     every = max(_EVERY, num_rows // _SAMPLE)
     expected = wanted / every
     kept = math.ceil(expected + _DEVIATIONS * math.sqrt(expected)) + _MORE
-    sample = _bits(query_BK, rough(slice(None, None, every)))
-    least_B = np.empty(num_queries, dtype=np.float32)
-
-    def guess(first: int, last: int) -> None:
-        _guess(sample, scratch(sample.shape[1], np.float32), kept, least_B, first, last)
-
-    in_threads(guess, num_queries)
+    least_B = _least(_bits(query_BK, rough(slice(None, None, every))), kept, num_queries)
     query_BK[:num_queries, size + 2 :] = _halves(-torch.from_numpy(np.where(np.isfinite(least_B), least_B, 0.0)))
     count_B = np.where(np.isfinite(least_B), 0, -1)
     places = _places(wanted)
@@ -121,6 +119,17 @@ def _above(short_BK: torch.Tensor, rough: Callable[[slice], torch.Tensor], num_r
         bits = _bits(query_BK, rough(slice(begin, min(begin + _ROWS, num_rows))))
         in_threads(functools.partial(_collect, bits, begin, above_B, (count_B, ids, scores), wanted), num_queries)
     return count_B, ids, scores
+
+
+def _least(sample_BR: NDArray[np.int16], kept: int, num_queries: int) -> NDArray[np.float32]:
+    """(B,): the scores that about `kept` of the sample reach, as of `_guess`."""
+    least_B = np.empty(num_queries, dtype=np.float32)
+
+    def run(first: int, last: int) -> None:
+        _guess(sample_BR, scratch(sample_BR.shape[1], np.float32), kept, least_B, first, last)
+
+    in_threads(run, num_queries)
+    return least_B
 
 
 def _places(wanted: int) -> int:

@@ -23,7 +23,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,12 +195,14 @@ def main() -> None:
     if "scan" in systems and multiplies_bfloat16(torch.device("cpu")):
         rough = ScanIndex(exact.label_table_LD, exact.bias_L)
         searches["scan of rows"] = lambda query: rough.search(query, K).label_ids
+        sketches = cells.rough()
         for share in (0.25, 0.5, 1.0, 2.0):
             width = max(K, round(share * effort.width))
             name = f"scan of sketches, {width} logits" + (" (tuned)" if share == 1 else "")
-            # Many queries at once are answered so, where cells read more than a sixteenth of the labels.
-            scanned = CellIndex(table, bias, cells, replace(effort, width=width))
-            searches[name] = lambda query, scanned=scanned: scanned.search(query, K).label_ids  # type: ignore[misc]
+            options = {"depth": effort.depth, "width": width, "rough": sketches.__getitem__}
+            searches[name] = lambda query, options=options: (  # type: ignore[misc]
+                cells.scan(query, table, bias, K, **options).label_ids
+            )
     if {"ivf", "hnsw"} & set(systems):
         searches |= faiss_searches(table, bias, systems, arguments.threads)
     seconds: dict[str, list[float]] = {name: [] for name in searches}

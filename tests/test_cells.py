@@ -156,9 +156,9 @@ def test_all_labels_in_bfloat16_are_the_exact_search(monkeypatch: pytest.MonkeyP
     asked: list[int] = []
     exact = CellIndex._exact
 
-    def watched(index: CellIndex, queries: torch.Tensor, k: int, excluded: torch.Tensor | None) -> TopK:
+    def watched(index: CellIndex, queries: torch.Tensor, k: int, *excluded: torch.Tensor | None) -> TopK:
         asked.append(len(queries))
-        return exact(index, queries, k, excluded)
+        return exact(index, queries, k, *excluded)
 
     expected = index.with_reach("exact").search(queries, 12)
     monkeypatch.setattr(CellIndex, "_exact", watched)

@@ -118,7 +118,7 @@ class ScanIndex(ExactIndex):
 
     def __init__(self, label_table_LD: torch.Tensor, bias_L: torch.Tensor) -> None:
         super().__init__(label_table_LD, bias_L)
-        self._table, self._label_ids = StoredTable.of(label_table_LD.numpy()), np.arange(len(bias_L), dtype=np.int32)
+        self._table = StoredTable.of(label_table_LD.numpy())
 
     def search(
         self,
@@ -130,20 +130,10 @@ class ScanIndex(ExactIndex):
     ) -> TopK:
         """As `ExactIndex.search`; the logits are exact, the labels almost surely. With label lists, and for few queries
         or many results, the scan is exact."""
-        is_worth_it = query_BD.shape[0] >= _MANY_ROWS and _SHARE * (k + _SLACK) <= self.num_labels
-        if not is_worth_it or allow is not None or deny is not None:
-            return super().search(query_BD, k, allow=allow, deny=deny)
-        return scan_topk(
-            query_BD,
-            self._table,
-            self.bias_L.numpy(),
-            k,
-            short_BK=query_BD,
-            rough=self._rough.__getitem__,
-            label_ids=self._label_ids,
-            width=k + _SLACK,
-            otherwise=lambda left: ExactIndex.search(self, query_BD[left], k),
-        )
+        exact = super().search
+        if allow is not None or deny is not None:
+            return exact(query_BD, k, allow=allow, deny=deny)
+        return _scan_rows(query_BD, self._table, self.bias_L.numpy(), k, lambda rows: self._rough[rows], exact)
 
     @functools.cached_property
     def _rough(self) -> torch.Tensor:
@@ -266,7 +256,8 @@ class CellIndex:
         if self.reach == "all":
             return self._scan(query_BD, k)
         # All sketches by one product, where that is the faster way to the same labels, and more.
-        if self._pays(query_BD, _MANY_SKETCHES, width) and self.num_labels <= _SCANNED * depth:
+        is_wide = depth * _SCANNED >= self.num_labels and _pays(query_BD, _MANY_SKETCHES, width, self.num_labels)
+        if is_wide and multiplies_bfloat16(_CPU):
             return self.cells.scan(
                 query_BD, self.table, self.bias_L, k, depth=depth, width=width, rough=self._rough_sketches
             )
@@ -281,20 +272,12 @@ class CellIndex:
 
     def _scan(self, query_BD: torch.Tensor, k: int) -> TopK:
         """The k best of all labels, found in bfloat16 where that pays."""
-        if not self._pays(query_BD, _MANY_ROWS, k + _SLACK):
-            return self._exact(query_BD, k, None)
-        bias_L = torch.from_numpy(self.bias_L)
-        return scan_topk(
-            query_BD,
-            self.table,
-            self.bias_L,
-            k,
-            short_BK=query_BD,
-            rough=lambda rows: rough_rows(torch.from_numpy(self.table.rows(rows)), bias_L[rows]),
-            label_ids=np.arange(self.num_labels, dtype=np.int32),
-            width=k + _SLACK,
-            otherwise=lambda left: self._exact(query_BD[left], k, None),
-        )
+        if not multiplies_bfloat16(_CPU):
+            return self._exact(query_BD, k)
+        return _scan_rows(query_BD, self.table, self.bias_L, k, self._rough_rows, self._exact)
+
+    def _rough_rows(self, rows: slice) -> torch.Tensor:
+        return rough_rows(torch.from_numpy(self.table.rows(rows)), torch.from_numpy(self.bias_L[rows]))
 
     @functools.cached_property
     def _rough_sketches(self) -> Callable[[slice], torch.Tensor]:
@@ -303,11 +286,7 @@ class CellIndex:
             return self.cells.rough
         return self.cells.rough().__getitem__
 
-    def _pays(self, query_BD: torch.Tensor, many: int, width: int) -> bool:
-        """Whether a product in bfloat16 pays: for many queries, of which each wants few of the labels."""
-        return query_BD.shape[0] >= many and _SHARE * width <= self.num_labels and multiplies_bfloat16(_CPU)
-
-    def _exact(self, query_BD: torch.Tensor, k: int, excluded_L: torch.Tensor | None) -> TopK:
+    def _exact(self, query_BD: torch.Tensor, k: int, excluded_L: torch.Tensor | None = None) -> TopK:
         """The k best of all labels that are not excluded, in float32."""
         best: TopK | None = None
         for begin in range(0, self.num_labels, _SCAN_ROWS):
@@ -327,6 +306,36 @@ class CellIndex:
         logits = self.table.products(query_BD.contiguous().numpy(), ids) + self.bias_L[ids]
         logits[best.label_ids < 0] = -np.inf
         return best_of([TopK(label_ids=best.label_ids, scores=logits)], k)
+
+
+def _pays(query_BD: torch.Tensor, many: int, width: int, num_labels: int) -> bool:
+    """Whether a product in bfloat16 pays, where it is fast: for many queries, of which each wants few of the labels."""
+    return query_BD.shape[0] >= many and _SHARE * width <= num_labels
+
+
+def _scan_rows(
+    query_BD: torch.Tensor,
+    table: StoredTable,
+    bias_L: NDArray[np.float32],
+    k: int,
+    rough: Callable[[slice], torch.Tensor],
+    exact: Callable[[torch.Tensor, int], TopK],
+) -> TopK:
+    """The k best labels by a scan of their rough rows, or by the exact search where that does not pay."""
+    num_labels, width = len(bias_L), k + _SLACK
+    if not _pays(query_BD, _MANY_ROWS, width, num_labels):
+        return exact(query_BD, k)
+    return scan_topk(
+        query_BD,
+        table,
+        bias_L,
+        k,
+        short_BK=query_BD,
+        rough=rough,
+        label_ids=np.arange(num_labels, dtype=np.int32),
+        width=width,
+        otherwise=lambda left: exact(query_BD[left], k),
+    )
 
 
 @numba.njit(nogil=True, cache=True)

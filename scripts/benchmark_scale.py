@@ -327,13 +327,15 @@ def _clocked(clock: StageClock, trainer: Trainer) -> Iterator[None]:
     if clock.device.type == "cpu":
         # For a GPU a thread makes them ahead, while the steps before are under way.
         clock.wrap(trainer.stream, "_batch", "batch")
-    clock.wrap(trainer.encoder, "forward", "encoder")
+    clock.wrap(trainer.encoder, "bags", "encoder")
+    clock.wrap(trainer.encoder, "layers", "encoder")
     clock.wrap(trainer.softmax, "_pools", "sampler")
     clock.wrap(trainer.softmax, "_static_pool", "sampler")
     clock.wrap(trainer.softmax, "_rows", "gather")
     clock.wrap(trainer.softmax, "_pool_loss", "loss")
     clock.wrap(trainer.softmax, "_static_loss", "loss")
     clock.wrap(trainer.optimizer, "step", "optimiser")
+    clock.wrap(trainer.optimizer, "step_bags", "optimiser")
     torch.Tensor.backward = clock.timed(backward, "backward")
     try:
         yield

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from xmc_midx.optim import RowAdam, add_to_rows, round_at_random
-from xmc_midx.rows import gather_rows
+from xmc_midx.rows import bag_rows, gather_rows
+from xmc_midx.types import SparseRows
 
 NUM_ROWS, DIM = 12, 5
 
@@ -76,10 +77,63 @@ def test_summed_moments_follow_the_formula() -> None:
         optimizer.zero_grad()
         square = (factor.double().numpy() ** 2).mean(1)
         share = square / square.max()
+        before = above, below
         above, below = 0.95 * above + 0.05 * (share * square).sum(), 0.95 * below + 0.05 * share.sum()
+        seen = before if step else (above, below)
         total[ids] += square
-        expected[ids] -= 0.1 * factor.double().numpy() / np.sqrt(total[ids] + above / below)[:, None]
+        expected[ids] -= 0.1 * factor.double().numpy() / np.sqrt(total[ids] + seen[0] / seen[1])[:, None]
     np.testing.assert_allclose(table.detach().numpy(), expected, atol=2e-6)
+
+
+def bags(number: int, num_features: int, generator: torch.Generator) -> SparseRows:
+    """Rows of all lengths, from none on; ids in no order, a few features in many rows and many in one."""
+    counts = torch.randint(0, 12, (number,), generator=generator)
+    counts[0], counts[-1] = 0, 0
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    common = torch.randint(0, 5, (int(offsets[-1]),), generator=generator)
+    rare = torch.randint(0, num_features, common.shape, generator=generator)
+    ids = torch.where(torch.rand(common.shape, generator=generator) < 0.3, common, rare)
+    return SparseRows(feature_ids=ids, values=torch.randn(ids.shape, generator=generator), offsets=offsets)
+
+
+@pytest.mark.parametrize("moment", ["sum", "mean"])
+@pytest.mark.parametrize(("dim", "dtype"), [(1, torch.float32), (37, torch.float32), (37, torch.float64)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_step_by_bags_is_the_step_that_goes_back_to_the_table(
+    moment: str, dim: int, dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    generator = torch.Generator().manual_seed(dim)
+    start = torch.randn(1900, dim, generator=generator, dtype=dtype)
+    tables = [nn.Parameter(start.clone()) for _ in range(2)]
+    direct, usual = (RowAdam([{"params": [table], "moment": moment}], lr=0.1) for table in tables)
+    for step in range(4):
+        rows = bags(397, 1900, generator)
+        grad = torch.randn(397, dim, generator=generator, dtype=dtype) * 10.0 ** (step % 3 - 1)
+        bag_rows(tables[1], rows).backward(grad)
+        usual.step()
+        usual.zero_grad()
+        # A view, as a gradient may be one.
+        direct.step_bags(tables[0], rows, grad.T.contiguous().T)
+        assert tables[0].grad is None
+        torch.testing.assert_close(*tables, rtol=1e-5, atol=1e-5)
+        untouched = torch.ones(1900, dtype=torch.bool)
+        untouched[rows.feature_ids] = False
+        if step == 0:
+            assert torch.equal(tables[0].detach()[untouched], start[untouched]) and untouched.sum() > 100
+    assert (tables[0].detach() - start).abs().amax() > 0.1
+    for name, value in usual.state[tables[1]].items():
+        torch.testing.assert_close(direct.state[tables[0]][name], value, rtol=1e-5, atol=1e-9)
+
+
+def test_a_step_by_bags_of_nothing_changes_nothing() -> None:
+    table = nn.Parameter(torch.ones(5, 3))
+    optimizer = RowAdam([table], moment="sum")
+    nothing = torch.empty(0, dtype=torch.int64)
+    empty = SparseRows(feature_ids=nothing, values=torch.empty(0), offsets=torch.zeros(3, dtype=torch.int64))
+    for _ in range(2):
+        optimizer.step_bags(table, empty, torch.ones(2, 3))
+    assert torch.equal(table.detach(), torch.ones(5, 3))
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e9])

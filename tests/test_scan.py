@@ -78,11 +78,11 @@ def test_parts_and_the_order_of_the_rows_do_not_matter(monkeypatch: pytest.Monke
 
 
 def test_a_sample_that_misleads_is_noticed_or_does_no_harm() -> None:
-    """One row in 16 is looked at beforehand: where these alone are good, too few others are above; where these alone
+    """One row in 32 is looked at beforehand: where these alone are good, too few others are above; where these alone
     are bad, all others are, in a list that cannot hold them."""
     generator = torch.Generator().manual_seed(0)
     table, bias, queries = torch.rand(4000, 5, generator=generator), torch.zeros(4000), torch.ones(150, 5)
-    sampled = torch.arange(4000) % 16 == 0
+    sampled = torch.arange(4000) % 32 == 0
     table[:, 1:] = 0.0
     good, bad = table.clone(), table.clone()
     good[sampled, 0] += 1000.0
@@ -90,7 +90,7 @@ def test_a_sample_that_misleads_is_noticed_or_does_no_harm() -> None:
     np.testing.assert_array_equal(left, np.arange(150))
     bad[sampled, 0] -= 10.0
     # In rising order, few of them alike in bfloat16: the list is full again and again.
-    bad[~sampled, 0] = torch.linspace(0.0, 90.0, 3750)
+    bad[~sampled, 0] = torch.linspace(0.0, 90.0, 3875)
     found, left = scan(bad, bias, queries, 5, 300)
     assert not len(left)
     np.testing.assert_array_equal(found.label_ids, brute_force(bad, bias, queries, 5)[0])
@@ -127,9 +127,14 @@ def test_more_rows_alike_than_a_list_holds_are_left() -> None:
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, 9, 15, 16, 40])
-def test_a_list_that_is_full_of_rows_alike_has_room_for_another_group(width: int) -> None:
+def test_a_list_that_is_full_of_rows_alike_has_room_for_another_group(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Half of it may be kept where its rows are alike: then a whole group comes at once. Not compiled, where a place
     beyond the list is an IndexError."""
+    monkeypatch.setattr(module, "_reaching", lambda bits, first, above: module._tail(bits[: first + 64], first, above))
+    monkeypatch.setattr(module, "_tail", module._tail.py_func)
+    monkeypatch.setattr(module, "_lowest", lambda word: (int(word) & -int(word)).bit_length() - 1)
     places, rng = module._places(width), np.random.default_rng(width)
     for _ in range(60):
         num_groups = 4 + places // 16
@@ -140,6 +145,22 @@ def test_a_list_that_is_full_of_rows_alike_has_room_for_another_group(width: int
         module._collect.py_func(bits[None], 0, np.zeros(1, dtype=np.int16), lists, width, 0, 1)
         count = lists[0][0]
         assert count == -1 or count <= places
+
+
+@pytest.mark.parametrize("num_rows", [1, 63, 64, 65, 128, 1001])
+def test_what_comes_up_to_a_score_is_listed(num_rows: int) -> None:
+    """Bit by bit against a comparison, from no row of a group to all 64; the largest and least numbers of 16 bits too."""
+    rng = np.random.default_rng(num_rows)
+    share = rng.choice([0.0, 0.02, 0.5, 1.0], size=(40, 1))
+    bits = np.where(rng.random((40, num_rows)) < share, rng.integers(50, 1 << 15, (40, num_rows)), 49).astype(np.int16)
+    bits[rng.random(bits.shape) < 0.1] = -(1 << 15)
+    lists = np.zeros(40, dtype=np.int64), np.empty((40, 4200), np.int32), np.empty((40, 4200), np.float32)
+    module._collect(bits, 7000, np.full(40, 50, dtype=np.int16), lists, 1000, 0, 40)
+    for row in range(40):
+        expected = np.flatnonzero(bits[row] >= 50)
+        assert lists[0][row] == len(expected)
+        np.testing.assert_array_equal(lists[1][row, : len(expected)], 7000 + expected)
+        np.testing.assert_array_equal(lists[2][row, : len(expected)], bits[row, expected])
 
 
 def test_many_results_are_found_in_parts_of_few_queries(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,10 +87,14 @@ class SparseEncoder(nn.Module):
 
     def forward(self, rows: SparseRows) -> torch.Tensor:
         """B sparse rows -> (B, D) float32 queries."""
-        return self.layers(bag_rows(self.embedding, rows))
+        return self.layers(self.bags(rows))
+
+    def bags(self, rows: SparseRows) -> torch.Tensor:
+        """The products of B sparse rows with the feature table, (B, D) float32."""
+        return bag_rows(self.embedding, rows)
 
     def layers(self, bag_BD: torch.Tensor) -> torch.Tensor:
-        """What follows the products with the feature table, (B, D) float32 -> (B, D)."""
+        """What follows these, (B, D) float32 -> (B, D)."""
         query_BD: torch.Tensor = self.dropout(self.activation(bag_BD + self.bias))
         for layer in self.hidden:
             update_BD = self.activation(layer(query_BD))

@@ -1,7 +1,8 @@
 """Layer 4. Optimisers that read and write only the rows a step touched.
 
-A table's gradient arrives as a sparse tensor of rising rows (see `xmc_midx.rows`); its second moment is one float a
-row, so the state is D times smaller than Adam's and a step costs what its rows cost, whatever the size of the table.
+A table's gradient arrives as a sparse tensor of rising rows (see `xmc_midx.rows`), or as the gradients of the bags that
+were made of its rows; its second moment is one float a row, so the state is D times smaller than Adam's and a step
+costs what its rows cost, whatever the size of the table.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numba
+import numpy as np
 import torch
 
 from xmc_midx.device import empty_table, has_kernels
+from xmc_midx.rows import bag_gradient, transpose
 from xmc_midx.threads import in_threads
+from xmc_midx.types import SparseRows
 
 __all__ = ["RowAdam", "add_to_rows", "round_at_random"]
 
@@ -31,8 +35,9 @@ class RowAdam(torch.optim.Optimizer):
     - `moment="mean"`: `v = beta2 v + (1 - beta2) mean(g^2)`, `row -= lr g / (sqrt(v / (1 - beta2^t)) + eps)`. The count
       t is the row's own, so that a tail label's first steps are not damped by the steps it did not take part in.
     - `moment="sum"`: `v += mean(g^2)`, `row -= lr g / (sqrt(v + V) + eps)`. V is the table's: the mean of a step's
-      `mean(g^2)`, each weighted by itself, averaged over the steps with the decay beta2. Steps fall with the root of
-      what a row has seen: a rare feature takes long steps, a common one short ones, and V bounds the first.
+      `mean(g^2)`, each weighted by itself, averaged over the steps before with the decay beta2 (at the first step: its
+      own). Steps fall with the root of what a row has seen: a rare feature takes long steps, a common one short ones,
+      and V bounds the first.
 
     A bfloat16 table is rounded at random (`round_at_random`); its moments are float32.
 
@@ -81,15 +86,45 @@ class RowAdam(torch.optim.Optimizer):
                 if parameter.grad is None:
                     continue
                 if parameter.grad.is_sparse:
-                    self._step_rows(parameter, group)
+                    self._step_rows(parameter, parameter.grad, group)
                 else:
                     self._step_dense(parameter, group)
 
-    def _step_rows(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
-        assert parameter.grad is not None
+    @torch.no_grad()
+    def step_bags(self, parameter: torch.Tensor, rows: SparseRows, grad_BD: torch.Tensor) -> None:
+        """A step of a table by the gradients of the bags that `bag_rows` made of it, as if they had gone back to it.
+
+        On a CPU, with `moment="sum"`, the gradient of a row is summed, looked at and used while it is in the cache: it
+        is never written.
+
+        Parameters
+        ----------
+        parameter : (F, D), one of the optimiser's.
+        rows : what the bags were made of.
+        grad_BD : (B, D), of the parameter's dtype.
+        """
+        group = next(group for group in self.param_groups if any(parameter is other for other in group["params"]))
+        state = self.state[parameter]
+        device = parameter.device
+        fits = device.type == "cpu" and not has_kernels(device) and parameter.dtype == torch.float32
+        fits = fits and parameter.is_contiguous()
+        # V is not known before the first step.
+        if not fits or group["moment"] != "sum" or "table_moment" not in state:
+            self._step_rows(parameter, bag_gradient(rows, grad_BD, parameter.shape), group)
+            return
+        row_ids, instances = transpose(rows, parameter.shape[0])
+        square = grad_BD.new_empty(row_ids.shape[0])
+        entries = instances.offsets.numpy(), instances.feature_ids.numpy(), instances.values.numpy()
+        tables = parameter.detach().numpy(), state["second_moment"].numpy()
+        arrays = (*tables, row_ids.numpy(), entries, grad_BD.contiguous().numpy(), square.numpy())
+        scalars = (float(group["lr"]), group["eps"], float(_mean(state["table_moment"])))
+        in_threads(lambda begin, end: _step_bags(*arrays, *scalars, begin, end), len(row_ids), least=_PARALLEL)
+        self._table_moment(state, group["betas"][1], square)
+
+    def _step_rows(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
         by_kernel = has_kernels(parameter.device) and parameter.dtype in (torch.float32, torch.bfloat16)
         by_kernel = by_kernel and parameter.is_contiguous()
-        row_ids, rows = _padded_rows(parameter.grad, by_kernel) if group["padded"] else _rising_rows(parameter.grad)
+        row_ids, rows = _padded_rows(gradient, by_kernel) if group["padded"] else _rising_rows(gradient)
         wide = torch.promote_types(rows.dtype, torch.float32)
         # The mean square through the norm: one pass and no (U, D) temporary.
         norm = torch.linalg.vector_norm(rows, dim=1, dtype=wide) if rows.dim() > 1 else rows.to(wide)
@@ -178,16 +213,17 @@ class RowAdam(torch.optim.Optimizer):
         return (moment + table).sqrt_()
 
     def _table_moment(self, state: dict[str, torch.Tensor], beta2: float, square: torch.Tensor) -> torch.Tensor:
-        """V, (), with this step's squares: (U,), 0 for a pad."""
+        """V, (), which then learns from this step's squares: (U,), 0 for a pad."""
         if "table_moment" not in state:
             state["table_moment"] = square.new_zeros(2)
+        before = state["table_moment"].clone()
         largest = square.amax() if square.numel() else square.sum()
         # Squares of squares leave float32's range; relative to the largest they do not.
         relative = square / largest.clamp(min=torch.finfo(square.dtype).tiny)
         state["table_moment"].mul_(beta2).add_(
             torch.stack([relative.square().sum() * largest, relative.sum()]), alpha=1 - beta2
         )
-        return state["table_moment"][0] / state["table_moment"][1].clamp(min=torch.finfo(square.dtype).tiny)
+        return torch.where(before[1] > 0, _mean(before), _mean(state["table_moment"]))
 
     def _row_state(self, parameter: torch.Tensor, *more: str) -> dict[str, torch.Tensor]:
         """The state of a table: a second moment a row, and other floats a row.
@@ -217,6 +253,51 @@ class RowAdam(torch.optim.Optimizer):
         corrections = [1 - torch.pow(beta, count) for beta in (beta1, beta2)]
         denominator = (second / corrections[1]).sqrt_().add_(group["eps"])
         parameter.sub_((first / denominator).mul_(group["lr"] / corrections[0]))
+
+
+def _mean(table_moment: torch.Tensor) -> torch.Tensor:
+    """(), of the two sums of a table's moment."""
+    return table_moment[0] / table_moment[1].clamp(min=torch.finfo(table_moment.dtype).tiny)
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+def _step_bags(
+    table: Any,
+    moment: Any,
+    row_ids: Any,
+    entries: Any,
+    grad_BD: Any,
+    square: Any,
+    rate: Any,
+    eps: Any,
+    table_moment: Any,
+    begin: int,
+    end: int,
+) -> None:
+    """The rows' gradients, sums of `value * grad_BD[instance]`, one after the other: mean squares and the step."""
+    offsets, instances, values = entries
+    dim = table.shape[1]
+    sums = np.empty(dim, dtype=np.float32)
+    for place in range(begin, end):
+        first, last = offsets[place], offsets[place + 1]
+        factor, total = np.float32(1.0), sums
+        if last == first + 1:
+            factor, total = values[first], grad_BD[instances[first]]
+        else:
+            sums[:] = 0.0
+            for entry in range(first, last):
+                value, grad = values[entry], grad_BD[instances[entry]]
+                for column in range(dim):
+                    sums[column] += value * grad[column]
+        norm = np.float32(0.0)
+        for column in range(dim):
+            norm += total[column] * total[column]
+        row = row_ids[place]
+        square[place] = factor * factor * norm / np.float32(dim)
+        moment[row] += square[place]
+        scale = -np.float32(rate) * factor / (np.sqrt(moment[row] + np.float32(table_moment)) + np.float32(eps))
+        for column in range(dim):
+            table[row, column] += scale * total[column]
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract"})

@@ -2,8 +2,8 @@
 
 Where a CPU multiplies bfloat16, looking at the scores takes longer than making them. So each query knows beforehand
 what it will keep, by the scores of a sample of the rows, and brings that score into the product as one more number:
-the signs of what comes out say which rows are above it, and 32 of them are looked at in one instruction. What bfloat16
-rounds is then the distance from that score, least where it decides.
+the signs of what comes out say which rows are above it, and 32 of them become bits of a word in one instruction. What
+bfloat16 rounds is then the distance from that score, least where it decides.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from xmc_midx.padding import rounded_up
@@ -29,15 +32,15 @@ __all__ = ["rough_rows", "scan_topk", "write_best_logits"]
 
 _QUERIES, _ROWS, _PLACES = 1 << 10, 1 << 12, 1 << 22
 """Queries and rows whose scores are held at once (8 MiB), at most, and places of all their lists (32 MiB)."""
-_EVERY, _SAMPLE = 16, 1 << 14
+_EVERY, _SAMPLE = 32, 1 << 14
 """One row in so many is in the sample, and rows of the sample, about, from which on it does not grow (its scores are
 32 MiB)."""
 _DEVIATIONS, _MORE = 2.0, 4
 """Rows of the sample that are kept beyond those expected, in their deviations, and beyond these."""
 _LIST = 4
 """Places of a query's list, in rows wanted."""
-_GROUP, _PART = 64, 8
-"""Scores that are looked at together, and of those where one is kept."""
+_GROUP = 64
+"""Scores that are looked at together."""
 
 
 def rough_rows(row_RK: torch.Tensor, base_R: torch.Tensor) -> torch.Tensor:
@@ -173,32 +176,57 @@ def _collect(bits_BR: Any, start: int, above_B: Any, lists: Any, wanted: int, be
         count, above = count_B[row], above_B[row]
         first = 0
         while first < num_rows and count >= 0:
-            last = min(first + _GROUP, num_rows)
-            # A constant number of turns: the compiler looks at 32 of them at once.
-            if last - first < _GROUP or _has(bits[first:last], above, _GROUP):
-                for part in range(first, last, _PART):
-                    upto = min(part + _PART, last)
-                    if upto - part < _PART or _has(bits[part:upto], above, _PART):
-                        for place in range(part, upto):
-                            if bits[place] >= above:
-                                ids[count], scores[count] = start + place, bits[place]
-                                count += 1
-                if count > places - _GROUP:
-                    count = keep_best(ids, scores, count, wanted)
-                    above = np.int16(scores[:count].min())
-                    # Too many alike.
-                    count = count if 2 * count <= places else -1
-            first = last
+            kept = _reaching(bits, first, above) if first + _GROUP <= num_rows else _tail(bits, first, above)
+            while kept:
+                place = first + np.int64(_lowest(kept))
+                ids[count], scores[count] = start + place, bits[place]
+                count += 1
+                kept &= kept - np.uint64(1)
+            if count > places - _GROUP:
+                count = keep_best(ids, scores, count, wanted)
+                above = np.int16(scores[:count].min())
+                # Too many alike.
+                count = count if 2 * count <= places else -1
+            first += _GROUP
         count_B[row], above_B[row] = count, above
 
 
 @numba.njit(nogil=True, inline="always")
-def _has(bits: Any, above: Any, size: int) -> Any:
-    """Whether one of the first `size` comes up to `above`, 1 or 0."""
-    found = np.int16(0)
-    for place in range(size):
-        found |= np.int16(bits[place] >= above)
-    return found
+def _tail(bits: Any, first: Any, above: Any) -> Any:
+    """As `_reaching`, of what is left of a row."""
+    kept = np.uint64(0)
+    for place in range(first, bits.shape[0]):
+        kept |= np.uint64(bits[place] >= above) << np.uint64(place - first)
+    return kept
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _reaching(context: Any, bits: Any, first: Any, above: Any) -> Any:
+    """The 64 numbers from `bits[first]` on, int16 side by side in memory, that come up to `above`: a bit of each.
+
+    By LLVM's own instructions: of a loop the compiler makes no vector of bits.
+    """
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        vector, lanes = ir.VectorType(ir.IntType(16), _GROUP), ir.VectorType(ir.IntType(32), _GROUP)
+        array = target.make_array(signature.args[0])(target, builder, arguments[0])
+        place = builder.bitcast(builder.gep(array.data, [arguments[1]]), vector.as_pointer())
+        nothing = ir.Constant(vector, ir.Undefined)
+        single = builder.insert_element(nothing, arguments[2], ir.Constant(ir.IntType(32), 0))
+        least = builder.shuffle_vector(single, nothing, ir.Constant(lanes, [0] * _GROUP))
+        return builder.bitcast(builder.icmp_signed(">=", builder.load(place, align=2), least), ir.IntType(_GROUP))
+
+    return types.uint64(bits, types.int64, types.int16), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _lowest(context: Any, word: Any) -> Any:
+    """The number of the lowest bit of a word that is not 0."""
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.uint64(types.uint64), generate
 
 
 @numba.njit(nogil=True, cache=True)

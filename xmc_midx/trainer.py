@@ -153,18 +153,15 @@ class Trainer:
         )
 
     def _train_step(self, batch: Batch) -> None:
-        query_BD = self.encoder(batch.features)
-        loss = self.softmax(query_BD, (batch.positives, batch.positive_offsets))
-        loss.backward()
+        loss, query_BD, grad_BD = self._gradients(batch)
         # Read together: each look at a number on a device waits for all that was asked of it before.
-        sums = [loss.detach(), *(total.to(loss.dtype) for total in self._sums_of_gradients())]
+        sums = [loss, *(total.to(loss.dtype) for total in self._sums_of_gradients())]
         value, *gradients = map(float, torch.stack(sums).tolist())
         if not math.isfinite(value):
             raise _diverged(f"The loss became {value} at step {self.step + 1}", batch, query_BD)
         if not all(map(math.isfinite, gradients)):
             raise _diverged(f"A gradient is not finite at step {self.step + 1}", batch, query_BD)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._update(batch, grad_BD)
         self.step += 1
         self._loss_sum += value
         self._pool_sum += float(self.softmax.pool_size)
@@ -185,13 +182,27 @@ class Trainer:
 
     def _static_step(self, batch: Batch) -> torch.Tensor:
         """A step, without a look at the device: its loss, sums of gradients and labels in the pool."""
-        loss = self.softmax(self.encoder(batch.features), (batch.positives, batch.positive_offsets))
-        loss.backward()
-        found = [loss.detach(), *self._sums_of_gradients(), torch.as_tensor(self.softmax.pool_size)]
+        loss, _, grad_BD = self._gradients(batch)
+        found = [loss, *self._sums_of_gradients(), torch.as_tensor(self.softmax.pool_size)]
         numbers = torch.stack([number.to(loss.dtype) for number in found])
+        self._update(batch, grad_BD)
+        return numbers
+
+    def _gradients(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The loss (), the queries (B, D), and the gradient (B, D) of what the encoder made of its table, which goes
+        back no further; those of all other parameters are left with them."""
+        with torch.no_grad():
+            bag_BD = self.encoder.bags(batch.features)
+        query_BD = self.encoder.layers(bag_BD.requires_grad_())
+        loss = self.softmax(query_BD, (batch.positives, batch.positive_offsets))
+        loss.backward()
+        return loss.detach(), query_BD.detach(), bag_BD.grad
+
+    def _update(self, batch: Batch, grad_BD: torch.Tensor | None) -> None:
+        if grad_BD is not None:
+            self.optimizer.step_bags(self.encoder.embedding, batch.features, grad_BD)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return numbers
 
     def settle(self) -> None:
         """Wait for the step that was begun last, and count it; a DivergedError where it was not finite."""

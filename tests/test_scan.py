@@ -132,9 +132,9 @@ def test_a_list_that_is_full_of_rows_alike_has_room_for_another_group(
 ) -> None:
     """Half of it may be kept where its rows are alike: then a whole group comes at once. Not compiled, where a place
     beyond the list is an IndexError."""
-    monkeypatch.setattr(module, "_reaching", lambda bits, first, above: module._tail(bits[: first + 64], first, above))
+    monkeypatch.setattr(module, "reaching", lambda bits, first, above: module._tail(bits[: first + 64], first, above))
     monkeypatch.setattr(module, "_tail", module._tail.py_func)
-    monkeypatch.setattr(module, "_lowest", lambda word: (int(word) & -int(word)).bit_length() - 1)
+    monkeypatch.setattr(module, "lowest", lambda word: (int(word) & -int(word)).bit_length() - 1)
     places, rng = module._places(width), np.random.default_rng(width)
     for _ in range(60):
         num_groups = 4 + places // 16
@@ -149,7 +149,7 @@ def test_a_list_that_is_full_of_rows_alike_has_room_for_another_group(
 
 @pytest.mark.parametrize("num_rows", [1, 63, 64, 65, 128, 1001])
 def test_what_comes_up_to_a_score_is_listed(num_rows: int) -> None:
-    """Bit by bit against a comparison, from no row of a group to all 64; the largest and least numbers of 16 bits too."""
+    """Bit by bit against a comparison, from no row of a word to all 64, and the least number of 16 bits."""
     rng = np.random.default_rng(num_rows)
     share = rng.choice([0.0, 0.02, 0.5, 1.0], size=(40, 1))
     bits = np.where(rng.random((40, num_rows)) < share, rng.integers(50, 1 << 15, (40, num_rows)), 49).astype(np.int16)
@@ -186,8 +186,8 @@ def test_what_is_added_keeps_sixteen_bits_in_the_product() -> None:
     _, bias, queries = tables(300, 8)
     bias *= 100.0
     rough = rough_rows(torch.zeros(300, 8), bias)
-    assert rough.dtype == torch.bfloat16 and rough.shape == (300, 12)
-    query = torch.cat([queries[0], torch.tensor([1.0, 1.0, 0.0, 0.0])])
+    assert rough.dtype == torch.bfloat16 and rough.shape == (300, 32) and not rough[:, 12:].any()
+    query = torch.cat([queries[0], torch.tensor([1.0, 1.0]), torch.zeros(22)])
     np.testing.assert_allclose(rough.double() @ query.double(), bias.double(), rtol=2.0**-16)
 
 
@@ -196,9 +196,9 @@ def test_batches_of_all_sizes_are_products_of_few_shapes(monkeypatch: pytest.Mon
     table, bias, queries = tables(1000, 8, 1024)
     shapes, product = set(), module._bits
 
-    def watched(query_BK: torch.Tensor, rough_RK: torch.Tensor) -> np.ndarray:
+    def watched(query_BK: torch.Tensor, rough_RK: torch.Tensor, *memory: torch.Tensor) -> np.ndarray:
         shapes.add((query_BK.shape, rough_RK.shape))
-        return product(query_BK, rough_RK)
+        return product(query_BK, rough_RK, *memory)
 
     monkeypatch.setattr(module, "_bits", watched)
     for size in range(513, 1025, 7):

@@ -15,7 +15,8 @@ from scipy.sparse import csr_matrix
 
 from xmc_midx.cells import LabelCells
 from xmc_midx.device import multiplies_bfloat16
-from xmc_midx.quantization import StoredTable, row_product
+from xmc_midx.intrinsics import AHEAD
+from xmc_midx.quantization import StoredTable, fetch_row, row_product
 from xmc_midx.scan import rough_rows, scan_topk
 from xmc_midx.selection import insert_best
 from xmc_midx.topk import best_of, exact_topk, rescored_topk
@@ -344,7 +345,9 @@ def _insert(query_BD: Any, table: Any, bias: Any, others: Any, found_BK: Any, sc
     offsets, ids = others
     last = found_BK.shape[1] - 1
     for row in range(found_BK.shape[0]):
-        for place in range(offsets[row], offsets[row + 1]):
+        end = offsets[row + 1] - 1
+        for place in range(offsets[row], end + 1):
+            fetch_row(codes, ids[min(place + AHEAD, end)])
             label = ids[place]
             logit = row_product(query_BD[row], codes, scales, label) + bias[label]
             if found_BK[row, last] < 0 or logit >= score_BK[row, last]:

@@ -27,10 +27,11 @@ from safetensors.numpy import load_file
 from scipy.sparse import csr_matrix
 
 from xmc_midx.data.features import feature_frequencies, inverse_document_frequency, scale_rows, with_values
+from xmc_midx.intrinsics import AHEAD, fetch
 from xmc_midx.packing import pack_rows, unpack_rows
 from xmc_midx.selection import keep_best, write_best
 from xmc_midx.tensorfile import write_arrays
-from xmc_midx.threads import in_threads, scratch, touch, zeros
+from xmc_midx.threads import in_threads, scratch, zeros
 from xmc_midx.types import DEFAULT_KS
 
 __all__ = [
@@ -448,7 +449,7 @@ def _search(
     end: int,
     found_BK: Any,
     score_BK: Any,
-) -> float:
+) -> None:
     """For the queries begin..end: `scores = queries @ training.T`, the best K of each row, without the matrix.
 
     `workspace`: (N,) NaN and (F,) zeros, left so, and room for rows (N + 1) and scores (N,). `limits`: entries that
@@ -460,7 +461,6 @@ def _search(
     total, dense, touched, score = workspace
     budget, num_candidates = limits
     lengths = np.empty(np.diff(query_offsets[begin : end + 1]).max(), dtype=np.int64)
-    fetched = 0.0
     for query in range(begin, end):
         first, last = query_offsets[query], query_offsets[query + 1]
         everything = _plan(queries, lists, budget, first, last, lengths)
@@ -487,10 +487,10 @@ def _search(
             weight = query_values[entry]
             dense[query_ids[entry]] += weight * weights[query_ids[entry]] if weights.shape[0] else weight
         num_touched = keep_best(touched, score, num_touched, num_candidates)
-        # A row's place in memory is anyone's guess: asked for together, the rows are fetched side by side.
         for index in range(num_touched):
-            fetched += touch(row_entries, row_offsets[touched[index]], row_offsets[touched[index] + 1])
-        for index in range(num_touched):
+            # A row's place in memory is anyone's guess.
+            ahead = touched[min(index + AHEAD, num_touched - 1)]
+            fetch(row_entries, row_offsets[ahead], row_offsets[ahead + 1])
             row = touched[index]
             product = np.float32(0.0)
             for place in range(row_offsets[row], row_offsets[row + 1]):
@@ -500,7 +500,6 @@ def _search(
         write_best(touched, score, num_touched, found_BK[query], score_BK[query])
         for entry in range(first, last):
             dense[query_ids[entry]] = 0.0
-    return fetched
 
 
 @numba.njit(nogil=True, cache=True)

@@ -14,13 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
+from xmc_midx.intrinsics import AHEAD, fetch
 from xmc_midx.threads import in_threads
 
-__all__ = ["StoredTable", "dequantize", "quantize", "row_product"]
+__all__ = ["StoredTable", "dequantize", "fetch_row", "quantize", "row_product"]
 
 _CODES, _SCALES = ".int8", ".scale"
 _CHUNK_ROWS = 1 << 12
 _MAX_CODE = 127
+_FETCHED = 512
+"""Bytes of a row that are asked for ahead, at most."""
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -141,6 +144,12 @@ def row_product(query: Any, codes: Any, scales: Any, row: Any) -> Any:
 
 
 @numba.njit(nogil=True, cache=True)
+def fetch_row(codes: Any, row: Any) -> None:
+    """Ask for a row that is soon to be read, of a long one for its beginning: what follows the processor asks for."""
+    fetch(codes[row], 0, min(codes.shape[1], _FETCHED // codes.itemsize))
+
+
+@numba.njit(nogil=True, cache=True)
 def _products(query_BD: Any, codes: Any, scales: Any, ids_BW: Any, found_BW: Any, begin: int, end: int) -> None:
     for row in range(begin, end):
         for place in range(ids_BW.shape[1]):
@@ -151,7 +160,9 @@ def _products(query_BD: Any, codes: Any, scales: Any, ids_BW: Any, found_BW: Any
 def _bag(rows: Any, codes: Any, scales: Any, found_BD: Any, begin: int, end: int) -> None:
     offsets, ids, values = rows
     for row in range(begin, end):
-        for entry in range(offsets[row], offsets[row + 1]):
+        last = offsets[row + 1] - 1
+        for entry in range(offsets[row], last + 1):
+            fetch_row(codes, ids[min(entry + AHEAD, last)])
             feature = ids[entry]
             weight = np.float32(values[entry]) * scales[feature]
             for column in range(found_BD.shape[1]):

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from xmc_midx.data.features import with_values
+from xmc_midx.intrinsics import AHEAD, fetch
 from xmc_midx.packing import pack_rows, unpack_rows
 from xmc_midx.threads import in_threads, zeros
 
@@ -246,7 +247,11 @@ def _margins(
     for row in range(first, last):
         for entry in range(query_offsets[row], query_offsets[row + 1]):
             dense[query_ids[entry]] = query_values[entry]
-        for pair in range(borders[row], borders[row + 1]):
+        last_pair = borders[row + 1] - 1
+        for pair in range(borders[row], last_pair + 1):
+            ahead = label_ids[min(pair + AHEAD, last_pair)]
+            fetch(feature_ids, offsets[ahead], offsets[ahead + 1])
+            fetch(weights, offsets[ahead], offsets[ahead + 1])
             label = label_ids[pair]
             margin = bias[label]
             for entry in range(offsets[label], offsets[label + 1]):

@@ -178,10 +178,8 @@ def _transposed_on_host(ids: Any, values: Any, offsets: Any) -> tuple[torch.Tens
 
 
 @numba.njit(nogil=True, cache=True)
-def _unpack(
-    keys: Any, owner: Any, values: Any, row_ids: Any, row_offsets: Any, instances: Any, row_values: Any
-) -> int:
-    """Sorted keys, an id above a place in `owner` and `values`, as `transpose` has them; returns how many ids differ."""
+def _unpack(keys: Any, owner: Any, values: Any, row_ids: Any, row_offsets: Any, instances: Any, row_values: Any) -> int:
+    """Sorted keys, an id above a place in `owner` and `values`, as `transpose` has them; returns the number of ids."""
     count = 0
     for entry in range(keys.shape[0]):
         row, place = keys[entry] >> 32, keys[entry] & 0xFFFFFFFF

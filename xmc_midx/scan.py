@@ -17,39 +17,38 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from xmc_midx.intrinsics import AHEAD, WORD, lowest, reaching
 from xmc_midx.padding import rounded_up
-from xmc_midx.quantization import StoredTable, row_product
+from xmc_midx.quantization import StoredTable, fetch_row, row_product
 from xmc_midx.selection import keep_best, least_of_best, write_best
 from xmc_midx.threads import in_threads, scratch
 from xmc_midx.types import TopK
 
 __all__ = ["rough_rows", "scan_topk", "write_best_logits"]
 
-_QUERIES, _ROWS, _PLACES = 1 << 10, 1 << 12, 1 << 22
-"""Queries and rows whose scores are held at once (8 MiB), at most, and places of all their lists (32 MiB)."""
-_EVERY, _SAMPLE = 32, 1 << 14
+_QUERIES, _ROWS, _PLACES = 1 << 10, 1 << 13, 1 << 22
+"""Queries and rows whose scores are held at once (16 MiB), at most, and places of all their lists (32 MiB)."""
+_EVERY, _SAMPLE = 32, 1 << 13
 """One row in so many is in the sample, and rows of the sample, about, from which on it does not grow (its scores are
-32 MiB)."""
+16 MiB)."""
 _DEVIATIONS, _MORE = 2.0, 4
 """Rows of the sample that are kept beyond those expected, in their deviations, and beyond these."""
 _LIST = 4
 """Places of a query's list, in rows wanted."""
-_GROUP = 64
-"""Scores that are looked at together."""
+_TILE = 32
+"""Numbers of bfloat16 that the processor multiplies together."""
 
 
 def rough_rows(row_RK: torch.Tensor, base_R: torch.Tensor) -> torch.Tensor:
-    """(R, K + 4) bfloat16, what `scan_topk` multiplies: rows of any dtype, and what is added to their products, float32
-    in two parts."""
+    """(R, K') bfloat16, what `scan_topk` multiplies: rows (R, K) of any dtype, what is added to their products, float32
+    in two parts, and room up to whole tiles."""
     size = row_RK.shape[1]
-    found = torch.ones(row_RK.shape[0], size + 4, dtype=torch.bfloat16)
+    found = torch.zeros(row_RK.shape[0], _whole(size + 4, _TILE), dtype=torch.bfloat16)
     found[:, :size] = row_RK
     found[:, size : size + 2] = _halves(base_R)
+    found[:, size + 2 : size + 4] = 1.0
     return found
 
 
@@ -106,20 +105,23 @@ def _above(short_BK: torch.Tensor, rough: Callable[[slice], torch.Tensor], num_r
     """The rows whose scores are about among the `wanted` best, more of them rather than fewer."""
     num_queries, size = short_BK.shape
     # Few shapes: oneDNN keeps code for each that it meets.
-    query_BK = torch.zeros(rounded_up(num_queries), size + 4, dtype=torch.bfloat16)
+    query_BK = torch.zeros(rounded_up(num_queries), _whole(size + 4, _TILE), dtype=torch.bfloat16)
     query_BK[:num_queries, :size] = short_BK
     query_BK[:num_queries, size : size + 2] = 1.0
     every = max(_EVERY, num_rows // _SAMPLE)
     expected = wanted / every
     kept = math.ceil(expected + _DEVIATIONS * math.sqrt(expected)) + _MORE
     least_B = _least(_bits(query_BK, rough(slice(None, None, every))), kept, num_queries)
-    query_BK[:num_queries, size + 2 :] = _halves(-torch.from_numpy(np.where(np.isfinite(least_B), least_B, 0.0)))
-    count_B = np.where(np.isfinite(least_B), 0, -1)
-    places = _places(wanted)
+    is_guide_B = np.isfinite(least_B)
+    query_BK[:num_queries, size + 2 : size + 4] = _halves(-torch.from_numpy(np.where(is_guide_B, least_B, 0.0)))
+    count_B, places = np.where(is_guide_B, 0, -1), _places(wanted)
     above_B = np.zeros(num_queries, dtype=np.int16)
+    # One memory for all products: new pages take as long as they do.
+    score_N = torch.empty(len(query_BK) * min(_ROWS, num_rows), dtype=torch.bfloat16)
     ids, scores = np.empty((num_queries, places), dtype=np.int32), np.empty((num_queries, places), dtype=np.float32)
     for begin in range(0, num_rows, _ROWS):
-        bits = _bits(query_BK, rough(slice(begin, min(begin + _ROWS, num_rows))))
+        part_RK = rough(slice(begin, min(begin + _ROWS, num_rows)))
+        bits = _bits(query_BK, part_RK, score_N[: len(query_BK) * len(part_RK)])
         in_threads(functools.partial(_collect, bits, begin, above_B, (count_B, ids, scores), wanted), num_queries)
     return count_B, ids, scores
 
@@ -136,14 +138,20 @@ def _least(sample_BR: NDArray[np.int16], kept: int, num_queries: int) -> NDArray
 
 
 def _places(wanted: int) -> int:
-    """Of a query's list: what is left when it is full, half of it at most, and a group more fit in any case."""
-    return _LIST * wanted + 2 * _GROUP
+    """Of a query's list: what is left when it is full, half of it at most, and a word more fit in any case."""
+    return _LIST * wanted + 2 * WORD
 
 
-def _bits(query_BK: torch.Tensor, rough_RK: torch.Tensor) -> NDArray[np.int16]:
-    """(B, R): the scores, bfloat16, as whole numbers: of those that are not negative, the larger is the larger."""
-    found: NDArray[np.int16] = (query_BK @ rough_RK.T).view(torch.int16).numpy()
+def _bits(query_BK: torch.Tensor, rough_RK: torch.Tensor, score_N: torch.Tensor | None = None) -> NDArray[np.int16]:
+    """(B, R): the scores, bfloat16, as whole numbers: of those that are not negative, the larger is the larger. In the
+    memory of `score_N`, B R numbers, if it is given."""
+    out_BR = None if score_N is None else score_N.view(query_BK.shape[0], rough_RK.shape[0])
+    found: NDArray[np.int16] = torch.mm(query_BK, rough_RK.T, out=out_BR).view(torch.int16).numpy()
     return found
+
+
+def _whole(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
 
 
 def _halves(value_R: torch.Tensor) -> torch.Tensor:
@@ -176,57 +184,28 @@ def _collect(bits_BR: Any, start: int, above_B: Any, lists: Any, wanted: int, be
         count, above = count_B[row], above_B[row]
         first = 0
         while first < num_rows and count >= 0:
-            kept = _reaching(bits, first, above) if first + _GROUP <= num_rows else _tail(bits, first, above)
+            kept = reaching(bits, first, above) if first + WORD <= num_rows else _tail(bits, first, above)
             while kept:
-                place = first + np.int64(_lowest(kept))
+                place = first + np.int64(lowest(kept))
                 ids[count], scores[count] = start + place, bits[place]
                 count += 1
                 kept &= kept - np.uint64(1)
-            if count > places - _GROUP:
+            if count > places - WORD:
                 count = keep_best(ids, scores, count, wanted)
                 above = np.int16(scores[:count].min())
                 # Too many alike.
                 count = count if 2 * count <= places else -1
-            first += _GROUP
+            first += WORD
         count_B[row], above_B[row] = count, above
 
 
 @numba.njit(nogil=True, inline="always")
 def _tail(bits: Any, first: Any, above: Any) -> Any:
-    """As `_reaching`, of what is left of a row."""
+    """As `reaching`, of what is left of a row."""
     kept = np.uint64(0)
     for place in range(first, bits.shape[0]):
         kept |= np.uint64(bits[place] >= above) << np.uint64(place - first)
     return kept
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _reaching(context: Any, bits: Any, first: Any, above: Any) -> Any:
-    """The 64 numbers from `bits[first]` on, int16 side by side in memory, that come up to `above`: a bit of each.
-
-    By LLVM's own instructions: of a loop the compiler makes no vector of bits.
-    """
-
-    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        vector, lanes = ir.VectorType(ir.IntType(16), _GROUP), ir.VectorType(ir.IntType(32), _GROUP)
-        array = target.make_array(signature.args[0])(target, builder, arguments[0])
-        place = builder.bitcast(builder.gep(array.data, [arguments[1]]), vector.as_pointer())
-        nothing = ir.Constant(vector, ir.Undefined)
-        single = builder.insert_element(nothing, arguments[2], ir.Constant(ir.IntType(32), 0))
-        least = builder.shuffle_vector(single, nothing, ir.Constant(lanes, [0] * _GROUP))
-        return builder.bitcast(builder.icmp_signed(">=", builder.load(place, align=2), least), ir.IntType(_GROUP))
-
-    return types.uint64(bits, types.int64, types.int16), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _lowest(context: Any, word: Any) -> Any:
-    """The number of the lowest bit of a word that is not 0."""
-
-    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
-
-    return types.uint64(types.uint64), generate
 
 
 @numba.njit(nogil=True, cache=True)
@@ -260,5 +239,7 @@ def write_best_logits(
     codes, scales = table
     for place in range(count):
         places[place] = label_ids[places[place]]
+    for place in range(count):
+        fetch_row(codes, places[min(place + AHEAD, count - 1)])
         score[place] = row_product(query, codes, scales, places[place]) + bias[places[place]]
     write_best(places, score, count, found_K, score_K)

@@ -1,4 +1,4 @@
-"""Layer 1. Compiled code in several threads; memory that a thread keeps for it, or asks for ahead."""
+"""Layer 1. Compiled code in several threads; memory that a thread keeps for it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["in_threads", "scratch", "touch", "zeros"]
+__all__ = ["in_threads", "scratch", "zeros"]
 
 _PARALLEL = 8
 """Rows from which threads are worth their start."""
 _PARTS = 4
 """Of the rows for each thread: some take longer than others."""
-_LINE = 64
-"""Bytes of a cache line."""
 _LOCAL = threading.local()
 _POOLS: dict[int, ThreadPoolExecutor] = {}
 if hasattr(os, "register_at_fork"):
@@ -87,16 +85,3 @@ def _kept(kind: str, make: Callable[..., NDArray[Any]], size: int, dtype: type[n
         arrays[dtype] = make(size, dtype=dtype)
     view: NDArray[Any] = arrays[dtype][:size]
     return view
-
-
-@numba.njit(nogil=True, cache=True)
-def touch(values: Any, first: int, last: int) -> float:
-    """Read an entry of each cache line of `values[first:last]`; their sum, which the caller has to return.
-
-    Compiled code that is to read many places, each anyone's guess, touches them all first: the processor then waits
-    for them side by side, and not for one after the other. Without a use of the sum the compiler would leave it out.
-    """
-    total = 0.0
-    for place in range(first, last, max(1, _LINE // values.itemsize)):
-        total += values[place]
-    return total

@@ -1,0 +1,80 @@
+"""Layer 1. Instructions of the processor that numba does not make of plain Python; for compiled code alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+__all__ = ["AHEAD", "WORD", "fetch", "lowest", "reaching"]
+
+AHEAD = 4
+"""Rows that are asked for while one is read."""
+WORD = 64
+"""Bits of a word."""
+_LINE = 64
+"""Bytes of a cache line."""
+
+
+def _for_compiled_code(define: Any) -> Any:
+    """numba's `intrinsic`: what it makes is called without the context that it defines the call with."""
+    return intrinsic(define)
+
+
+@numba.njit(nogil=True, cache=True)
+def fetch(values: Any, first: int, last: int) -> None:
+    """Ask for the cache lines of `values[first:last]`, and go on without waiting for them.
+
+    What lies at anyone's guess is asked for some turns before it is used: then the processor waits for many such places
+    side by side, and while it computes. To read them ahead gains little: a load is waited for in its turn.
+    """
+    step = max(1, _LINE // values.itemsize)
+    for place in range(first, last, step):
+        _prefetch(values, place)
+
+
+@_for_compiled_code
+def _prefetch(context: Any, values: Any, place: Any) -> Any:
+    """Of one cache line."""
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = target.make_array(signature.args[0])(target, builder, arguments[0])
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function = builder.module.declare_intrinsic(
+            "llvm.prefetch", (byte,), ir.FunctionType(ir.VoidType(), (byte, number, number, number))
+        )
+        # To be read, to be kept, data.
+        how = [ir.Constant(number, value) for value in (0, 3, 1)]
+        builder.call(function, [builder.bitcast(builder.gep(array.data, [arguments[1]]), byte), *how])
+        return target.get_dummy_value()
+
+    return types.void(values, types.intp), generate
+
+
+@_for_compiled_code
+def reaching(context: Any, values: Any, first: Any, least: Any) -> Any:
+    """Which of 64 numbers from `values[first]` on, int16 side by side in memory, come up to `least`: a bit of each."""
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        vector, lanes = ir.VectorType(ir.IntType(16), WORD), ir.VectorType(ir.IntType(32), WORD)
+        array = target.make_array(signature.args[0])(target, builder, arguments[0])
+        place = builder.bitcast(builder.gep(array.data, [arguments[1]]), vector.as_pointer())
+        nothing = ir.Constant(vector, ir.Undefined)
+        single = builder.insert_element(nothing, arguments[2], ir.Constant(ir.IntType(32), 0))
+        every = builder.shuffle_vector(single, nothing, ir.Constant(lanes, [0] * WORD))
+        return builder.bitcast(builder.icmp_signed(">=", builder.load(place, align=2), every), ir.IntType(WORD))
+
+    return types.uint64(values, types.intp, types.int16), generate
+
+
+@_for_compiled_code
+def lowest(context: Any, word: Any) -> Any:
+    """The number of the lowest bit of a word that is not 0."""
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.uint64(types.uint64), generate

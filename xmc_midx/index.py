@@ -15,8 +15,8 @@ from scipy.sparse import csr_matrix
 
 from xmc_midx.cells import LabelCells
 from xmc_midx.device import multiplies_bfloat16
-from xmc_midx.intrinsics import AHEAD
-from xmc_midx.quantization import StoredTable, fetch_row, row_product
+from xmc_midx.intrinsics import AHEAD, fetch_row
+from xmc_midx.quantization import StoredTable, row_product
 from xmc_midx.scan import rough_rows, scan_topk
 from xmc_midx.selection import insert_best
 from xmc_midx.topk import best_of, exact_topk, rescored_topk

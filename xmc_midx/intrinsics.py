@@ -9,14 +9,14 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["AHEAD", "WORD", "fetch", "lowest", "reaching"]
+__all__ = ["AHEAD", "WORD", "fetch", "fetch_row", "lowest", "reaching"]
 
 AHEAD = 4
 """Rows that are asked for while one is read."""
 WORD = 64
 """Bits of a word."""
-_LINE = 64
-"""Bytes of a cache line."""
+_LINE, _BEGINNING = 64, 512
+"""Bytes of a cache line, and of a long row that are asked for."""
 
 
 def _for_compiled_code(define: Any) -> Any:
@@ -34,6 +34,12 @@ def fetch(values: Any, first: int, last: int) -> None:
     step = max(1, _LINE // values.itemsize)
     for place in range(first, last, step):
         _prefetch(values, place)
+
+
+@numba.njit(nogil=True, cache=True)
+def fetch_row(table: Any, row: Any) -> None:
+    """`fetch` of a row; of a long one the beginning: once it is read, the processor asks for the rest by itself."""
+    fetch(table[row], 0, min(table.shape[1], _BEGINNING // table.itemsize))
 
 
 @_for_compiled_code

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from xmc_midx.device import empty_table, has_kernels
+from xmc_midx.intrinsics import AHEAD, fetch_row
 from xmc_midx.rows import bag_gradient, transpose
 from xmc_midx.threads import in_threads
 from xmc_midx.types import SparseRows
@@ -279,6 +280,7 @@ def _step_bags(
     dim = table.shape[1]
     sums = np.empty(dim, dtype=np.float32)
     for place in range(begin, end):
+        fetch_row(table, row_ids[min(place + AHEAD, end - 1)])
         first, last = offsets[place], offsets[place + 1]
         factor, total = np.float32(1.0), sums
         if last == first + 1:
@@ -304,6 +306,7 @@ def _step_bags(
 def _add_scaled(table: Any, row_ids: Any, rows: Any, scale: Any, begin: int, end: int) -> None:
     """`table[row_ids] += scale * rows` in one pass, without the product in between."""
     for place in range(begin, end):
+        fetch_row(table, row_ids[min(place + AHEAD, end - 1)])
         row, factor = row_ids[place], scale[place]
         for column in range(table.shape[1]):
             table[row, column] += factor * rows[place, column]

@@ -14,16 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from xmc_midx.intrinsics import AHEAD, fetch
+from xmc_midx.intrinsics import AHEAD, fetch_row
 from xmc_midx.threads import in_threads
 
-__all__ = ["StoredTable", "dequantize", "fetch_row", "quantize", "row_product"]
+__all__ = ["StoredTable", "dequantize", "quantize", "row_product"]
 
 _CODES, _SCALES = ".int8", ".scale"
 _CHUNK_ROWS = 1 << 12
 _MAX_CODE = 127
-_FETCHED = 512
-"""Bytes of a row that are asked for ahead, at most."""
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -141,12 +139,6 @@ def row_product(query: Any, codes: Any, scales: Any, row: Any) -> Any:
     for column in range(query.shape[0]):
         total += query[column] * np.float32(codes[row, column])
     return total * scales[row]
-
-
-@numba.njit(nogil=True, cache=True)
-def fetch_row(codes: Any, row: Any) -> None:
-    """Ask for a row that is soon to be read, of a long one for its beginning: what follows the processor asks for."""
-    fetch(codes[row], 0, min(codes.shape[1], _FETCHED // codes.itemsize))
 
 
 @numba.njit(nogil=True, cache=True)

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from xmc_midx.intrinsics import AHEAD, WORD, lowest, reaching
+from xmc_midx.intrinsics import AHEAD, WORD, fetch_row, lowest, reaching
 from xmc_midx.padding import rounded_up
-from xmc_midx.quantization import StoredTable, fetch_row, row_product
+from xmc_midx.quantization import StoredTable, row_product
 from xmc_midx.selection import keep_best, least_of_best, write_best
 from xmc_midx.threads import in_threads, scratch
 from xmc_midx.types import TopK

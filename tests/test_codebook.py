@@ -53,6 +53,30 @@ def test_kmeans_is_as_tight_as_faiss(num_centres: int, codewords: int) -> None:
     assert np.mean(ours) < 1.05 * np.mean(theirs)
 
 
+@pytest.mark.parametrize("offset", [0.0, 30.0, 300.0])
+def test_assignments_in_bfloat16_lose_next_to_nothing_wherever_the_rows_lie(
+    offset: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row between two codewords may go to either. More rows than are assigned at once, in float32 as they are."""
+    rows = mixture(4096 + 333, 60, 19, spread=0.7) + offset
+    words = rows[:50] + 0.0
+    exact, distances = nearest(rows, words)
+    monkeypatch.setattr(codebook_module, "_ROUGH_FROM", 1)
+    monkeypatch.setattr(codebook_module, "multiplies_bfloat16", lambda device: True)
+    codes = codebook_module._assign(rows, words).numpy()
+    assert (codes == exact).mean() > 0.97
+    assert distances[np.arange(len(rows)), codes].mean() < 1.0005 * distances.min(1).mean()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("width", [1, 127, 128, 129, 300])
+def test_sums_of_codewords_rows(width: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    rows, codes = torch.randn(501, width, generator=seeded()), torch.randint(5, (501,), generator=seeded()).short()
+    expected = torch.zeros(7, width).index_add_(0, codes.long(), rows)
+    torch.testing.assert_close(codebook_module._sums(rows, codes, 7), expected)
+
+
 def test_every_row_has_the_code_of_its_nearest_codeword() -> None:
     rows = mixture(501, 20, 7)
     words, codes = kmeans(rows, 13, generator=seeded())

@@ -60,3 +60,5 @@ def test_what_is_asked_for_ahead_is_read_as_ever(dtype: type, width: int) -> Non
     rows = rng.integers(0, 50, 31)
     np.testing.assert_array_equal(row_sums(table, rows), table[rows].astype(np.float64).sum(1))
     assert row_sums(table, rows[:0]).shape == (0,)
+    # Nothing shows that a hint was given, but the code.
+    assert all("@llvm.prefetch" in code for code in row_sums.inspect_llvm().values())

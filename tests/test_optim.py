@@ -86,14 +86,16 @@ def test_summed_moments_follow_the_formula() -> None:
 
 
 def bags(number: int, num_features: int, generator: torch.Generator) -> SparseRows:
-    """Rows of all lengths, from none on; ids in no order, a few features in many rows and many in one."""
+    """Rows of all lengths, from none on, and pads; ids in no order, a few features in many rows and many in one."""
     counts = torch.randint(0, 12, (number,), generator=generator)
     counts[0], counts[-1] = 0, 0
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     common = torch.randint(0, 5, (int(offsets[-1]),), generator=generator)
     rare = torch.randint(0, num_features, common.shape, generator=generator)
     ids = torch.where(torch.rand(common.shape, generator=generator) < 0.3, common, rare)
-    return SparseRows(feature_ids=ids, values=torch.randn(ids.shape, generator=generator), offsets=offsets)
+    pads = torch.full((2,), num_features)
+    values = torch.cat([torch.randn(ids.shape, generator=generator), torch.full((2,), 9.0)])
+    return SparseRows(feature_ids=torch.cat([ids, pads]), values=values, offsets=offsets)
 
 
 @pytest.mark.parametrize("moment", ["sum", "mean"])
@@ -118,7 +120,7 @@ def test_a_step_by_bags_is_the_step_that_goes_back_to_the_table(
         assert tables[0].grad is None
         torch.testing.assert_close(*tables, rtol=1e-5, atol=1e-5)
         untouched = torch.ones(1900, dtype=torch.bool)
-        untouched[rows.feature_ids] = False
+        untouched[rows.feature_ids[:-2]] = False
         if step == 0:
             assert torch.equal(tables[0].detach()[untouched], start[untouched]) and untouched.sum() > 100
     assert (tables[0].detach() - start).abs().amax() > 0.1
@@ -134,6 +136,24 @@ def test_a_step_by_bags_of_nothing_changes_nothing() -> None:
     for _ in range(2):
         optimizer.step_bags(table, empty, torch.ones(2, 3))
     assert torch.equal(table.detach(), torch.ones(5, 3))
+    # The first gradient comes late: V is then its own.
+    one = SparseRows(feature_ids=torch.tensor([2]), values=torch.tensor([0.5]), offsets=torch.tensor([0, 0, 1]))
+    optimizer.step_bags(table, one, torch.ones(2, 3))
+    twin = nn.Parameter(torch.ones(5, 3))
+    bag_rows(twin, one).sum().backward()
+    RowAdam([twin], moment="sum").step()
+    torch.testing.assert_close(table, twin)
+
+
+def test_a_step_by_bags_refuses_features_that_are_not_there() -> None:
+    table = nn.Parameter(torch.ones(5, 3))
+    optimizer = RowAdam([table], moment="sum")
+    optimizer.step_bags(table, bags(9, 5, torch.Generator().manual_seed(0)), torch.ones(9, 3))
+    for wrong in (-1, 5):
+        ids = torch.tensor([1, wrong], dtype=torch.int64)
+        rows = SparseRows(feature_ids=ids, values=torch.ones(2), offsets=torch.tensor([0, 1, 2]))
+        with pytest.raises(IndexError, match=f"{wrong}.* 5 rows"):
+            optimizer.step_bags(table, rows, torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e9])

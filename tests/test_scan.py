@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from xmc_midx import scan as module
+from xmc_midx.products import rough_queries, rough_rows
 from xmc_midx.quantization import StoredTable
-from xmc_midx.scan import rough_rows, scan_topk
+from xmc_midx.scan import scan_topk
 from xmc_midx.types import TopK
 
 
@@ -82,7 +83,7 @@ def test_a_sample_that_misleads_is_noticed_or_does_no_harm() -> None:
     are bad, all others are, in a list that cannot hold them."""
     generator = torch.Generator().manual_seed(0)
     table, bias, queries = torch.rand(4000, 5, generator=generator), torch.zeros(4000), torch.ones(150, 5)
-    sampled = torch.arange(4000) % 32 == 0
+    sampled = torch.arange(4000) % module._EVERY == 0
     table[:, 1:] = 0.0
     good, bad = table.clone(), table.clone()
     good[sampled, 0] += 1000.0
@@ -90,7 +91,7 @@ def test_a_sample_that_misleads_is_noticed_or_does_no_harm() -> None:
     np.testing.assert_array_equal(left, np.arange(150))
     bad[sampled, 0] -= 10.0
     # In rising order, few of them alike in bfloat16: the list is full again and again.
-    bad[~sampled, 0] = torch.linspace(0.0, 90.0, 3875)
+    bad[~sampled, 0] = torch.linspace(0.0, 90.0, int((~sampled).sum()))
     found, left = scan(bad, bias, queries, 5, 300)
     assert not len(left)
     np.testing.assert_array_equal(found.label_ids, brute_force(bad, bias, queries, 5)[0])
@@ -187,8 +188,10 @@ def test_what_is_added_keeps_sixteen_bits_in_the_product() -> None:
     bias *= 100.0
     rough = rough_rows(torch.zeros(300, 8), bias)
     assert rough.dtype == torch.bfloat16 and rough.shape == (300, 32) and not rough[:, 12:].any()
-    query = torch.cat([queries[0], torch.tensor([1.0, 1.0]), torch.zeros(22)])
+    query = rough_queries(queries[:1])[0]
     np.testing.assert_allclose(rough.double() @ query.double(), bias.double(), rtol=2.0**-16)
+    less = rough_queries(queries[:3], bias[:3])
+    np.testing.assert_allclose((less.double() @ rough[:3].double().T).diagonal(), np.zeros(3), atol=2.0**-9)
 
 
 def test_batches_of_all_sizes_are_products_of_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:

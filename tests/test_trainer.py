@@ -176,6 +176,26 @@ def test_the_feature_table_sums_its_squares_and_the_label_table_averages_them(
     assert "count" in state[trainer.softmax.weight]
 
 
+def test_the_steps_are_those_that_autograd_and_the_optimiser_take(data: tuple[csr_matrix, csr_matrix]) -> None:
+    """The gradient does not go back to the feature table on its own: the optimiser makes it of the bags'."""
+    options = ("model.num_hidden_layers=1", "model.dropout=0")
+    trainer, twin = (make_trainer(data, *options) for _ in range(2))
+    trainer.run_epoch(SilentReporter())
+    twin.encoder.train()
+    for batch in twin.stream.epoch(1):
+        if twin._refresh_is_due():
+            twin.softmax.refresh()
+        twin._set_rates()
+        twin.softmax(twin.encoder(batch.features), (batch.positives, batch.positive_offsets)).backward()
+        assert twin.encoder.embedding.grad is not None
+        twin.optimizer.step()
+        twin.optimizer.zero_grad()
+        twin.step += 1
+    assert trainer.step == twin.step == 5
+    for name, tensor in twin.model_tensors().items():
+        torch.testing.assert_close(trainer.model_tensors()[name], tensor, rtol=1e-4, atol=1e-5)
+
+
 def test_rates_rise_linearly_and_fall_to_zero(data: tuple[csr_matrix, csr_matrix]) -> None:
     trainer = make_trainer(data, "training.warmup_fraction=0.2")
     rates: list[list[float]] = []

@@ -25,8 +25,9 @@ import torch
 from numpy.typing import NDArray
 
 from xmc_midx.codebook import kmeans
+from xmc_midx.products import rough_rows
 from xmc_midx.quantization import StoredTable
-from xmc_midx.scan import rough_rows, scan_topk, write_best_logits
+from xmc_midx.scan import scan_topk, write_best_logits
 from xmc_midx.selection import keep_best, least_of_best
 from xmc_midx.threads import in_threads, scratch
 from xmc_midx.types import TopK
@@ -135,7 +136,7 @@ class LabelCells:
         return found
 
     def rough(self, rows: slice = slice(None)) -> torch.Tensor:
-        """The sketches of those positions as `scan` multiplies them, (R, K + 4) bfloat16."""
+        """The sketches of those positions as `scan` multiplies them (`products.rough_rows`)."""
         return rough_rows(torch.from_numpy(self.sketches[rows]), torch.from_numpy(self.base[rows]))
 
     def scan(

@@ -94,7 +94,7 @@ class SparseEncoder(nn.Module):
         return bag_rows(self.embedding, rows)
 
     def layers(self, bag_BD: torch.Tensor) -> torch.Tensor:
-        """What follows these, (B, D) float32 -> (B, D)."""
+        """What follows `bags`, (B, D) float32 -> (B, D)."""
         query_BD: torch.Tensor = self.dropout(self.activation(bag_BD + self.bias))
         for layer in self.hidden:
             update_BD = self.activation(layer(query_BD))

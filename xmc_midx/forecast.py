@@ -14,9 +14,9 @@ the positives, `u` and `l` the rows of the two tables that an average batch touc
 - the largest of three stages, as each gives back what it took:
   - start, 4 D (4 x 4096 + min(y, L) + min(y, 65536)), y = 4096 Y / N: the queries of a chunk, a sum for each of its
     labels, a query for each positive of a part
-  - epoch, 12 u D + 16 (l + g p) D + 32 B p + 100 MB + 4 min(L, 4096) C + 4 D min(L, 1024 C) where that is below
-    L + 4 v L, 64 MB at most, + 8 L, v held-out instances, 4,096 at most: gathered rows, their gradients, logits,
-    fragments; refresh; validation
+  - epoch, 12 u D + 16 (l + g p) D + 32 B p + 100 MB + 6 min(L, 4096) C + 4 D min(L, 1024 C) (on a GPU where that is
+    below L) + 4 v L, 64 MB at most, + 8 L, v held-out instances, 4,096 at most: gathered rows, their gradients (on a
+    CPU those of the features at the first step alone), logits, fragments; refresh; validation
   - label cells, from 4,096 labels, without tables, optimiser and sampler: the tables in int8 + 4 D (22,000 + 4 x 4,096)
     + 440 L + 24 D^2 + 100 MB: queries of training instances, sketches, the directions, fragments
   - neighbours, 12 nnz + 164 F + 16 Y + 160 MB + 70 MB: the index, the shortlist (or 300 bytes for each label that is
@@ -180,9 +180,9 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     # A graph has memory of its own, beside that of the batches that are worked on without one.
     epoch += epoch * is_static + _FRAGMENTS
     if sampler.name.startswith("midx"):
-        epoch += 4 * min(num_labels, _ASSIGN_CHUNK) * codewords
-        sample = _POINTS_PER_CODEWORD * codewords
-        epoch += 4 * dim * sample // (2 if sampler.name == "midx-pq" else 1) if sample < num_labels else 0
+        epoch += 6 * min(num_labels, _ASSIGN_CHUNK) * codewords
+        sample = min(num_labels, _POINTS_PER_CODEWORD * codewords)
+        epoch += 4 * dim * sample // (2 if sampler.name == "midx-pq" else 1) if sample < num_labels or not cuda else 0
     held_out = round(_fraction(config) * data.num_instances)
     epoch += min(4 * min(held_out, _ENCODE_CHUNK) * num_labels, 4 * _SCORES_AT_ONCE) + 8 * num_labels
     kept = 1.0 - _fraction(config)

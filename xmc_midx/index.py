@@ -16,8 +16,9 @@ from scipy.sparse import csr_matrix
 from xmc_midx.cells import LabelCells
 from xmc_midx.device import multiplies_bfloat16
 from xmc_midx.intrinsics import AHEAD, fetch_row
+from xmc_midx.products import rough_rows
 from xmc_midx.quantization import StoredTable, row_product
-from xmc_midx.scan import rough_rows, scan_topk
+from xmc_midx.scan import scan_topk
 from xmc_midx.selection import insert_best
 from xmc_midx.topk import best_of, exact_topk, rescored_topk
 from xmc_midx.types import LabelIndex, TopK
@@ -50,7 +51,7 @@ _MANY_ROWS, _MANY_SKETCHES = 64, 128
 """Queries from which a scan in bfloat16, of all rows or sketches, is faster than the exact one or a search by cells
 (EXPERIMENTS.md, "Label index")."""
 _CONVERTED = 32 << 20
-"""Bytes of sketches up to which they are kept in bfloat16 too, in twice as many: 250,000 labels."""
+"""Bytes of sketches up to which they are kept in bfloat16 too, in two and a half times as many: 250,000 labels."""
 _SCANNED, _SHARE = 16, 16
 """Labels for each whose sketch a search by cells reads, up to which a scan of all sketches is faster, and for each that
 gets an exact logit, from which a scan in bfloat16 is."""
@@ -138,7 +139,7 @@ class ScanIndex(ExactIndex):
 
     @functools.cached_property
     def _rough(self) -> torch.Tensor:
-        """(L, D + 4) bfloat16, made for the first search that needs it."""
+        """Made for the first search that needs it."""
         return rough_rows(self.label_table_LD, self.bias_L)
 
 

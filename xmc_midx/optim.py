@@ -107,18 +107,23 @@ class RowAdam(torch.optim.Optimizer):
         group = next(group for group in self.param_groups if any(parameter is other for other in group["params"]))
         state = self.state[parameter]
         device = parameter.device
+        # (In tests, kernels run on the CPU.)
         fits = device.type == "cpu" and not has_kernels(device) and parameter.dtype == torch.float32
         fits = fits and parameter.is_contiguous()
-        # V is not known before the first step.
-        if not fits or group["moment"] != "sum" or "table_moment" not in state:
+        # V is not known before the first step that has a gradient.
+        is_known = "table_moment" in state and float(state["table_moment"][1]) > 0.0
+        if not fits or group["moment"] != "sum" or not is_known:
             self._step_rows(parameter, bag_gradient(rows, grad_BD, parameter.shape), group)
             return
         row_ids, instances = transpose(rows, parameter.shape[0])
+        # They rise: compiled code writes where they say.
+        if len(row_ids) and not 0 <= int(row_ids[0]) <= int(row_ids[-1]) < parameter.shape[0]:
+            raise IndexError(f"row ids {int(row_ids[0])} to {int(row_ids[-1])} of a table of {parameter.shape[0]} rows")
         square = grad_BD.new_empty(row_ids.shape[0])
         entries = instances.offsets.numpy(), instances.feature_ids.numpy(), instances.values.numpy()
         tables = parameter.detach().numpy(), state["second_moment"].numpy()
         arrays = (*tables, row_ids.numpy(), entries, grad_BD.contiguous().numpy(), square.numpy())
-        scalars = (float(group["lr"]), group["eps"], float(_mean(state["table_moment"])))
+        scalars = (float(group["lr"]), group["eps"], float(_table_mean(state["table_moment"])))
         in_threads(lambda begin, end: _step_bags(*arrays, *scalars, begin, end), len(row_ids), least=_PARALLEL)
         self._table_moment(state, group["betas"][1], square)
 
@@ -224,7 +229,7 @@ class RowAdam(torch.optim.Optimizer):
         state["table_moment"].mul_(beta2).add_(
             torch.stack([relative.square().sum() * largest, relative.sum()]), alpha=1 - beta2
         )
-        return torch.where(before[1] > 0, _mean(before), _mean(state["table_moment"]))
+        return torch.where(before[1] > 0, _table_mean(before), _table_mean(state["table_moment"]))
 
     def _row_state(self, parameter: torch.Tensor, *more: str) -> dict[str, torch.Tensor]:
         """The state of a table: a second moment a row, and other floats a row.
@@ -256,7 +261,7 @@ class RowAdam(torch.optim.Optimizer):
         parameter.sub_((first / denominator).mul_(group["lr"] / corrections[0]))
 
 
-def _mean(table_moment: torch.Tensor) -> torch.Tensor:
+def _table_mean(table_moment: torch.Tensor) -> torch.Tensor:
     """(), of the two sums of a table's moment."""
     return table_moment[0] / table_moment[1].clamp(min=torch.finfo(table_moment.dtype).tiny)
 

@@ -1,4 +1,4 @@
-"""Layer 1. The product of rows with a table, by the fastest library that torch brings."""
+"""Layer 1. The product of rows with a table, by the fastest library that torch brings; rough ones in bfloat16."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import torch
 
 from xmc_midx.padding import rounded_up
 
-__all__ = ["linear"]
+__all__ = ["linear", "rough_queries", "rough_rows"]
 
+_TILE = 32
+"""Numbers of bfloat16 that a processor multiplies together."""
 _ONEDNN = (
     platform.machine().lower() in ("x86_64", "amd64")
     and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -50,6 +52,38 @@ def linear(
         bias = _filled_up(bias)
     filled: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, table, bias, "none", [], "")
     return filled[:num_rows, :num_labels]
+
+
+def rough_rows(row_RK: torch.Tensor, base_R: torch.Tensor) -> torch.Tensor:
+    """(R, K') bfloat16: rows (R, K) of any dtype, with what is added to their products, (R,) float32.
+
+    The product of `rough_queries` with them is bfloat16, and what is added loses little in it. K' is K + 4, up to whole
+    tiles of a processor.
+    """
+    size = row_RK.shape[1]
+    found = torch.zeros(row_RK.shape[0], -(-(size + 4) // _TILE) * _TILE, dtype=torch.bfloat16)
+    found[:, :size] = row_RK
+    found[:, size : size + 2] = _halves(base_R)
+    found[:, size + 2 : size + 4] = 1.0
+    return found
+
+
+def rough_queries(query_BK: torch.Tensor, less_B: torch.Tensor | None = None) -> torch.Tensor:
+    """(B', K') bfloat16: queries (B, K) as they are multiplied with `rough_rows`, and what is taken off their products,
+    (B,) float32. B' is B, up to a number of few: oneDNN keeps code for each shape that it meets."""
+    num_queries, size = query_BK.shape
+    found = torch.zeros(rounded_up(num_queries), -(-(size + 4) // _TILE) * _TILE, dtype=torch.bfloat16)
+    found[:num_queries, :size] = query_BK
+    found[:num_queries, size : size + 2] = 1.0
+    if less_B is not None:
+        found[:num_queries, size + 2 : size + 4] = _halves(-less_B)
+    return found
+
+
+def _halves(value_R: torch.Tensor) -> torch.Tensor:
+    """(R, 2): float32 values as the sum of two numbers, which lose little in bfloat16."""
+    high_R = value_R.bfloat16().float()
+    return torch.stack([high_R, value_R - high_R], dim=1)
 
 
 def _added(product: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

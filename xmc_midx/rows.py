@@ -79,10 +79,11 @@ def transpose(rows: SparseRows, num_features: int) -> tuple[torch.Tensor, Sparse
     (U,) int64, rising; pads, F, at the end where shapes are static. And U rows over the B instances: the gradient of a
     table by `bag_rows` is their product with the gradients of the bags.
     """
-    transposed = _transposed_padded if has_kernels(rows.offsets.device) else _transposed
     ids, values = _entries(rows)
-    if ids.device.type == "cpu" and not has_kernels(ids.device) and values.dtype == torch.float32:
+    by_kernel = has_kernels(ids.device)
+    if ids.device.type == "cpu" and not by_kernel and values.dtype == torch.float32:
         return _transposed_on_host(ids.numpy(), values.numpy(), rows.offsets.numpy())
+    transposed = _transposed_padded if by_kernel else _transposed
     row_ids, offsets, order, instance = transposed(ids, rows.offsets, num_features)
     return row_ids, SparseRows(feature_ids=instance[order], values=values[order], offsets=offsets)
 
@@ -161,9 +162,9 @@ def _transposed(
 
 
 def _transposed_on_host(ids: Any, values: Any, offsets: Any) -> tuple[torch.Tensor, SparseRows]:
-    """As `transpose`, of ids below 2^31. NumPy sorts numbers in a fifth of the time of torch's sort: each id brings its
-    place along."""
-    keys = (ids << 32) | np.arange(len(ids))
+    """As `transpose`, of ids below 2^31. NumPy's sort of numbers is quicker than torch's, which has to say where each
+    went (EXPERIMENTS.md, "Row gathers"): so each id brings its place along."""
+    keys = (ids.astype(np.int64, copy=False) << 32) | np.arange(len(ids))
     keys.sort()
     row_ids, row_offsets = np.empty(len(ids), dtype=np.int64), np.zeros(len(ids) + 1, dtype=np.int64)
     instances, row_values = np.empty(len(ids), dtype=np.int64), np.empty(len(ids), dtype=np.float32)

@@ -20,13 +20,13 @@ import torch
 from numpy.typing import NDArray
 
 from xmc_midx.intrinsics import AHEAD, WORD, fetch_row, lowest, reaching
-from xmc_midx.padding import rounded_up
+from xmc_midx.products import rough_queries
 from xmc_midx.quantization import StoredTable, row_product
 from xmc_midx.selection import keep_best, least_of_best, write_best
 from xmc_midx.threads import in_threads, scratch
 from xmc_midx.types import TopK
 
-__all__ = ["rough_rows", "scan_topk", "write_best_logits"]
+__all__ = ["scan_topk", "write_best_logits"]
 
 _QUERIES, _ROWS, _PLACES = 1 << 10, 1 << 13, 1 << 22
 """Queries and rows whose scores are held at once (16 MiB), at most, and places of all their lists (32 MiB)."""
@@ -37,19 +37,6 @@ _DEVIATIONS, _MORE = 2.0, 4
 """Rows of the sample that are kept beyond those expected, in their deviations, and beyond these."""
 _LIST = 4
 """Places of a query's list, in rows wanted."""
-_TILE = 32
-"""Numbers of bfloat16 that the processor multiplies together."""
-
-
-def rough_rows(row_RK: torch.Tensor, base_R: torch.Tensor) -> torch.Tensor:
-    """(R, K') bfloat16, what `scan_topk` multiplies: rows (R, K) of any dtype, what is added to their products, float32
-    in two parts, and room up to whole tiles."""
-    size = row_RK.shape[1]
-    found = torch.zeros(row_RK.shape[0], _whole(size + 4, _TILE), dtype=torch.bfloat16)
-    found[:, :size] = row_RK
-    found[:, size : size + 2] = _halves(base_R)
-    found[:, size + 2 : size + 4] = 1.0
-    return found
 
 
 def scan_topk(
@@ -103,17 +90,13 @@ _Lists = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]
 
 def _above(short_BK: torch.Tensor, rough: Callable[[slice], torch.Tensor], num_rows: int, wanted: int) -> _Lists:
     """The rows whose scores are about among the `wanted` best, more of them rather than fewer."""
-    num_queries, size = short_BK.shape
-    # Few shapes: oneDNN keeps code for each that it meets.
-    query_BK = torch.zeros(rounded_up(num_queries), _whole(size + 4, _TILE), dtype=torch.bfloat16)
-    query_BK[:num_queries, :size] = short_BK
-    query_BK[:num_queries, size : size + 2] = 1.0
+    num_queries = short_BK.shape[0]
     every = max(_EVERY, num_rows // _SAMPLE)
     expected = wanted / every
     kept = math.ceil(expected + _DEVIATIONS * math.sqrt(expected)) + _MORE
-    least_B = _least(_bits(query_BK, rough(slice(None, None, every))), kept, num_queries)
+    least_B = _least(_bits(rough_queries(short_BK), rough(slice(None, None, every))), kept, num_queries)
     is_guide_B = np.isfinite(least_B)
-    query_BK[:num_queries, size + 2 : size + 4] = _halves(-torch.from_numpy(np.where(is_guide_B, least_B, 0.0)))
+    query_BK = rough_queries(short_BK, torch.from_numpy(np.where(is_guide_B, least_B, np.float32(0.0))))
     count_B, places = np.where(is_guide_B, 0, -1), _places(wanted)
     above_B = np.zeros(num_queries, dtype=np.int16)
     # One memory for all products: new pages take as long as they do.
@@ -148,16 +131,6 @@ def _bits(query_BK: torch.Tensor, rough_RK: torch.Tensor, score_N: torch.Tensor 
     out_BR = None if score_N is None else score_N.view(query_BK.shape[0], rough_RK.shape[0])
     found: NDArray[np.int16] = torch.mm(query_BK, rough_RK.T, out=out_BR).view(torch.int16).numpy()
     return found
-
-
-def _whole(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
-
-
-def _halves(value_R: torch.Tensor) -> torch.Tensor:
-    """(R, 2): float32 values as the sum of two numbers, which lose little in bfloat16."""
-    high_R = value_R.bfloat16().float()
-    return torch.stack([high_R, value_R - high_R], dim=1)
 
 
 @numba.njit(nogil=True, cache=True)

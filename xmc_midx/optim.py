@@ -109,10 +109,9 @@ class RowAdam(torch.optim.Optimizer):
         device = parameter.device
         # (In tests, kernels run on the CPU.)
         fits = device.type == "cpu" and not has_kernels(device) and parameter.dtype == torch.float32
-        fits = fits and parameter.is_contiguous()
+        fits = fits and parameter.is_contiguous() and group["moment"] == "sum"
         # V is not known before the first step that has a gradient.
-        is_known = "table_moment" in state and float(state["table_moment"][1]) > 0.0
-        if not fits or group["moment"] != "sum" or not is_known:
+        if not fits or "table_moment" not in state or float(state["table_moment"][1]) == 0.0:
             self._step_rows(parameter, bag_gradient(rows, grad_BD, parameter.shape), group)
             return
         row_ids, instances = transpose(rows, parameter.shape[0])
@@ -266,7 +265,7 @@ def _table_mean(table_moment: torch.Tensor) -> torch.Tensor:
     return table_moment[0] / table_moment[1].clamp(min=torch.finfo(table_moment.dtype).tiny)
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"}, error_model="numpy")
 def _step_bags(
     table: Any,
     moment: Any,

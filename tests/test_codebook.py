@@ -57,7 +57,7 @@ def test_kmeans_is_as_tight_as_faiss(num_centres: int, codewords: int) -> None:
 def test_assignments_in_bfloat16_lose_next_to_nothing_wherever_the_rows_lie(
     offset: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row between two codewords may go to either. More rows than are assigned at once, in float32 as they are."""
+    """A row between two codewords may go to either. More rows than are assigned at once."""
     rows = mixture(4096 + 333, 60, 19, spread=0.7) + offset
     words = rows[:50] + 0.0
     exact, distances = nearest(rows, words)

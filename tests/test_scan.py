@@ -79,8 +79,8 @@ def test_parts_and_the_order_of_the_rows_do_not_matter(monkeypatch: pytest.Monke
 
 
 def test_a_sample_that_misleads_is_noticed_or_does_no_harm() -> None:
-    """One row in 32 is looked at beforehand: where these alone are good, too few others are above; where these alone
-    are bad, all others are, in a list that cannot hold them."""
+    """One row in so many is looked at beforehand: where these alone are good, too few others are above; where these
+    alone are bad, all others are, in a list that cannot hold them."""
     generator = torch.Generator().manual_seed(0)
     table, bias, queries = torch.rand(4000, 5, generator=generator), torch.zeros(4000), torch.ones(150, 5)
     sampled = torch.arange(4000) % module._EVERY == 0

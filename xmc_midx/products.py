@@ -61,7 +61,7 @@ def rough_rows(row_RK: torch.Tensor, base_R: torch.Tensor) -> torch.Tensor:
     tiles of a processor.
     """
     size = row_RK.shape[1]
-    found = torch.zeros(row_RK.shape[0], -(-(size + 4) // _TILE) * _TILE, dtype=torch.bfloat16)
+    found = torch.zeros(row_RK.shape[0], _rough_size(size), dtype=torch.bfloat16)
     found[:, :size] = row_RK
     found[:, size : size + 2] = _halves(base_R)
     found[:, size + 2 : size + 4] = 1.0
@@ -72,12 +72,17 @@ def rough_queries(query_BK: torch.Tensor, less_B: torch.Tensor | None = None) ->
     """(B', K') bfloat16: queries (B, K) as they are multiplied with `rough_rows`, and what is taken off their products,
     (B,) float32. B' is B, up to a number of few: oneDNN keeps code for each shape that it meets."""
     num_queries, size = query_BK.shape
-    found = torch.zeros(rounded_up(num_queries), -(-(size + 4) // _TILE) * _TILE, dtype=torch.bfloat16)
+    found = torch.zeros(rounded_up(num_queries), _rough_size(size), dtype=torch.bfloat16)
     found[:num_queries, :size] = query_BK
     found[:num_queries, size : size + 2] = 1.0
     if less_B is not None:
         found[:num_queries, size + 2 : size + 4] = _halves(-less_B)
     return found
+
+
+def _rough_size(size: int) -> int:
+    """Of K numbers, two that are added and two that are taken off, up to whole tiles."""
+    return -(-(size + 4) // _TILE) * _TILE
 
 
 def _halves(value_R: torch.Tensor) -> torch.Tensor:

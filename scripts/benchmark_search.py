@@ -7,8 +7,8 @@ The queries are encoded test instances, the tables those of a trained RUN. With 
 them: a row is one of the run's plus half the difference of two others of its cell, so that it is clustered as a trained
 one is, and biases go with the rows. Cells are fitted to training instances and tuned on others of them, so the figures
 are held out. Each system answers all queries at once, in turns; the median of the passes counts. The share of the exact
-five best labels that are found is its recall@5. `scan` reads all sketches, or all rows, in bfloat16, and computes exact
-logits of the best, as is done for many queries at once; it is left out where the CPU does not multiply bfloat16.
+five best labels that are found is its recall@5. `scan` reads all sketches in bytes, or all rows in bfloat16, and
+computes exact logits of the best, as is done for many queries at once; left out where the CPU does not multiply these.
 
 --pecos adds PECOS's predictor over its beam widths, by itself and after the others: from WORK, where
 `benchmark_peers.py DATA --systems pecos --work WORK` has trained it. Its exact answer is its own model's, and its time
@@ -38,6 +38,7 @@ from xmc_midx.device import multiplies_bfloat16
 from xmc_midx.index import CellIndex, ExactIndex, ScanIndex, tune_effort
 from xmc_midx.predictor import Predictor
 from xmc_midx.quantization import StoredTable, quantize
+from xmc_midx.sketches import MULTIPLIES_BYTES
 
 K = 5
 FITTED, TUNED = 20_000, 2_000
@@ -195,11 +196,11 @@ def main() -> None:
     if "scan" in systems and multiplies_bfloat16(torch.device("cpu")):
         rough = ScanIndex(exact.label_table_LD, exact.bias_L)
         searches["scan of rows"] = lambda query: rough.search(query, K).label_ids
-        sketches = cells.rough()
+    if "scan" in systems and MULTIPLIES_BYTES:
         for share in (0.25, 0.5, 1.0, 2.0):
             width = max(K, round(share * effort.width))
             name = f"scan of sketches, {width} logits" + (" (tuned)" if share == 1 else "")
-            options = {"depth": effort.depth, "width": width, "rough": sketches.__getitem__}
+            options = {"depth": effort.depth, "width": width}
             searches[name] = lambda query, options=options: (  # type: ignore[misc]
                 cells.scan(query, table, bias, K, **options).label_ids
             )

@@ -12,6 +12,7 @@ from xmc_midx import index as index_module
 from xmc_midx.cells import LabelCells, fit_cells
 from xmc_midx.index import CellIndex, Effort, tune_effort
 from xmc_midx.quantization import StoredTable, quantize
+from xmc_midx.sketches import MULTIPLIES_BYTES
 from xmc_midx.types import TopK
 
 ALL = 1 << 30
@@ -19,8 +20,12 @@ ALL = 1 << 30
 
 @pytest.fixture(autouse=True)
 def by_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CPU that does not multiply bfloat16, whatever this one does."""
+    """As on a CPU that multiplies neither bfloat16 nor bytes, whatever this one does."""
     monkeypatch.setattr(index_module, "multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(index_module, "MULTIPLIES_BYTES", False)
+
+
+by_bytes = pytest.mark.skipif(not MULTIPLIES_BYTES, reason="a scan of sketches needs AVX512-VNNI")
 
 
 def tables(
@@ -102,6 +107,7 @@ def test_the_effort_is_checked_on_all_queries(monkeypatch: pytest.MonkeyPatch) -
     assert [number for number, *_ in asked[:2]] == [75, 300], "a fourth first, then all"
 
 
+@by_bytes
 def test_many_queries_are_answered_by_a_scan_of_all_sketches_where_it_is_faster(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -119,25 +125,23 @@ def test_many_queries_are_answered_by_a_scan_of_all_sketches_where_it_is_faster(
     monkeypatch.setattr(LabelCells, "scan", watched)
     found = {}
     for is_fast in (False, True):
-        monkeypatch.setattr(index_module, "multiplies_bfloat16", lambda device, is_fast=is_fast: is_fast)
+        monkeypatch.setattr(index_module, "MULTIPLIES_BYTES", is_fast)
         found[is_fast] = index.search(queries, 5)
-        index.search(queries[:100], 5)
+        index.search(queries[:20], 5)
     assert called == [len(queries)], "few queries, or other hardware: by cells"
     called.clear()
     by_cells, by_scan = (
         (found[is_fast].label_ids[:, :, None] == exact[:, None, :]).any(axis=1).mean() for is_fast in (False, True)
     )
     assert by_scan > max(by_cells, 0.995)
-    monkeypatch.setattr(index_module, "_CONVERTED", 0)
-    again = index.with_reach("cells").search(queries, 5)
-    np.testing.assert_array_equal(again.label_ids, found[True].label_ids)
-    np.testing.assert_array_equal(again.scores, found[True].scores)
     logits = np.take_along_axis(queries.numpy() @ table.rows().T + bias, found[True].label_ids, axis=1)
     np.testing.assert_allclose(found[True].scores, logits, rtol=1e-4, atol=1e-4)
-    # Where cells read a small part of the labels, they are faster.
-    assert len(called) == 1
-    CellIndex(table, bias, cells, Effort(depth=300, width=60, recall=0.5)).search(queries, 5)
-    assert len(called) == 1
+    # Where cells read a small part of the labels, they are faster, the more so the fewer the queries.
+    for depth, sizes in ((100, []), (260, [300]), (600, [300, 60]), (1200, [300, 60, 20])):
+        called.clear()
+        for size in (300, 60, 20, 3):
+            CellIndex(table, bias, cells, Effort(depth=depth, width=60, recall=0.5)).search(queries[:size], 5)
+        assert called == sizes
 
 
 def test_few_queries_are_projected_as_many_are() -> None:
@@ -170,6 +174,7 @@ def test_all_labels_in_bfloat16_are_the_exact_search(monkeypatch: pytest.MonkeyP
     assert asked == [1, len(queries)], "of the query whose logits are all alike; of all, without the hardware"
 
 
+@by_bytes
 def test_a_query_that_the_scan_has_no_answer_to_is_searched_by_cells() -> None:
     table, bias, fitted, queries = tables(6000, 48)
     cells = fit_cells(table, bias, fitted)

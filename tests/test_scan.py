@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from xmc_midx import scan as module
 from xmc_midx.products import rough_queries, rough_rows
 from xmc_midx.quantization import StoredTable
-from xmc_midx.scan import scan_topk
+from xmc_midx.scan import Lists, list_rough, scan_topk
 from xmc_midx.types import TopK
 
 
@@ -37,7 +39,10 @@ def scan(
         left = rows
         return TopK.empty(len(rows), k)
 
-    how = {"short_BK": queries, "rough": rough.__getitem__, "label_ids": labels, "width": width, "otherwise": otherwise}
+    def above(part: slice, wanted: int) -> Lists:
+        return list_rough(queries[part], rough.__getitem__, len(ids), wanted)
+
+    how = {"above": above, "label_ids": labels, "width": width, "otherwise": otherwise}
     return scan_topk(queries, stored, bias.numpy(), k, **how), left  # type: ignore[arg-type]
 
 
@@ -167,9 +172,14 @@ def test_what_comes_up_to_a_score_is_listed(num_rows: int) -> None:
 def test_many_results_are_found_in_parts_of_few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     table, bias, queries = tables(9000, 8)
     expected, left = scan(table, bias, queries, 100, 200)
-    asked, above = [], module._above
+    asked, find = [], module.list_rough
     monkeypatch.setattr(module, "_PLACES", 10 * module._places(200) + 1)
-    monkeypatch.setattr(module, "_above", lambda short, *rest: asked.append(len(short)) or above(short, *rest))
+
+    def watched(short: torch.Tensor, *rest: Any) -> Lists:
+        asked.append(len(short))
+        return find(short, *rest)
+
+    monkeypatch.setitem(globals(), "list_rough", watched)
     found, again = scan(table, bias, queries, 100, 200)
     assert sum(asked) == 133 and max(asked) == 10 and len(asked) == 14
     np.testing.assert_array_equal(again, left)

@@ -15,7 +15,7 @@ index".
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -25,24 +25,20 @@ import torch
 from numpy.typing import NDArray
 
 from xmc_midx.codebook import kmeans
-from xmc_midx.products import rough_rows
 from xmc_midx.quantization import StoredTable
 from xmc_midx.scan import scan_topk, write_best_logits
 from xmc_midx.selection import keep_best, least_of_best
+from xmc_midx.sketches import SIZE, list_above, products, round_query
 from xmc_midx.threads import in_threads, scratch
 from xmc_midx.types import TopK
 
 __all__ = ["LabelCells", "fit_cells"]
 
-_SKETCH = 128
-"""Numbers of a sketch."""
 _CELLS = 20.0
 """Cells, in roots of the number of labels."""
 _DEVIATIONS = 3.0
 _ITERATIONS = 8
 _MAX_CODE = 127
-_MAX_QUERY = 2047
-"""Sizes of a sketch's and a query's whole numbers: a sketch's products together fit in 32 bits."""
 _CHUNK, _FEW = 1024, 8
 """Queries at once, and from which on torch projects them, not compiled code (EXPERIMENTS.md, "Latency")."""
 _CHUNK_ROWS = 1 << 12
@@ -104,7 +100,7 @@ class LabelCells:
             or cells.offsets[0] != 0
             or cells.offsets[-1] != num_labels
             or bool((np.diff(cells.offsets) < 0).any())
-            or size != _SKETCH
+            or size != SIZE
             or not np.array_equal(np.sort(cells.label_ids), np.arange(num_labels))
         ):
             raise ValueError("cells, sketches and labels do not fit together")
@@ -135,35 +131,22 @@ class LabelCells:
         in_threads(run, query_BD.shape[0])
         return found
 
-    def rough(self, rows: slice = slice(None)) -> torch.Tensor:
-        """The sketches of those positions as `scan` multiplies them (`products.rough_rows`)."""
-        return rough_rows(torch.from_numpy(self.sketches[rows]), torch.from_numpy(self.base[rows]))
-
     def scan(
-        self,
-        query_BD: torch.Tensor,
-        table: StoredTable,
-        bias: _Floats,
-        k: int,
-        *,
-        depth: int,
-        width: int,
-        rough: Callable[[slice], torch.Tensor] | None = None,
+        self, query_BD: torch.Tensor, table: StoredTable, bias: _Floats, k: int, *, depth: int, width: int
     ) -> TopK:
-        """As `search`, but the sketches of all labels are read, by one product for many queries.
+        """As `search`, but the sketches of all labels are read, once for many queries, where `MULTIPLIES_BYTES`.
 
         Parameters
         ----------
         depth : for a query to which that does not answer.
-        rough : as the method of this name, of sketches that are multiplied again and again; None: that.
         """
+        short_BK = self._short(query_BD).numpy()
         return scan_topk(
             query_BD,
             table,
             bias,
             k,
-            short_BK=self._short(query_BD),
-            rough=rough or self.rough,
+            above=lambda part, wanted: list_above(short_BK[part], (self.sketches, self.base), wanted),
             label_ids=self.label_ids,
             width=width,
             otherwise=lambda left: self.search(query_BD[left], table, bias, k, depth=depth, width=width),
@@ -173,7 +156,7 @@ class LabelCells:
         """(B, K): the queries' side of the sketches' products."""
         if query_BD.shape[0] < _FEW:
             # A library's product of a single row wakes its threads, which takes longer than the product.
-            short_BK = np.empty((query_BD.shape[0], _SKETCH), dtype=np.float32)
+            short_BK = np.empty((query_BD.shape[0], SIZE), dtype=np.float32)
             _project(query_BD.contiguous().numpy(), self.projection, self.shift, short_BK)
             return torch.from_numpy(short_BK)
         return torch.addmm(torch.from_numpy(self.shift), query_BD, torch.from_numpy(self.projection))
@@ -205,7 +188,7 @@ def fit_cells(table: StoredTable, bias: _Floats, query_ND: torch.Tensor, *, seed
         square_K += ((query_BD - mean_D) @ projection_DK).square_().sum(dim=0)
     order = torch.argsort(cell_L, stable=True)
     count_C = torch.bincount(cell_L)
-    sums_CK = torch.zeros(len(count_C), _SKETCH + 1)
+    sums_CK = torch.zeros(len(count_C), SIZE + 1)
     for part in points.parts():
         sums_CK.index_add_(0, cell_L[part], points.unscaled(part))
     mean_CK = sums_CK / count_C[:, None]
@@ -230,10 +213,10 @@ class _Points:
     """The labels as points: sketches in bytes, each number times its scale, and `base` as the last coordinate."""
 
     def __init__(self, num_labels: int, scale_K: torch.Tensor) -> None:
-        self.codes_LK = torch.empty(num_labels, _SKETCH, dtype=torch.int8)
+        self.codes_LK = torch.empty(num_labels, SIZE, dtype=torch.int8)
         self.base_L = torch.empty(num_labels)
         self.scale_K = scale_K
-        self.shape, self.device = torch.Size((num_labels, _SKETCH + 1)), scale_K.device
+        self.shape, self.device = torch.Size((num_labels, SIZE + 1)), scale_K.device
 
     def __getitem__(self, index: torch.Tensor | slice) -> torch.Tensor:
         return torch.cat([self.codes_LK[index] * self.scale_K, self.base_L[index, None]], dim=1)
@@ -247,8 +230,8 @@ class _Points:
 
 def _weights(table: StoredTable, unprojection_DK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(K,) the root of the standard deviation of each number of the sketches, and its largest size."""
-    sum_K, square_K = (torch.zeros(_SKETCH, dtype=torch.float64) for _ in range(2))
-    largest_K = torch.zeros(_SKETCH)
+    sum_K, square_K = (torch.zeros(SIZE, dtype=torch.float64) for _ in range(2))
+    largest_K = torch.zeros(SIZE)
     for _, rows_BD in _chunks(table):
         sketch_BK = rows_BD @ unprojection_DK
         sum_K += sketch_BK.sum(dim=0)
@@ -282,8 +265,8 @@ def _directions(table: StoredTable, query_ND: torch.Tensor) -> tuple[torch.Tenso
         gram_DD += (centered_BD.T @ centered_BD).double()
     root = vectors * length_D
     _, singular = torch.linalg.eigh(root.T @ gram_DD @ root)
-    best = singular.flip(dims=[1])[:, :_SKETCH]
-    best = torch.nn.functional.pad(best, (0, _SKETCH - best.shape[1]))
+    best = singular.flip(dims=[1])[:, :SIZE]
+    best = torch.nn.functional.pad(best, (0, SIZE - best.shape[1]))
     return mean_D, ((vectors / length_D) @ best).float(), (root @ best).float()
 
 
@@ -320,17 +303,6 @@ def _project(query_BD: Any, projection_DK: Any, shift_K: Any, short_BK: Any) -> 
                 short[place] += query_BD[row, column] * projection_DK[column, place]
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def _products(short: Any, unit: Any, sketches: Any, base: Any, first: Any, last: Any, score: Any) -> None:
-    """`unit short . sketch + base` of the positions first..last, into `score`."""
-    for position in range(last - first):
-        total = np.int32(0)
-        # A constant number of turns, and products kept in 32 bits: eight of them at once.
-        for column in range(_SKETCH):
-            total = np.int32(total + np.int32(short[column]) * np.int32(sketches[first + position, column]))
-        score[position] = np.float32(total) * unit + base[first + position]
-
-
 @numba.njit(nogil=True, cache=True)
 def _search(
     queries: Any,
@@ -350,22 +322,17 @@ def _search(
     num_cells, num_labels = offsets.shape[0] - 1, label_ids.shape[0]
     score, places = workspace
     cell_score = np.empty(num_cells, dtype=np.float32)
-    whole = np.empty(_SKETCH, dtype=np.int16)
+    whole = np.empty(SIZE, dtype=np.int8)
     sizes = (offsets[1:] - offsets[:-1]).astype(np.int32)
     for row in range(begin, end):
-        largest = np.float32(1e-30)
-        for column in range(short_BK.shape[1]):
-            largest = max(largest, abs(short_BK[row, column]))
-        unit = largest / np.float32(_MAX_QUERY)
-        for column in range(short_BK.shape[1]):
-            whole[column] = np.int16(np.rint(short_BK[row, column] / unit))
-        _products(whole, unit, means, cell_bias, np.uint64(0), np.uint64(num_cells), cell_score)
+        query = (whole, *round_query(short_BK[row], whole))
+        products(query, (means, cell_bias), 0, num_cells, cell_score)
         least = least_of_best(cell_score, sizes, depth, num_labels)
         count = 0
         for cell in range(num_cells):
             if cell_score[cell] >= least:
                 first, last = offsets[cell], offsets[cell + 1]
-                _products(whole, unit, sketches, base, np.uint64(first), np.uint64(last), score[count:])
+                products(query, (sketches, base), first, last, score[count:])
                 for position in range(first, last):
                     places[count] = position
                     count += 1

@@ -18,8 +18,9 @@ from xmc_midx.device import multiplies_bfloat16
 from xmc_midx.intrinsics import AHEAD, fetch_row
 from xmc_midx.products import rough_rows
 from xmc_midx.quantization import StoredTable, row_product
-from xmc_midx.scan import scan_topk
+from xmc_midx.scan import list_rough, scan_topk
 from xmc_midx.selection import insert_best
+from xmc_midx.sketches import MULTIPLIES_BYTES
 from xmc_midx.topk import best_of, exact_topk, rescored_topk
 from xmc_midx.types import LabelIndex, TopK
 
@@ -47,14 +48,12 @@ _STEP = 1.4
 """By which the effort grows."""
 _FIRST_PART, _FIRST_SLACK = 4, 0.002
 """One in so many of the queries says how the effort grows and, up to a recall less by the second, whether it has to."""
-_MANY_ROWS, _MANY_SKETCHES = 64, 128
-"""Queries from which a scan in bfloat16, of all rows or sketches, is faster than the exact one or a search by cells
-(EXPERIMENTS.md, "Label index")."""
-_CONVERTED = 32 << 20
-"""Bytes of sketches up to which they are kept in bfloat16 too, in two and a half times as many: 250,000 labels."""
-_SCANNED, _SHARE = 16, 16
-"""Labels for each whose sketch a search by cells reads, up to which a scan of all sketches is faster, and for each that
-gets an exact logit, from which a scan in bfloat16 is."""
+_MANY_ROWS, _SHARE = 64, 16
+"""Queries, and labels for each that gets an exact logit, from which a scan of all rows in bfloat16 is faster than the
+exact one (EXPERIMENTS.md, "Label index")."""
+_FOR_EACH, _FOR_ALL = 1 / 32, 3.0
+"""What a scan of all sketches takes for each of its queries, and for all together, in sketches that a search by cells
+reads, for each label."""
 _CPU = torch.device("cpu")
 _SCAN_ROWS = 1 << 12
 """Rows in float32 at once, when all are scanned."""
@@ -247,8 +246,8 @@ class CellIndex:
         """As `ExactIndex.search`. With label lists, or where half of the labels would get an exact logit, all are
         scanned.
 
-        Of many queries at once, a CPU that multiplies bfloat16 reads the sketches of all labels, by one product: then
-        a label may be found that a search of the same query alone misses.
+        Of many queries at once, a CPU that multiplies bytes reads the sketches of all labels: then a label may be found
+        that a search of the same query alone misses.
         """
         # More results need more exact logits; not more sketches, which the best labels are found by in any case.
         width = max(self.effort.width, 2 * k)
@@ -257,13 +256,12 @@ class CellIndex:
             return self._exact(query_BD, k, _excluded_of(self.num_labels, allow, deny))
         if self.reach == "all":
             return self._scan(query_BD, k)
-        # All sketches by one product, where that is the faster way to the same labels, and more.
-        is_wide = depth * _SCANNED >= self.num_labels and _pays(query_BD, _MANY_SKETCHES, width, self.num_labels)
-        if is_wide and multiplies_bfloat16(_CPU):
-            return self.cells.scan(
-                query_BD, self.table, self.bias_L, k, depth=depth, width=width, rough=self._rough_sketches
-            )
-        return self.cells.search(query_BD, self.table, self.bias_L, k, depth=depth, width=width)
+        # All sketches, where that is the faster way to the same labels, and more.
+        num_queries = query_BD.shape[0]
+        is_faster = depth * num_queries >= self.num_labels * (num_queries * _FOR_EACH + _FOR_ALL)
+        is_scan = MULTIPLIES_BYTES and is_faster and _SHARE * width <= self.num_labels
+        find = self.cells.scan if is_scan else self.cells.search
+        return find(query_BD, self.table, self.bias_L, k, depth=depth, width=width)
 
     def add(self, top: TopK, query_BD: torch.Tensor, labels: csr_matrix) -> TopK:
         """A search's result with those of other labels, the stored ones of (B, L), that it should have found."""
@@ -280,13 +278,6 @@ class CellIndex:
 
     def _rough_rows(self, rows: slice) -> torch.Tensor:
         return rough_rows(torch.from_numpy(self.table.rows(rows)), torch.from_numpy(self.bias_L[rows]))
-
-    @functools.cached_property
-    def _rough_sketches(self) -> Callable[[slice], torch.Tensor]:
-        """Of not too many labels, all are converted for the first scan and kept."""
-        if self.cells.sketches.nbytes > _CONVERTED:
-            return self.cells.rough
-        return self.cells.rough().__getitem__
 
     def _exact(self, query_BD: torch.Tensor, k: int, excluded_L: torch.Tensor | None = None) -> TopK:
         """The k best of all labels that are not excluded, in float32."""
@@ -310,11 +301,6 @@ class CellIndex:
         return best_of([TopK(label_ids=best.label_ids, scores=logits)], k)
 
 
-def _pays(query_BD: torch.Tensor, many: int, width: int, num_labels: int) -> bool:
-    """Whether a product in bfloat16 pays, where it is fast: for many queries, of which each wants few of the labels."""
-    return query_BD.shape[0] >= many and _SHARE * width <= num_labels
-
-
 def _scan_rows(
     query_BD: torch.Tensor,
     table: StoredTable,
@@ -325,15 +311,14 @@ def _scan_rows(
 ) -> TopK:
     """The k best labels by a scan of their rough rows, or by the exact search where that does not pay."""
     num_labels, width = len(bias_L), k + _SLACK
-    if not _pays(query_BD, _MANY_ROWS, width, num_labels):
+    if query_BD.shape[0] < _MANY_ROWS or _SHARE * width > num_labels:
         return exact(query_BD, k)
     return scan_topk(
         query_BD,
         table,
         bias_L,
         k,
-        short_BK=query_BD,
-        rough=rough,
+        above=lambda part, wanted: list_rough(query_BD[part], rough, num_labels, wanted),
         label_ids=np.arange(num_labels, dtype=np.int32),
         width=width,
         otherwise=lambda left: exact(query_BD[left], k),

@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["AHEAD", "WORD", "fetch", "fetch_row", "lowest", "reaching"]
+__all__ = ["AHEAD", "WORD", "fetch", "fetch_row", "for_compiled_code", "lowest", "reaching"]
 
 AHEAD = 4
 """Rows that are asked for while one is read."""
@@ -19,7 +19,7 @@ _LINE, _BEGINNING = 64, 512
 """Bytes of a cache line, and of a long row that are asked for."""
 
 
-def _for_compiled_code(define: Any) -> Any:
+def for_compiled_code(define: Any) -> Any:
     """numba's `intrinsic`: what it makes is called without the context that it defines the call with."""
     return intrinsic(define)
 
@@ -42,7 +42,7 @@ def fetch_row(table: Any, row: Any) -> None:
     fetch(table[row], 0, min(table.shape[1], _BEGINNING // table.itemsize))
 
 
-@_for_compiled_code
+@for_compiled_code
 def _prefetch(context: Any, values: Any, place: Any) -> Any:
     """Of one cache line."""
 
@@ -60,7 +60,7 @@ def _prefetch(context: Any, values: Any, place: Any) -> Any:
     return types.void(values, types.intp), generate
 
 
-@_for_compiled_code
+@for_compiled_code
 def reaching(context: Any, values: Any, first: Any, least: Any) -> Any:
     """Which of 64 numbers from `values[first]` on, int16 side by side in memory, come up to `least`: a bit of each."""
 
@@ -76,7 +76,7 @@ def reaching(context: Any, values: Any, first: Any, least: Any) -> Any:
     return types.uint64(values, types.intp, types.int16), generate
 
 
-@_for_compiled_code
+@for_compiled_code
 def lowest(context: Any, word: Any) -> Any:
     """The number of the lowest bit of a word that is not 0."""
 

@@ -1,9 +1,10 @@
-"""Layer 2. The best rows of a table by one product of all of them in bfloat16, then by their exact logits.
+"""Layer 2. The best rows of a table by rough scores of all of them, then by their exact logits.
 
-Where a CPU multiplies bfloat16, looking at the scores takes longer than making them. So each query knows beforehand
-what it will keep, by the scores of a sample of the rows, and brings that score into the product as one more number:
-the signs of what comes out say which rows are above it, and 32 of them become bits of a word in one instruction. What
-bfloat16 rounds is then the distance from that score, least where it decides.
+Looking at the scores takes longer than making them. So each query knows beforehand what it will keep, by the scores of
+a sample of the rows, and the rows that come up to that are listed. Here the scores are one product in bfloat16, into
+which a query brings its own as one more number: the signs of what comes out say which rows are above it, and 64 of them
+become bits of a word in few instructions. What bfloat16 rounds is then the distance from that score, least where it
+decides. `xmc_midx.sketches` lists rows by products of bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from xmc_midx.selection import keep_best, least_of_best, write_best
 from xmc_midx.threads import in_threads, scratch
 from xmc_midx.types import TopK
 
-__all__ = ["scan_topk", "write_best_logits"]
+__all__ = ["Lists", "empty_lists", "list_rough", "make_room", "sample_of", "scan_topk", "write_best_logits"]
 
 _QUERIES, _ROWS, _PLACES = 1 << 10, 1 << 13, 1 << 22
 """Queries and rows whose scores are held at once (16 MiB), at most, and places of all their lists (32 MiB)."""
@@ -39,28 +40,31 @@ _LIST = 4
 """Places of a query's list, in rows wanted."""
 
 
+Lists = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]
+"""(B,) rows found for a query, -1 where it has to be asked otherwise; (B, C) their numbers and scores, of which those
+of a query compare."""
+
+
 def scan_topk(
     query_BD: torch.Tensor,
     table: StoredTable,
     bias_L: NDArray[np.float32],
     k: int,
     *,
-    short_BK: torch.Tensor,
-    rough: Callable[[slice], torch.Tensor],
+    above: Callable[[slice, int], Lists],
     label_ids: NDArray[np.int32],
     width: int,
     otherwise: Callable[[NDArray[np.int64]], TopK],
 ) -> TopK:
-    """The k labels with the largest logits among the `width` best by rough rows.
+    """The k labels with the largest logits among the `width` best by rough scores.
 
     Parameters
     ----------
     query_BD : (B, D) float32, for the logits.
     table, bias_L : (L, D) and (L,) float32, the labels' rows and biases.
     k : results, at most `width`.
-    short_BK : (B, K), the queries as the rough rows are multiplied with.
-    rough : `rough_rows` of a slice of the L labels, in the order of `label_ids`.
-    label_ids : (L,), the label of each rough row.
+    above : of these of the queries and `width`, the rows that score highest, as of `list_rough`.
+    label_ids : (L,), the label of each of its rows.
     width : labels that get an exact logit, at least.
     otherwise : another search, for the queries of these numbers: where the sample is no guide, or too many rows score
         alike.
@@ -73,9 +77,8 @@ def scan_topk(
     borders = np.linspace(0, len(queries), -(-len(queries) // at_once) + 1).astype(int)
     for begin, end in itertools.pairwise(borders.tolist()):
         part = slice(begin, end)
-        lists = _above(short_BK[part], rough, len(label_ids), width)
         answers = (is_known_B[part], found.label_ids[part], found.scores[part])
-        arrays = (queries[part], table.arrays, bias_L, label_ids, lists, width, answers)
+        arrays = (queries[part], table.arrays, bias_L, label_ids, above(part, width), width, answers)
         in_threads(functools.partial(_answer, *arrays), len(answers[0]))
     left = np.flatnonzero(~is_known_B)
     if len(left):
@@ -84,29 +87,42 @@ def scan_topk(
     return found
 
 
-_Lists = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]
-"""(B,) rows found for a query, -1 where it has to be asked otherwise; (B, C) their numbers and scores."""
+def list_rough(short_BK: torch.Tensor, rough: Callable[[slice], torch.Tensor], num_rows: int, wanted: int) -> Lists:
+    """The rows that score highest for a query, about `wanted` and more rather than fewer.
 
-
-def _above(short_BK: torch.Tensor, rough: Callable[[slice], torch.Tensor], num_rows: int, wanted: int) -> _Lists:
-    """The rows whose scores are about among the `wanted` best, more of them rather than fewer."""
+    Parameters
+    ----------
+    short_BK : (B, K), the queries as the rough rows are multiplied with.
+    rough : `rough_rows` of a slice of the rows.
+    """
     num_queries = short_BK.shape[0]
-    every = max(_EVERY, num_rows // _SAMPLE)
-    expected = wanted / every
-    kept = math.ceil(expected + _DEVIATIONS * math.sqrt(expected)) + _MORE
+    every, kept = sample_of(num_rows, wanted)
     least_B = _least(_bits(rough_queries(short_BK), rough(slice(None, None, every))), kept, num_queries)
     is_guide_B = np.isfinite(least_B)
     query_BK = rough_queries(short_BK, torch.from_numpy(np.where(is_guide_B, least_B, np.float32(0.0))))
-    count_B, places = np.where(is_guide_B, 0, -1), _places(wanted)
+    lists = empty_lists(num_queries, wanted)
+    lists[0][~is_guide_B] = -1
     above_B = np.zeros(num_queries, dtype=np.int16)
     # One memory for all products: new pages take as long as they do.
     score_N = torch.empty(len(query_BK) * min(_ROWS, num_rows), dtype=torch.bfloat16)
-    ids, scores = np.empty((num_queries, places), dtype=np.int32), np.empty((num_queries, places), dtype=np.float32)
     for begin in range(0, num_rows, _ROWS):
         part_RK = rough(slice(begin, min(begin + _ROWS, num_rows)))
         bits = _bits(query_BK, part_RK, score_N[: len(query_BK) * len(part_RK)])
-        in_threads(functools.partial(_collect, bits, begin, above_B, (count_B, ids, scores), wanted), num_queries)
-    return count_B, ids, scores
+        in_threads(functools.partial(_collect, bits, begin, above_B, lists, wanted), num_queries)
+    return lists
+
+
+def sample_of(num_rows: int, wanted: int) -> tuple[int, int]:
+    """One row in how many is in the sample, and how many of the sample are to be above what a query keeps."""
+    every = max(_EVERY, num_rows // _SAMPLE)
+    expected = wanted / every
+    return every, math.ceil(expected + _DEVIATIONS * math.sqrt(expected)) + _MORE
+
+
+def empty_lists(num_queries: int, wanted: int) -> Lists:
+    places = _places(wanted)
+    ids, scores = np.empty((num_queries, places), dtype=np.int32), np.empty((num_queries, places), dtype=np.float32)
+    return np.zeros(num_queries, dtype=np.int64), ids, scores
 
 
 def _least(sample_BR: NDArray[np.int16], kept: int, num_queries: int) -> NDArray[np.float32]:
@@ -164,12 +180,18 @@ def _collect(bits_BR: Any, start: int, above_B: Any, lists: Any, wanted: int, be
                 count += 1
                 kept &= kept - np.uint64(1)
             if count > places - WORD:
-                count = keep_best(ids, scores, count, wanted)
-                above = np.int16(scores[:count].min())
-                # Too many alike.
-                count = count if 2 * count <= places else -1
+                count, least = make_room(ids, scores, count, wanted)
+                above = np.int16(least)
             first += WORD
         count_B[row], above_B[row] = count, above
+
+
+@numba.njit(nogil=True, cache=True)
+def make_room(ids: Any, scores: Any, count: int, wanted: int) -> Any:
+    """Of a list that is full, the best to the front: how many, -1 where too many score alike, and the least score."""
+    count = keep_best(ids, scores, count, wanted)
+    least = scores[:count].min()
+    return (count if 2 * count <= ids.shape[0] else -1), least
 
 
 @numba.njit(nogil=True, inline="always")

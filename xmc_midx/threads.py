@@ -13,7 +13,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["in_threads", "scratch", "zeros"]
+__all__ = ["in_threads", "num_workers", "scratch", "zeros"]
 
 _PARALLEL = 8
 """Rows from which threads are worth their start."""
@@ -27,13 +27,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def in_threads(work: Callable[[int, int], object], num_rows: int, *, least: int = _PARALLEL) -> None:
-    """`work(first, last)` over parts of 0..num_rows, in as many threads as torch has (numba, where torch is
-    not loaded), this one among them; within such a part, or of fewer rows than `least`, in this one alone.
+    """`work(first, last)` over parts of 0..num_rows, in `num_workers` threads, this one among them; within such a part,
+    or of fewer rows than `least`, in this one alone.
 
     The work is compiled code or NumPy's, which let other threads run.
     """
-    torch = sys.modules.get("torch")
-    workers: int = numba.get_num_threads() if torch is None else torch.get_num_threads()
+    workers = num_workers()
     if workers == 1 or num_rows < least or getattr(_LOCAL, "working", False):
         work(0, num_rows)
         return
@@ -57,6 +56,12 @@ def in_threads(work: Callable[[int, int], object], num_rows: int, *, least: int 
     for other in others:
         if not other.cancelled():
             other.result()
+
+
+def num_workers() -> int:
+    """As many as torch has threads, or numba where torch is not loaded."""
+    torch = sys.modules.get("torch")
+    return int(numba.get_num_threads() if torch is None else torch.get_num_threads())
 
 
 def _pool(size: int) -> ThreadPoolExecutor:

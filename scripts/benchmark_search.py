@@ -198,7 +198,7 @@ def main() -> None:
         searches["scan of rows"] = lambda query: rough.search(query, K).label_ids
     if "scan" in systems and MULTIPLIES_BYTES:
         for share in (0.25, 0.5, 1.0, 2.0):
-            width = max(K, round(share * effort.width))
+            width = max(K, round(share * effort.scan_width))
             name = f"scan of sketches, {width} logits" + (" (tuned)" if share == 1 else "")
             options = {"depth": effort.depth, "width": width}
             searches[name] = lambda query, options=options: (  # type: ignore[misc]

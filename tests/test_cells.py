@@ -53,7 +53,7 @@ def brute_force(table: StoredTable, bias: np.ndarray, queries: torch.Tensor, k: 
 def test_all_cells_are_the_exact_search_bit_for_bit(num_labels: int, dim: int, storage: str) -> None:
     table, bias, fitted, queries = tables(num_labels, dim, storage)
     cells = fit_cells(table, bias, fitted)
-    exact = CellIndex(table, bias, cells, Effort(depth=1, width=1, recall=1.0), reach="exact")
+    exact = CellIndex(table, bias, cells, Effort(depth=1, width=1, recall=1.0, scan_width=1), reach="exact")
     for k in (1, 5, 12):
         expected = exact.search(queries, k)
         found = cells.search(queries, table, bias, k, depth=ALL, width=ALL)
@@ -86,6 +86,43 @@ def test_the_tuned_effort_keeps_its_promise_on_other_queries_and_is_small() -> N
     np.testing.assert_allclose(found.scores, logits, rtol=1e-4, atol=1e-4)
 
 
+@by_bytes
+def test_a_scan_has_a_width_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads all sketches, so that it needs fewer exact logits than a search by cells; stored with the index."""
+    monkeypatch.setattr(index_module, "MULTIPLIES_BYTES", True)
+    monkeypatch.setattr(index_module, "_FEWEST", (20, 5))
+    monkeypatch.setattr(index_module, "_tune_cells", lambda *_: (900, 60, 0.99))
+    table, bias, fitted, _ = tables(6000, 300)
+    cells = fit_cells(table, bias, fitted)
+    effort = tune_effort(table, bias, cells, fitted)
+    exact = brute_force(table, bias, fitted, 5)
+
+    def recall(width: int) -> float:
+        found = cells.scan(fitted, table, bias, 5, depth=6000, width=width).label_ids
+        return float((found[:, :, None] == exact[:, None, :]).any(axis=1).mean())
+
+    assert 5 < effort.scan_width < effort.width == 60
+    assert recall(effort.scan_width) >= 0.992 > recall(round(effort.scan_width / index_module._STEP))
+    arrays = CellIndex(table, bias, cells, effort).as_arrays()
+    assert CellIndex.from_arrays(table, bias, arrays).effort == effort
+    widths, scan = [], LabelCells.scan
+
+    def watched(self: LabelCells, *arguments: Any, **options: Any) -> TopK:
+        widths.append(options["width"])
+        return scan(self, *arguments, **options)
+
+    monkeypatch.setattr(LabelCells, "scan", watched)
+    index = CellIndex(table, bias, cells, effort)
+    index.search(fitted, 5)
+    index.search(fitted, 50)
+    assert widths == [effort.scan_width, 100]
+    # Of earlier runs, and of machines that do not scan, both searches have the same.
+    earlier = CellIndex.from_arrays(table, bias, arrays | {"effort": arrays["effort"][:2]}).effort
+    assert (earlier.depth, earlier.width, earlier.scan_width) == (effort.depth, effort.width, effort.width)
+    monkeypatch.setattr(index_module, "MULTIPLIES_BYTES", False)
+    assert tune_effort(table, bias, cells, fitted).scan_width == effort.width
+
+
 def test_the_effort_is_checked_on_all_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the part that says how it grows are easy here, and the others need more logits."""
     table, bias, fitted, _ = tables(3000, 48)
@@ -114,7 +151,7 @@ def test_many_queries_are_answered_by_a_scan_of_all_sketches_where_it_is_faster(
     """It reads them all, so that it finds what the search by cells does, and more; its logits are exact too."""
     table, bias, fitted, queries = tables(6000, 48)
     cells = fit_cells(table, bias, fitted)
-    index = CellIndex(table, bias, cells, Effort(depth=500, width=60, recall=0.5))
+    index = CellIndex(table, bias, cells, Effort(depth=500, width=60, recall=0.5, scan_width=60))
     exact = brute_force(table, bias, queries, 5)
     called, scan = [], LabelCells.scan
 
@@ -140,7 +177,9 @@ def test_many_queries_are_answered_by_a_scan_of_all_sketches_where_it_is_faster(
     for depth, sizes in ((100, []), (260, [300]), (600, [300, 60]), (1200, [300, 60, 20])):
         called.clear()
         for size in (300, 60, 20, 3):
-            CellIndex(table, bias, cells, Effort(depth=depth, width=60, recall=0.5)).search(queries[:size], 5)
+            CellIndex(table, bias, cells, Effort(depth=depth, width=60, recall=0.5, scan_width=60)).search(
+                queries[:size], 5
+            )
         assert called == sizes
 
 
@@ -156,7 +195,9 @@ def test_all_labels_in_bfloat16_are_the_exact_search(monkeypatch: pytest.MonkeyP
     table, bias, fitted, queries = tables(3001, 48)
     queries[5] = 0.0
     bias[:] = 0.0
-    index = CellIndex(table, bias, fit_cells(table, bias, fitted), Effort(depth=50, width=20, recall=0.5), reach="all")
+    index = CellIndex(
+        table, bias, fit_cells(table, bias, fitted), Effort(depth=50, width=20, recall=0.5, scan_width=20), reach="all"
+    )
     asked: list[int] = []
     exact = CellIndex._exact
 
@@ -191,7 +232,9 @@ def test_a_query_that_the_scan_has_no_answer_to_is_searched_by_cells() -> None:
 
 def test_lists_and_many_results_are_answered_exactly() -> None:
     table, bias, fitted, queries = tables(500, 16)
-    index = CellIndex(table, bias, fit_cells(table, bias, fitted), Effort(depth=60, width=20, recall=1.0))
+    index = CellIndex(
+        table, bias, fit_cells(table, bias, fitted), Effort(depth=60, width=20, recall=1.0, scan_width=20)
+    )
     allow, deny = torch.arange(100, 130), torch.arange(120, 400)
     found = index.search(queries, 30, allow=allow, deny=deny)
     assert set(found.label_ids[:, :20].ravel()) == set(range(100, 120)) and (found.label_ids[:, 20:] == -1).all()
@@ -203,7 +246,9 @@ def test_labels_that_the_search_missed_are_added_by_their_logits() -> None:
     from scipy.sparse import csr_matrix
 
     table, bias, fitted, queries = tables(400, 16)
-    index = CellIndex(table, bias, fit_cells(table, bias, fitted), Effort(depth=400, width=400, recall=1.0))
+    index = CellIndex(
+        table, bias, fit_cells(table, bias, fitted), Effort(depth=400, width=400, recall=1.0, scan_width=400)
+    )
     exact = index.search(queries, 10)
     kept = np.delete(exact.label_ids, [1, 4], axis=1)
     top = TopK(label_ids=kept, scores=np.delete(exact.scores, [1, 4], axis=1))
@@ -259,7 +304,7 @@ def test_arrays_that_do_not_fit_are_refused(name: str) -> None:
 def test_more_results_compute_more_logits_and_do_not_scan(monkeypatch: pytest.MonkeyPatch) -> None:
     table, bias, fitted, queries = tables(1000, 48)
     cells = fit_cells(table, bias, fitted)
-    index = CellIndex(table, bias, cells, Effort(depth=400, width=50, recall=0.99))
+    index = CellIndex(table, bias, cells, Effort(depth=400, width=50, recall=0.99, scan_width=50))
     exact = brute_force(table, bias, queries, 5)
     monkeypatch.setattr(CellIndex, "_exact", lambda *_: pytest.fail("all labels are scanned"))
     top = index.search(queries, 100)

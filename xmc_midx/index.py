@@ -61,6 +61,8 @@ _SCAN_ROWS = 1 << 12
 Reach = Literal["cells", "all", "exact"]
 """Which labels a search by cells looks at: those of the cells; all, in bfloat16 where the CPU multiplies it, so that
 almost surely the exact best are found; all, in float32."""
+_Find = Callable[..., TopK]
+"""`LabelCells.search` or `LabelCells.scan`."""
 
 
 class ExactIndex:
@@ -179,6 +181,8 @@ class Effort:
     """Labels whose exact logits are computed, at least."""
     recall: float
     """Of the five best labels of held-out instances that are found with it."""
+    scan_width: int
+    """As `width`, of a scan of all sketches."""
 
 
 class CellIndex:
@@ -211,7 +215,7 @@ class CellIndex:
     def as_arrays(self) -> dict[str, NDArray[Any]]:
         """Cells and effort: what `from_arrays` reads beside the table."""
         return self.cells.as_arrays() | {
-            "effort": np.array([self.effort.depth, self.effort.width]),
+            "effort": np.array([self.effort.depth, self.effort.width, self.effort.scan_width]),
             "recall": np.array([self.effort.recall]),
         }
 
@@ -225,10 +229,12 @@ class CellIndex:
         reach: Reach = "cells",
     ) -> CellIndex:
         """The index of `as_arrays`; a ValueError or LookupError where it is not that of this table."""
-        depth, width = arrays["effort"].tolist()
-        if not (depth >= 1 and width >= 1):
+        numbers = [int(number) for number in arrays["effort"].tolist()]
+        # Earlier runs have one width for both searches.
+        depth, width, scan_width = numbers if len(numbers) == 3 else (*numbers, numbers[-1])
+        if min(depth, width, scan_width) < 1:
             raise ValueError("an effort is at least one label")
-        effort = Effort(depth=int(depth), width=int(width), recall=float(arrays["recall"][0]))
+        effort = Effort(depth=depth, width=width, recall=float(arrays["recall"][0]), scan_width=scan_width)
         return cls(table, bias_L, LabelCells.from_arrays(arrays, *table.shape), effort, reach=reach)
 
     @property
@@ -259,9 +265,10 @@ class CellIndex:
         # All sketches, where that is the faster way to the same labels, and more.
         num_queries = query_BD.shape[0]
         is_faster = depth * num_queries >= self.num_labels * (num_queries * _FOR_EACH + _FOR_ALL)
-        is_scan = MULTIPLIES_BYTES and is_faster and _SHARE * width <= self.num_labels
-        find = self.cells.scan if is_scan else self.cells.search
-        return find(query_BD, self.table, self.bias_L, k, depth=depth, width=width)
+        if MULTIPLIES_BYTES and is_faster and _SHARE * width <= self.num_labels:
+            width = max(self.effort.scan_width, 2 * k)
+            return self.cells.scan(query_BD, self.table, self.bias_L, k, depth=depth, width=width)
+        return self.cells.search(query_BD, self.table, self.bias_L, k, depth=depth, width=width)
 
     def add(self, top: TopK, query_BD: torch.Tensor, labels: csr_matrix) -> TopK:
         """A search's result with those of other labels, the stored ones of (B, L), that it should have found."""
@@ -348,24 +355,35 @@ def tune_effort(table: StoredTable, bias_L: NDArray[np.float32], cells: LabelCel
     """A small effort that finds 99.2% of the five best labels of the queries (N, D), held-out ones; these are found by
     a scan of all labels."""
     num_labels = bias_L.shape[0]
-    least = Effort(depth=1, width=1, recall=0.0)
+    least = Effort(depth=1, width=1, recall=0.0, scan_width=1)
     exact_NK = CellIndex(table, bias_L, cells, least, reach="all").search(query_ND, _TARGET_K).label_ids
 
-    def recall(depth: int, width: int, every: int) -> float:
-        found = cells.search(query_ND[::every], table, bias_L, _TARGET_K, depth=depth, width=width).label_ids
+    def recall(find: _Find, depth: int, width: int, every: int = 1) -> float:
+        found = find(query_ND[::every], table, bias_L, _TARGET_K, depth=depth, width=width).label_ids
         exact = exact_NK[::every]
         hits = (found[:, :, None] == exact[:, None, :]) & (exact[:, None, :] >= 0)
         return float(hits.any(axis=1).sum() / max((exact >= 0).sum(), 1))
 
+    depth, width, reached = _tune_cells(functools.partial(recall, cells.search), num_labels, len(query_ND))
+    scan_width = min(_FEWEST[1], width)
+    if not MULTIPLIES_BYTES:
+        scan_width = width
+    while scan_width < width and recall(cells.scan, depth, scan_width) < _TARGET_RECALL:
+        scan_width = min(round(_STEP * scan_width), width)
+    return Effort(depth=depth, width=width, recall=reached, scan_width=scan_width)
+
+
+def _tune_cells(recall: Callable[[int, int, int], float], num_labels: int, num_queries: int) -> tuple[int, int, float]:
+    """Depth, width and recall of a search by cells; `recall` is that of both, of one in so many of the queries."""
     depth, width = (min(fewest, num_labels) for fewest in _FEWEST)
     part, every = recall(depth, width, _FIRST_PART), _FIRST_PART
     while True:
         # With exact logits of half of the labels, a search scans them all.
-        is_most = not len(query_ND) or (depth == num_labels and 2 * width > num_labels)
+        is_most = not num_queries or (depth == num_labels and 2 * width > num_labels)
         if part >= _TARGET_RECALL - _FIRST_SLACK or is_most:
             reached = part if every == 1 else recall(depth, width, 1)
             if reached >= _TARGET_RECALL or is_most:
-                return Effort(depth=depth, width=width, recall=reached)
+                return depth, width, reached
             if part >= _TARGET_RECALL:
                 # The part is no guide any more.
                 every = 1

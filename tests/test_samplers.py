@@ -13,6 +13,7 @@ from scipy.special import log_softmax, logsumexp
 
 from xmc_midx.codebook import Codebook
 from xmc_midx.samplers import order as order_module
+from xmc_midx.samplers import pools as pools_module
 from xmc_midx.samplers.dense import SoftmaxSampler
 from xmc_midx.samplers.draws import draw, draw_pool, log_inclusion
 from xmc_midx.samplers.dynamic import HardNegativeSampler
@@ -21,8 +22,9 @@ from xmc_midx.samplers.kernel import QuadraticKernelSampler, RandomFeatureSample
 from xmc_midx.samplers.lsh import LshSampler
 from xmc_midx.samplers.midx import _SCORE_RANGE, MidxSampler
 from xmc_midx.samplers.order import CellOrder
+from xmc_midx.samplers.pools import two_samples
 from xmc_midx.samplers.static import FrequencySampler, InBatchSampler, UniformSampler
-from xmc_midx.types import Sampler
+from xmc_midx.types import LabelSample, Sampler
 
 MIDX = [f"midx-{quantizer}-{prior}" for quantizer in ("pq", "rq") for prior in ("uniform", "frequency", "bias")]
 LIVE = ["softmax", "quadratic-kernel"]
@@ -749,8 +751,9 @@ def test_a_draw_never_takes_an_index_without_mass_and_reaches_beyond_2_to_the_24
     assert found.min() >= 0 and found.max() < 1000 and found.unique().shape[0] > 900
 
 
-def _order(num_labels: int, codewords: int, seed: int) -> tuple[CellOrder, torch.Tensor, np.ndarray]:
-    """Labels in cells, of which some are empty and some weigh nothing; a law over the cells; the cell of each label."""
+def _order(num_labels: int, codewords: int, seed: int) -> tuple[CellOrder, torch.Tensor]:
+    """Labels in cells, of which some are empty and some weigh nothing; by how much a law over the cells is above the
+    prior."""
     rng = np.random.default_rng(seed)
     codes = [torch.from_numpy((rng.random(num_labels) ** 2 * codewords).astype(np.int16)) for _ in range(2)]
     words = torch.zeros(codewords, 2)
@@ -758,23 +761,71 @@ def _order(num_labels: int, codewords: int, seed: int) -> tuple[CellOrder, torch
     log_prior = torch.from_numpy(np.where(rng.random(num_labels) < 0.2, -np.inf, 3 * rng.normal(size=num_labels)))
     log_prior[0] = 0.0
     order = CellOrder.build(codebook, lambda label_ids: log_prior[label_ids])
-    law = torch.from_numpy(rng.exponential(size=codewords**2)) * order.cell_mass()
-    return order, law.float() if seed % 2 else law, codebook.cells().numpy()
+    ratio = torch.from_numpy(rng.exponential(size=codewords**2))
+    return order, ratio.float() if seed % 2 else ratio
 
 
 @pytest.mark.parametrize(("num_labels", "codewords"), [(1, 1), (2, 3), (37, 5), (999, 7), (40_001, 64)])
 def test_compiled_draws_are_those_of_torch(num_labels: int, codewords: int) -> None:
     for seed in range(4):
-        order, law, cells = _order(num_labels, codewords, seed)
+        order, ratio = _order(num_labels, codewords, seed)
+        mass = order.cell_mass().to(ratio.dtype)
         uniform = torch.rand(
             1 + 700 * (seed % 3 + 1), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
         )
-        found = order_module._distinct(order, law, uniform)
-        expected = order_module._distinct_by_torch(order, law, uniform)
-        assert torch.equal(found[0], expected[0]) and torch.equal(found[2], expected[2])
-        torch.testing.assert_close(found[1], expected[1], rtol=1e-12, atol=0)
-        assert np.array_equal(found[2].numpy(), cells[found[0].numpy()]) and (found[1] > 0).all()
-        assert found[0].unique().shape == found[0].shape
+        found = order_module._distinct(order, ratio, mass, uniform)
+        expected = order_module._distinct_by_torch(order, ratio, mass, uniform)
+        assert torch.equal(found[0], expected[0])
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-12 if seed % 2 == 0 else 1e-6, atol=0)
+        assert (found[1] > 0).all() and found[0].unique().shape == found[0].shape
+        # The prior of a label, times what its cell has more.
+        own = torch.zeros(num_labels, dtype=torch.float64)
+        own[order.labels.long()] = order.cumulative_mass.diff(prepend=torch.zeros(1))
+        cell_of = torch.empty(num_labels, dtype=torch.int64)
+        cell_of[order.labels.long()] = torch.repeat_interleave(torch.arange(codewords**2), order.cell_starts.diff())
+        torch.testing.assert_close(found[1].double(), (own * ratio[cell_of])[found[0]], rtol=1e-6, atol=1e-18)
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 1000])
+def test_one_walk_finds_all_cells(size: int) -> None:
+    """Targets on the borders of cells and of all, cells without mass, in blocks and at the end."""
+    rng = np.random.default_rng(size)
+    law = np.where(rng.random(size) < 0.4, 0.0, rng.integers(1, 9, size)).astype(np.float32)
+    law[size // 2] = 3.0
+    sums = np.empty(-(-size // order_module._BLOCK))
+    total = order_module._sum_blocks(law, sums)
+    cumulative = np.cumsum(law.astype(np.float64))
+    assert total == cumulative[-1]
+    target = np.sort(np.concatenate([rng.random(300) * total, cumulative[cumulative < total], [0.0, total, total]]))
+    cells, inside = np.empty(len(target), dtype=np.int64), np.empty(len(target))
+    order_module._find_cells(law, sums, target, cells, inside)
+    last = np.flatnonzero(law)[-1]
+    expected = np.minimum(np.searchsorted(cumulative, target, side="right"), last)
+    np.testing.assert_array_equal(cells, expected)
+    below = cumulative[expected] - law[expected]
+    np.testing.assert_allclose(inside, (target - below) / law[expected], atol=1e-12)
+    nothing = np.full(size, np.nan, dtype=np.float32)
+    order_module._find_cells(nothing, sums * np.nan, target, cells, inside)
+    assert ((cells >= 0) & (cells < size)).all()
+
+
+@pytest.mark.parametrize("num_labels", [3, 400, 100_000])
+def test_compiled_weights_are_those_of_torch(num_labels: int) -> None:
+    """Positives with repeats, of labels that no instance, one, or every instance has; draws among them and others."""
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        frequency = rng.integers(0, 40, num_labels) * (rng.random(num_labels) < 0.8)
+        frequency[-1] = 500
+        law = InBatchSampler(torch.from_numpy(frequency.astype(np.int32)), num_instances=500)
+        positives = torch.from_numpy(rng.integers(0, num_labels, rng.integers(1, 900)))
+        label_ids = torch.from_numpy(rng.permutation(num_labels)[: rng.integers(0, min(num_labels, 700))])
+        log_weight = torch.from_numpy(rng.normal(size=len(label_ids)) - 2.0)
+        drawn = LabelSample(label_ids=label_ids, log_weight=log_weight.float() if seed % 2 else log_weight)
+        for num_others in (0, 63, 499):
+            found = two_samples(positives, drawn, law, num_others, 700)
+            expected = pools_module._two_samples_by_torch(positives, drawn, law, num_others, 700)
+            assert torch.equal(found[0], expected[0]) and (found[0].diff() > 0).all()
+            torch.testing.assert_close(found[1], expected[1], rtol=1e-9, atol=1e-9)
 
 
 def test_the_number_that_finds_a_cell_finds_its_label_by_the_prior_whatever_the_cell() -> None:
@@ -787,7 +838,7 @@ def test_the_number_that_finds_a_cell_finds_its_label_by_the_prior_whatever_the_
     order = CellOrder.build(codebook, lambda label_ids: prior[label_ids].log())
     generator = torch.Generator().manual_seed(0)
     law = torch.tensor([2.0, 0.0, 1.0, 0.1], dtype=torch.float64)
-    drawn = torch.cat([order.draw_distinct(law, 1, generator)[0] for _ in range(60_000)])
+    drawn = torch.cat([order.draw_distinct(law, torch.ones_like(law), 1, generator)[0] for _ in range(60_000)])
     count = torch.bincount(drawn, minlength=codes.shape[0])
     assert count[codes == 1].sum() == 0
     for cell in (0, 2, 3):

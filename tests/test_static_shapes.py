@@ -614,7 +614,7 @@ def test_dynamic_shapes_are_seen_to_look(data: tuple[csr_matrix, csr_matrix]) ->
     trainer = make_trainer(data)
     with Operations() as operations:
         trainer._train_step(next(iter(trainer.stream.epoch(1))))
-    assert {"_local_scalar_dense", "_unique2"} <= {name for name, _ in operations.seen}
+    assert "_local_scalar_dense" in {name for name, _ in operations.seen}
 
 
 @pytest.mark.parametrize("num_hidden_layers", [0, 1])

@@ -138,11 +138,10 @@ class MidxSampler:
         weights need a (B, P) matrix, and the inclusion probability is exact.
         """
         ratio = self._mean_ratio(query_BD).flatten()
-        cell_law = ratio * self._cell_mass_CC.flatten()
+        cell_mass = self._cell_mass_CC.flatten()
 
         def draw_labels(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-            label_ids, mass, cells = self._order.draw_distinct(cell_law, count, generator, padded=padded)
-            return label_ids, mass.to(ratio.dtype) * ratio[cells]
+            return self._order.draw_distinct(ratio, cell_mass, count, generator, padded=padded)
 
         def probability(label_ids: torch.Tensor) -> torch.Tensor:
             codes1, codes2 = self._codes(label_ids)

@@ -1,9 +1,9 @@
 """Layer 3. The labels in the order of their cells: what the MIDX sampler keeps of them, and how it draws from them.
 
-A draw is two binary searches, one for the cell in a law that changes with the batch and one for the label in the mass
-of its cell. For a pool on the CPU they are compiled: all draws take a step of their search before any takes the next,
-so that the processor waits for many places of memory at once. Elsewhere torch searches. Both find the same labels from
-the same random numbers.
+A draw is two searches, one for the cell in a law that changes with the batch and one for the label in the mass of its
+cell. For a pool on the CPU they are compiled: one walk through the law finds the cells, for the draws come in order;
+and for the labels all draws take a step of a binary search before any takes the next, so that the processor waits for
+many places of memory at once. Elsewhere torch searches. Both find the same labels from the same random numbers.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ import numpy as np
 import torch
 
 from xmc_midx.codebook import Codebook
+from xmc_midx.device import empty_table
+from xmc_midx.intrinsics import fetch
 
 __all__ = ["CellOrder"]
 
 _LABEL_CHUNK = 1 << 18
 """Labels of which temporaries are made at once."""
+_BLOCK, _AHEAD = 16, 16
+"""Cells of a step of the walk through their law; draws whose labels are asked for while one is read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,22 +66,29 @@ class CellOrder:
         return self.mass_before_cell.diff()
 
     def draw_distinct(
-        self, cell_law: torch.Tensor, num_draws: int, generator: torch.Generator, *, padded: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`num_draws` draws, a cell from `cell_law` (C^2,), unnormalised, and a label of it from the prior; each once.
+        self,
+        ratio: torch.Tensor,
+        cell_mass: torch.Tensor,
+        num_draws: int,
+        generator: torch.Generator,
+        *,
+        padded: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`num_draws` draws, a cell from the law `ratio * cell_mass` (C^2,), unnormalised, and a label of it from the
+        prior; each once.
 
         One random number a draw: how far it falls into its cell is uniform whatever the cell, and says which label of
         it. The numbers rise, so the cells and the places do, and nothing is sorted to find what was drawn twice.
 
         Returns
         -------
-        labels (P,) int64, in the order of their cells; the prior of each (P,) float64; the cell of each (P,) int64.
-        `padded`: P is `num_draws`, and what was drawn before has the prior 0.
+        labels (P,) int64, in the order of their cells, and of each the prior times the cell's `ratio`, (P,) in its
+        dtype. `padded`: P is `num_draws`, and of what was drawn before this is 0.
         """
-        uniform = torch.rand(num_draws + 1, dtype=torch.float64, generator=generator, device=cell_law.device)
-        if cell_law.device.type == "cpu" and not padded:
-            return _distinct(self, cell_law, uniform)
-        return _distinct_by_torch(self, cell_law, uniform, padded=padded)
+        uniform = torch.rand(num_draws + 1, dtype=torch.float64, generator=generator, device=ratio.device)
+        if ratio.device.type == "cpu" and not padded:
+            return _distinct(self, ratio, cell_mass, uniform)
+        return _distinct_by_torch(self, ratio, cell_mass, uniform, padded=padded)
 
     def draw_in(self, cells: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """One label from the prior inside each given (non-empty) cell; int64, of the shape of `cells`."""
@@ -103,7 +114,7 @@ def _sort_by_cell(codebook: Codebook) -> tuple[torch.Tensor, torch.Tensor]:
     for begin in range(0, num_labels, _LABEL_CHUNK):
         counts += torch.bincount(cells(begin), minlength=counts.shape[0])
     dtype = torch.int32 if num_labels <= torch.iinfo(torch.int32).max else torch.int64
-    order_L = torch.empty(num_labels, dtype=dtype, device=device)
+    order_L = empty_table(num_labels, dtype=dtype, device=device)
     free = torch.cumsum(counts, 0) - counts
     for begin in range(0, num_labels, _LABEL_CHUNK):
         sorted_cells, order = torch.sort(cells(begin), stable=True)
@@ -119,7 +130,7 @@ def _accumulate(
     labels: torch.Tensor, log_prior: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The cumulative mass (L,) of the labels in this order, and the log of what it was before its total was 1."""
-    cumulative_L = torch.empty(labels.shape[0], dtype=torch.float64, device=labels.device)
+    cumulative_L = empty_table(labels.shape[0], dtype=torch.float64, device=labels.device)
     chunks = [slice(begin, begin + _LABEL_CHUNK) for begin in range(0, labels.shape[0], _LABEL_CHUNK)]
     largest = torch.stack([log_prior(labels[chunk]).max() for chunk in chunks]).max()
     total = torch.zeros_like(largest)
@@ -133,13 +144,14 @@ def _accumulate(
 
 
 def _distinct(
-    order: CellOrder, cell_law: torch.Tensor, uniform: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    order: CellOrder, ratio: torch.Tensor, cell_mass: torch.Tensor, uniform: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     num_draws = uniform.shape[0] - 1
-    labels, cells = np.empty((2, num_draws), dtype=np.int64)
-    mass = np.empty(num_draws)
+    labels, mass = np.empty(num_draws, dtype=np.int64), np.empty(num_draws)
+    probability = torch.empty(num_draws, dtype=ratio.dtype)
     count = _draw_rising(
-        cell_law.numpy(),
+        ratio.numpy(),
+        cell_mass.numpy(),
         uniform.numpy(),
         order.labels.numpy(),
         order.cell_starts.numpy(),
@@ -147,15 +159,15 @@ def _distinct(
         order.mass_before_cell.numpy(),
         labels,
         mass,
-        cells,
+        probability.numpy(),
     )
-    return torch.from_numpy(labels[:count]), torch.from_numpy(mass[:count]), torch.from_numpy(cells[:count])
+    return torch.from_numpy(labels[:count]), probability[:count]
 
 
 def _distinct_by_torch(
-    order: CellOrder, cell_law: torch.Tensor, uniform: torch.Tensor, *, padded: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    cumulative = torch.cumsum(cell_law, 0, dtype=torch.float64)
+    order: CellOrder, ratio: torch.Tensor, cell_mass: torch.Tensor, uniform: torch.Tensor, *, padded: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    cumulative = torch.cumsum(ratio * cell_mass, 0, dtype=torch.float64)
     # The sums of exponential numbers, over the sum of one more, are uniform numbers in order.
     rising = torch.cumsum(-torch.log1p(-uniform), 0)
     target = rising[:-1] * (cumulative[-1] / rising[-1])
@@ -170,7 +182,8 @@ def _distinct_by_torch(
         places, cells = places[is_new], cells[is_new]
     before = order.cumulative_mass[(places - 1).clamp(min=0)].masked_fill_(places == 0, 0.0)
     mass = order.cumulative_mass[places] - before
-    return order.labels[places].long(), mass * is_new if padded else mass, cells
+    probability = mass.to(ratio.dtype) * ratio[cells]
+    return order.labels[places].long(), probability * is_new if padded else probability
 
 
 def _places(order: CellOrder, cells: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
@@ -183,44 +196,36 @@ def _places(order: CellOrder, cells: torch.Tensor, inside: torch.Tensor) -> torc
 
 @numba.njit(nogil=True, cache=True)
 def _draw_rising(
-    cell_law: Any,
+    ratio: Any,
+    cell_mass: Any,
     uniform: Any,
     labels: Any,
     cell_starts: Any,
     cumulative_mass: Any,
     mass_before_cell: Any,
     found: Any,
-    mass: Any,
-    cells: Any,
+    target: Any,
+    probability: Any,
 ) -> int:
-    """`_distinct_by_torch` into `found`, `mass` and `cells`; returns how many are distinct."""
-    num_draws, num_cells = found.shape[0], cell_law.shape[0]
-    cumulative = np.empty(num_cells)
-    total = 0.0
-    for cell in range(num_cells):
-        total += cell_law[cell]
-        cumulative[cell] = total
-    last = num_cells - 1
-    while last > 0 and cumulative[last - 1] >= total:
-        last -= 1
-
-    target, sizes = mass, np.empty(num_draws, dtype=np.int64)
+    """`_distinct_by_torch` into `found` and `probability`; returns how many are distinct. `target` is room."""
+    num_draws, cell_law = found.shape[0], ratio * cell_mass
+    sums = np.empty(-(-cell_law.shape[0] // _BLOCK))
+    total = _sum_blocks(cell_law, sums)
+    inside, cells, sizes = np.empty(num_draws), np.empty(num_draws, dtype=np.int64), np.empty(num_draws, dtype=np.int64)
     rising = 0.0
     for draw in range(num_draws):
         rising -= np.log1p(-uniform[draw])
-        target[draw], cells[draw], sizes[draw] = rising, 0, last + 1
+        target[draw] = rising
     scale = total / (rising - np.log1p(-uniform[num_draws]))
     for draw in range(num_draws):
         target[draw] *= scale
-    _search(cumulative, target, cells, sizes)
+    _find_cells(cell_law, sums, target, cells, inside)
 
     place = found
     for draw in range(num_draws):
         cell = cells[draw]
-        below = cumulative[cell - 1] if cell > 0 else 0.0
-        inside = min(max((target[draw] - below) / (cumulative[cell] - below), 0.0), 1.0)
         low, high = mass_before_cell[cell], mass_before_cell[cell + 1]
-        target[draw] = low + inside * (high - low)
+        target[draw] = low + inside[draw] * (high - low)
         place[draw] = cell_starts[cell]
         # A law of NaN may take an empty cell, at the end of all labels too.
         sizes[draw] = max(1, cell_starts[cell + 1] - cell_starts[cell])
@@ -228,13 +233,68 @@ def _draw_rising(
 
     count, previous = 0, -1
     for draw in range(num_draws):
+        ahead = min(place[min(draw + _AHEAD, num_draws - 1)], labels.shape[0] - 1)
+        fetch(labels, ahead, ahead + 1)
+        fetch(cumulative_mass, max(ahead - 1, 0), ahead + 1)
         here = min(place[draw], labels.shape[0] - 1)
         if here != previous:
             previous = here
-            found[count], cells[count] = labels[here], cells[draw]
-            mass[count] = cumulative_mass[here] - (cumulative_mass[here - 1] if here > 0 else 0.0)
+            found[count] = labels[here]
+            mass = cumulative_mass[here] - (cumulative_mass[here - 1] if here > 0 else 0.0)
+            probability[count] = mass * ratio[cells[draw]]
             count += 1
     return count
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc"})
+def _sum_blocks(law: Any, sums: Any) -> Any:
+    """The sum of each block of the law, float64; returns that of all."""
+    total = 0.0
+    for block in range(sums.shape[0]):
+        begin = block * _BLOCK
+        part = 0.0
+        if begin + _BLOCK <= law.shape[0]:
+            for place in range(_BLOCK):
+                part += np.float64(law[begin + place])
+        else:
+            for place in range(begin, law.shape[0]):
+                part += np.float64(law[place])
+        sums[block] = part
+        total += part
+    return total
+
+
+@numba.njit(nogil=True, cache=True)
+def _find_cells(law: Any, sums: Any, target: Any, cells: Any, inside: Any) -> None:
+    """The cell into which each target falls, and how far. They rise, so one walk finds them all: a block of cells a
+    step, for a sum waits for the one before."""
+    draw, num_draws = 0, target.shape[0]
+    before = 0.0
+    for block in range(sums.shape[0]):
+        after = before + sums[block]
+        if draw < num_draws and target[draw] < after:
+            cell, end, reached = block * _BLOCK, min((block + 1) * _BLOCK, law.shape[0]), before
+            while draw < num_draws and target[draw] < after:
+                while cell < end and not target[draw] < reached + law[cell]:
+                    reached += law[cell]
+                    cell += 1
+                if cell < end:
+                    cells[draw], inside[draw] = cell, max((target[draw] - reached) / law[cell], 0.0)
+                else:
+                    # At the very end of a block, whose sum is rounded in another order.
+                    cells[draw], inside[draw] = _last_with_mass(law, end), 1.0
+                draw += 1
+        before = after
+    # At the very end of all; and where the law is not a number.
+    cells[draw:], inside[draw:] = _last_with_mass(law, law.shape[0]), 1.0
+
+
+@numba.njit(nogil=True, cache=True)
+def _last_with_mass(law: Any, end: int) -> int:
+    cell = end - 1
+    while cell > 0 and not law[cell] > 0.0:
+        cell -= 1
+    return cell
 
 
 @numba.njit(nogil=True, cache=True)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numba
+import numpy as np
 import torch
 
+from xmc_midx.intrinsics import fetch
 from xmc_midx.padding import distinct_padded
 from xmc_midx.samplers.static import InBatchSampler
 from xmc_midx.types import LabelSample
 
 __all__ = ["beside", "two_samples"]
+
+_AHEAD = 16
+"""Labels whose frequencies are asked for while one is weighed."""
 
 
 def beside(certain: torch.Tensor, sample: LabelSample) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,6 +46,20 @@ def two_samples(
     `padded`: positives may hold pads (`xmc_midx.padding`), draws repeats; the result ends in pads, and what counts
     nothing has the log weight +inf.
     """
+    if positives.device.type == "cpu" and not padded:
+        return _two_samples_on_host(positives, sample, law, num_others, num_draws)
+    return _two_samples_by_torch(positives, sample, law, num_others, num_draws, padded=padded)
+
+
+def _two_samples_by_torch(
+    positives: torch.Tensor,
+    sample: LabelSample,
+    law: InBatchSampler,
+    num_others: int,
+    num_draws: int,
+    *,
+    padded: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
     both, num_labels = torch.cat([positives, sample.label_ids]), law.num_labels
     label_ids, which = distinct_padded(both, num_labels) if padded else torch.unique(both, return_inverse=True)
     chance_P = law.log_inclusion(label_ids.clamp(max=num_labels - 1) if padded else label_ids, num_others).exp()
@@ -55,3 +77,53 @@ def two_samples(
     # A label that is in every batch leaves nothing to a draw of it.
     kept = torch.nonzero(weight_P > 0).flatten()
     return label_ids[kept], -torch.log(weight_P[kept])
+
+
+def _two_samples_on_host(
+    positives: torch.Tensor, sample: LabelSample, law: InBatchSampler, num_others: int, num_draws: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in one loop over the labels, which are sorted with their places by NumPy."""
+    keys = np.concatenate([positives.numpy(), sample.label_ids.numpy()])
+    bits = keys.shape[0].bit_length()
+    keys <<= bits
+    keys |= np.arange(keys.shape[0])
+    keys.sort()
+    label_ids, log_weight = np.empty_like(keys), np.empty(keys.shape[0])
+    numbers = float(max(law.num_instances - 1, 1)), law.positives_per_instance * (num_others + 1), num_others, num_draws
+    drawn = positives.shape[0], sample.log_weight.numpy()
+    count = _weigh(keys, bits, drawn, law.label_frequencies.numpy(), numbers, label_ids, log_weight)
+    return torch.from_numpy(label_ids[:count]), torch.from_numpy(log_weight[:count])
+
+
+@numba.njit(nogil=True, cache=True)
+def _weigh(keys: Any, bits: int, drawn: Any, frequency_L: Any, numbers: Any, label_ids: Any, log_weight: Any) -> int:
+    """`_two_samples_by_torch` of sorted keys, a label and below it its place among positives and draws; returns how
+    many labels are left."""
+    num_positives, log_weight_M = drawn
+    others, expected, num_others, num_draws = numbers
+    count, place, num_keys = 0, 0, keys.shape[0]
+    while place < num_keys:
+        label, ahead = keys[place] >> bits, keys[min(place + _AHEAD, num_keys - 1)] >> bits
+        fetch(frequency_L, ahead, ahead + 1)
+        in_batch, draw = False, np.int64(-1)
+        while place < num_keys and keys[place] >> bits == label:
+            which = keys[place] & ((np.int64(1) << bits) - 1)
+            in_batch |= which < num_positives
+            draw = max(draw, which - num_positives)
+            place += 1
+        frequency, chance = np.float64(frequency_L[label]), 0.0
+        if frequency > 0.0:
+            left = others - (frequency - 1.0) / 2
+            # As `InBatchSampler.log_inclusion`.
+            chance = -np.expm1(frequency * np.log1p(-min(num_others / left, 1.0)))
+        part = chance + (1.0 - chance) * expected / (expected + num_draws) if chance > 0.0 else 0.0
+        weight = 0.0
+        if in_batch:
+            weight += part / chance if chance > 0.0 else 1.0
+        if draw >= 0:
+            weight += (1.0 - part) * np.exp(-np.float64(log_weight_M[draw]))
+        # A label that is in every batch leaves nothing to a draw of it.
+        if weight > 0.0:
+            label_ids[count], log_weight[count] = label, -np.log(weight)
+            count += 1
+    return count

@@ -112,7 +112,7 @@ class InBatchSampler(UniformSampler):
         super().__init__(label_frequencies.shape[0])
         self.num_instances = num_instances
         self.positives_per_instance = float(label_frequencies.sum()) / num_instances
-        self._frequency_L = label_frequencies
+        self.label_frequencies = label_frequencies
 
     def sample_pool(
         self,
@@ -134,7 +134,7 @@ class InBatchSampler(UniformSampler):
         within 2e-3 of the probability elsewhere (1e-5 from 4,000 instances on), and without the cancellation of large
         logarithms.
         """
-        frequency_P, others = self._frequency_L[label_ids].double(), max(self.num_instances - 1, 1)
+        frequency_P, others = self.label_frequencies[label_ids].double(), max(self.num_instances - 1, 1)
         left_P = others - (frequency_P - 1.0).clamp(min=0.0) / 2
         log_missed_P = frequency_P * torch.log1p(-(num_others / left_P).clamp(max=1.0))
         return torch.log(-torch.expm1(log_missed_P.masked_fill_(frequency_P <= 0, 0.0)))
@@ -146,4 +146,4 @@ class InBatchSampler(UniformSampler):
         raise NotImplementedError("in-batch negatives have no density over the labels")
 
     def _follow(self, device: torch.device) -> None:
-        self._frequency_L = self._frequency_L.to(device)
+        self.label_frequencies = self.label_frequencies.to(device)

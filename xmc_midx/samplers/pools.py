@@ -17,6 +17,8 @@ __all__ = ["beside", "two_samples"]
 
 _AHEAD = 16
 """Labels whose frequencies are asked for while one is weighed."""
+_FREQUENT = 512
+"""Frequency from which on a label's chance is computed for itself."""
 
 
 def beside(certain: torch.Tensor, sample: LabelSample) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,6 +104,9 @@ def _weigh(keys: Any, bits: int, drawn: Any, frequency_L: Any, numbers: Any, lab
     num_positives, log_weight_M = drawn
     others, expected, num_others, num_draws = numbers
     count, place, num_keys = 0, 0, keys.shape[0]
+    # Most labels are rare, and many equally so.
+    known = np.full(_FREQUENT + 1, -1.0)
+    known[0] = 0.0
     while place < num_keys:
         label, ahead = keys[place] >> bits, keys[min(place + _AHEAD, num_keys - 1)] >> bits
         fetch(frequency_L, ahead, ahead + 1)
@@ -111,11 +116,14 @@ def _weigh(keys: Any, bits: int, drawn: Any, frequency_L: Any, numbers: Any, lab
             in_batch |= which < num_positives
             draw = max(draw, which - num_positives)
             place += 1
-        frequency, chance = np.float64(frequency_L[label]), 0.0
-        if frequency > 0.0:
-            left = others - (frequency - 1.0) / 2
+        frequency = frequency_L[label]
+        chance = known[min(frequency, _FREQUENT)]
+        if chance < 0.0:
             # As `InBatchSampler.log_inclusion`.
-            chance = -np.expm1(frequency * np.log1p(-min(num_others / left, 1.0)))
+            left = others - (np.float64(frequency) - 1.0) / 2
+            chance = -np.expm1(np.float64(frequency) * np.log1p(-min(num_others / left, 1.0)))
+            if frequency < _FREQUENT:
+                known[frequency] = chance
         part = chance + (1.0 - chance) * expected / (expected + num_draws) if chance > 0.0 else 0.0
         weight = 0.0
         if in_batch:

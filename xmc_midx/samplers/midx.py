@@ -25,7 +25,7 @@ __all__ = ["MidxSampler"]
 _SCORE_RANGE = 30.0
 """Nats. exp(-30) for each codebook: the product with a cell mass of 1e-10 is still a normal float32."""
 _COLD_ITERATIONS = 10
-_MEAN_QUERIES = 32
+_MEAN_QUERIES = 16
 """Queries of a batch that its mean proposal is taken over: more give a pool of the same variance (EXPERIMENTS.md,
 "Pools") and cost a longer set-up."""
 _DRAW_CHUNK = 1 << 24
@@ -131,7 +131,7 @@ class MidxSampler:
         *,
         padded: bool = False,
     ) -> LabelSample:
-        """Distinct labels drawn from the mean proposal of the batch's first 32 instances, `Q(i) = mean_b Q(i|z_b)`
+        """Distinct labels drawn from the mean proposal of the batch's first 16 instances, `Q(i) = mean_b Q(i|z_b)`
         (`draw_pool`); `padded`, all `num_draws` of them, with the log weight +inf where one was drawn before.
 
         The mean over the queries of a cell's probability is one (C, B) x (B, C) product, so neither the set-up nor the

@@ -200,7 +200,7 @@ def main() -> None:
         for share in (0.25, 0.5, 1.0, 2.0):
             width = max(K, round(share * effort.scan_width))
             name = f"scan of sketches, {width} logits" + (" (tuned)" if share == 1 else "")
-            options = {"depth": effort.depth, "width": width}
+            options = {"depth": effort.depth, "width": effort.width, "scan_width": width}
             searches[name] = lambda query, options=options: (  # type: ignore[misc]
                 cells.scan(query, table, bias, K, **options).label_ids
             )

@@ -98,7 +98,7 @@ def test_a_scan_has_a_width_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = brute_force(table, bias, fitted, 5)
 
     def recall(width: int) -> float:
-        found = cells.scan(fitted, table, bias, 5, depth=6000, width=width).label_ids
+        found = cells.scan(fitted, table, bias, 5, depth=1, width=5, scan_width=width).label_ids
         return float((found[:, :, None] == exact[:, None, :]).any(axis=1).mean())
 
     assert 5 < effort.scan_width < effort.width == 60
@@ -108,14 +108,14 @@ def test_a_scan_has_a_width_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     widths, scan = [], LabelCells.scan
 
     def watched(self: LabelCells, *arguments: Any, **options: Any) -> TopK:
-        widths.append(options["width"])
+        widths.append((options["width"], options["scan_width"]))
         return scan(self, *arguments, **options)
 
     monkeypatch.setattr(LabelCells, "scan", watched)
     index = CellIndex(table, bias, cells, effort)
-    index.search(fitted, 5)
-    index.search(fitted, 50)
-    assert widths == [effort.scan_width, 100]
+    for k in (5, 6, 50):
+        index.search(fitted, k)
+    assert widths == [(60, effort.scan_width), (60, 2 * effort.scan_width), (100, 100)]
     # Of earlier runs, and of machines that do not scan, both searches have the same.
     earlier = CellIndex.from_arrays(table, bias, arrays | {"effort": arrays["effort"][:2]}).effort
     assert (earlier.depth, earlier.width, earlier.scan_width) == (effort.depth, effort.width, effort.width)
@@ -222,11 +222,11 @@ def test_a_query_that_the_scan_has_no_answer_to_is_searched_by_cells() -> None:
     mixed = queries.clone()
     mixed[[3, 200]] = torch.full((48,), float("nan"))
     mixed[7] = 3e38
-    found = cells.scan(mixed, table, bias, 5, depth=900, width=60)
+    found = cells.scan(mixed, table, bias, 5, depth=900, width=90, scan_width=60)
     usual = np.delete(np.arange(len(queries)), [3, 7, 200])
-    expected = cells.scan(queries, table, bias, 5, depth=900, width=60)
+    expected = cells.scan(queries, table, bias, 5, depth=900, width=90, scan_width=60)
     np.testing.assert_array_equal(found.label_ids[usual], expected.label_ids[usual])
-    by_cells = cells.search(mixed[[3, 7, 200]], table, bias, 5, depth=900, width=60)
+    by_cells = cells.search(mixed[[3, 7, 200]], table, bias, 5, depth=900, width=90)
     np.testing.assert_array_equal(found.label_ids[[3, 7, 200]], by_cells.label_ids)
 
 

@@ -816,7 +816,8 @@ def test_compiled_weights_are_those_of_torch(num_labels: int) -> None:
         rng = np.random.default_rng(seed)
         frequency = rng.integers(0, [40, 890][seed % 2], num_labels) * (rng.random(num_labels) < 0.8)
         frequency[-1] = 900
-        law = InBatchSampler(torch.from_numpy(frequency.astype(np.int32)), num_instances=900)
+        dtype = (np.int32, np.int64, np.float32, np.float64)[seed % 4]
+        law = InBatchSampler(torch.from_numpy(frequency.astype(dtype)), num_instances=900)
         positives = torch.from_numpy(rng.integers(0, num_labels, rng.integers(1, 900)))
         label_ids = torch.from_numpy(rng.permutation(num_labels)[: rng.integers(0, min(num_labels, 700))])
         log_weight = torch.from_numpy(rng.normal(size=len(label_ids)) - 2.0)
@@ -826,6 +827,15 @@ def test_compiled_weights_are_those_of_torch(num_labels: int) -> None:
             expected = pools_module._two_samples_by_torch(positives, drawn, law, num_others, 700)
             assert torch.equal(found[0], expected[0]) and (found[0].diff() > 0).all()
             torch.testing.assert_close(found[1], expected[1], rtol=1e-9, atol=1e-9)
+    # More instances of a label than there are in all, and shares of one.
+    law = InBatchSampler(torch.tensor([17.0, 40.0, 0.5, 3.25]), num_instances=9)
+    found, expected = (
+        make(torch.arange(4), LabelSample(label_ids=torch.tensor([2]), log_weight=torch.zeros(1)), law, 4, 1)
+        for make in (two_samples, pools_module._two_samples_by_torch)
+    )
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(IndexError, match="expected those of 4 labels"):
+        two_samples(torch.arange(5), drawn, law, 4, 1)
 
 
 def test_the_number_that_finds_a_cell_finds_its_label_by_the_prior_whatever_the_cell() -> None:

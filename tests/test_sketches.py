@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
+from llvmlite import ir
+from numba import types
 
 from xmc_midx import sketches as module
-from xmc_midx.intrinsics import WORD
+from xmc_midx.intrinsics import WORD, for_compiled_code
 from xmc_midx.scan import Lists, sample_of
 from xmc_midx.sketches import MULTIPLIES_BYTES, SIZE, list_above, products, round_query
 
 by_bytes = pytest.mark.skipif(not MULTIPLIES_BYTES, reason="needs AVX512-VNNI")
-WAYS = ["lanes", pytest.param("tiles", marks=pytest.mark.skipif(module._TILES is None, reason="needs AMX"))]
+WAYS = ["lanes", pytest.param("tiles", marks=pytest.mark.skipif(module._tiles() is None, reason="needs AMX"))]
 
 
 def tables(num_rows: int, num_queries: int) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
@@ -39,7 +44,7 @@ def scores(short: np.ndarray, table: tuple[np.ndarray, np.ndarray]) -> np.ndarra
 
 def found_by(way: str, monkeypatch: pytest.MonkeyPatch, short: np.ndarray, table: Any, wanted: int) -> Lists:
     if way == "lanes":
-        monkeypatch.setattr(module, "_TILES", None)
+        monkeypatch.setattr(module, "_tiles", lambda: None)
     return list_above(short, table, wanted)
 
 
@@ -133,20 +138,46 @@ def test_rows_lie_side_by_side() -> None:
         np.testing.assert_array_equal(of_rows[:size], base[start : start + size])
 
 
-@pytest.mark.skipif(module._TILES is None, reason="needs AMX")
+@for_compiled_code
+def tiles_as_set_up(context: Any, found: Any) -> Any:
+    """64 bytes of zeros where they are not."""
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = module._data(target, builder, signature, arguments, 0)
+        module._call(builder, "llvm.x86.sttilecfg", ir.VoidType(), place)
+        return target.get_dummy_value()
+
+    return types.void(found), generate
+
+
+@pytest.mark.skipif(module._tiles() is None, reason="needs AMX")
 def test_tiles_are_given_back_to_other_libraries() -> None:
     """oneDNN sets up tiles of its own in the same threads."""
+
+    @numba.njit
+    def look(tiles: Any, found: Any) -> None:
+        if tiles is not None:
+            module._set_up(tiles)
+        tiles_as_set_up(found)
+
     table, short = tables(2000, 300)
-    left, right = torch.randn(300, 96).bfloat16(), torch.randn(96, 200).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(size, generator=generator).bfloat16() for size in ((300, 96), (96, 200)))
     expected, lists = left @ right, list_above(short, table, 40)
-    for _ in range(5):
+    state = np.empty(64, dtype=np.uint8)
+    look(module._tiles(), state)
+    np.testing.assert_array_equal(state, module._tiles())
+    for _ in range(3):
         again = list_above(short, table, 40)
+        look(None, state)
+        assert not state.any()
         assert torch.equal(left @ right, expected)
         np.testing.assert_array_equal(again[0], lists[0])
 
 
-def test_tiles_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither without the processor's word nor without the kernel's, nor on another system."""
+    asked: list[tuple[int, ...]] = []
 
     class Library:
         granted = -1
@@ -155,37 +186,54 @@ def test_tiles_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
 
         def syscall(self, *arguments: int) -> int:
-            assert arguments == (158, 0x1023, 18)
+            asked.append(arguments)
             return Library.granted
 
     monkeypatch.setattr(module.ctypes, "CDLL", Library)
-    monkeypatch.setattr(module.sys, "platform", "linux")
-    features = {"amx-tile": True, "amx-int8": True}
-    monkeypatch.setattr(module, "get_host_cpu_features", lambda: features)
-    assert module._tiles() is None
+    monkeypatch.setattr(module, "_PLATFORM", "linux")
+    monkeypatch.setattr(module, "get_host_cpu_features", lambda: "+avx2,+amx-tile,+amx-int8")
+    monkeypatch.setattr(module.numba.config, "CPU_FEATURES", None)
+    ask = module._tiles.__wrapped__
+    assert ask() is None
     Library.granted = 0
-    tiles = module._tiles()
+    tiles = ask()
     assert tiles is not None and tiles.nbytes == 64 and tiles[0] == 1
     assert tiles[16:32].view(np.uint16).tolist() == [64] * 8 and tiles[48:56].tolist() == [16] * 8
-    features["amx-int8"] = False
-    assert module._tiles() is None
-    features["amx-int8"] = True
-    monkeypatch.setattr(module.sys, "platform", "darwin")
-    assert module._tiles() is None
+    assert asked == [(158, 0x1023, 18)] * 2
+    monkeypatch.setattr(module, "get_host_cpu_features", lambda: "+avx2,+amx-tile,-amx-int8")
+    assert ask() is None
+    monkeypatch.setattr(module.numba.config, "CPU_FEATURES", "+amx-tile,+amx-int8")
+    assert ask() is not None
+    monkeypatch.setattr(module, "_PLATFORM", "darwin")
+    assert ask() is None and len(asked) == 3
+    assert module._tiles() is module._tiles()
 
 
 @pytest.mark.parametrize(
     ("settings", "has"),
     [
+        ({"NUMBA_ENABLE_AVX": "0"}, False),
         ({"NUMBA_CPU_NAME": "generic"}, False),
         ({"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+avx2,-avx512vnni"}, False),
         ({"NUMBA_CPU_FEATURES": "+avx2,+avx512vnni"}, True),
     ],
 )
-def test_what_numba_compiles_for_decides(settings: dict[str, str], has: bool) -> None:
-    """An instruction that the processor it was told of does not have would end the process."""
-    program = "from xmc_midx.sketches import MULTIPLIES_BYTES, _TILES; print(MULTIPLIES_BYTES, _TILES is None)"
-    ran = subprocess.run(
-        [sys.executable, "-c", program], env={**__import__("os").environ, **settings}, capture_output=True
-    )
-    assert ran.stdout.decode().split() == [str(has), "True"], ran.stderr.decode()
+def test_what_numba_compiles_for_decides(settings: dict[str, str], has: bool, tmp_path: Path) -> None:
+    """An instruction that it has not been told of would end the process: so the product is compiled where it can be."""
+    program = """
+import numpy as np
+from xmc_midx.sketches import MULTIPLIES_BYTES, products, round_query
+print(MULTIPLIES_BYTES)
+if MULTIPLIES_BYTES != SKIPPED:
+    whole = np.empty(128, dtype=np.int8)
+    query = (whole, *round_query(np.arange(128, dtype=np.float32), whole))
+    score = np.empty(3, dtype=np.float32)
+    products(query, (np.ones((3, 128), dtype=np.int8), np.zeros(3, dtype=np.float32)), 0, 3, score)
+    assert np.allclose(score, 127 * 64, rtol=1e-2), score
+"""
+    # A processor without the instruction cannot run what it is told to have.
+    program = program.replace("SKIPPED", str(True if not MULTIPLIES_BYTES else None))
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
+    environment = {**inherited, **settings, "NUMBA_CACHE_DIR": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert ran.stdout.split() == [str(has)] and ran.returncode == 0, ran.stderr

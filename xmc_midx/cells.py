@@ -132,13 +132,22 @@ class LabelCells:
         return found
 
     def scan(
-        self, query_BD: torch.Tensor, table: StoredTable, bias: _Floats, k: int, *, depth: int, width: int
+        self,
+        query_BD: torch.Tensor,
+        table: StoredTable,
+        bias: _Floats,
+        k: int,
+        *,
+        depth: int,
+        width: int,
+        scan_width: int,
     ) -> TopK:
         """As `search`, but the sketches of all labels are read, once for many queries, where `MULTIPLIES_BYTES`.
 
         Parameters
         ----------
-        depth : for a query to which that does not answer.
+        depth, width : of the search of a query to which that does not answer.
+        scan_width : labels that get an exact logit, at least; `k` or more.
         """
         short_BK = self._short(query_BD).numpy()
         return scan_topk(
@@ -148,7 +157,7 @@ class LabelCells:
             k,
             above=lambda part, wanted: list_above(short_BK[part], (self.sketches, self.base), wanted),
             label_ids=self.label_ids,
-            width=width,
+            width=scan_width,
             otherwise=lambda left: self.search(query_BD[left], table, bias, k, depth=depth, width=width),
         )
 

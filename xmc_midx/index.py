@@ -53,7 +53,7 @@ _MANY_ROWS, _SHARE = 64, 16
 exact one (EXPERIMENTS.md, "Label index")."""
 _FOR_EACH, _FOR_ALL = 1 / 32, 3.0
 """What a scan of all sketches takes for each of its queries, and for all together, in sketches that a search by cells
-reads, for each label."""
+reads, for each label. It too has exact logits of few of the labels (EXPERIMENTS.md, "Label index")."""
 _CPU = torch.device("cpu")
 _SCAN_ROWS = 1 << 12
 """Rows in float32 at once, when all are scanned."""
@@ -173,16 +173,16 @@ class HalfPrecisionIndex(ExactIndex):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How far a search by cells goes, for up to `width / 2` results."""
+    """How far a search by cells goes, for up to `width / 2` results, and a scan of all sketches."""
 
     depth: int
-    """Labels whose sketches are read, at least."""
+    """Labels whose sketches a search reads, at least."""
     width: int
-    """Labels whose exact logits are computed, at least."""
-    recall: float
-    """Of the five best labels of held-out instances that are found with it."""
+    """Labels whose exact logits it computes, at least."""
     scan_width: int
-    """As `width`, of a scan of all sketches."""
+    """Labels whose exact logits a scan computes, at least."""
+    recall: float
+    """Of the five best labels of held-out instances that a search finds."""
 
 
 class CellIndex:
@@ -265,9 +265,11 @@ class CellIndex:
         # All sketches, where that is the faster way to the same labels, and more.
         num_queries = query_BD.shape[0]
         is_faster = depth * num_queries >= self.num_labels * (num_queries * _FOR_EACH + _FOR_ALL)
-        if MULTIPLIES_BYTES and is_faster and _SHARE * width <= self.num_labels:
-            width = max(self.effort.scan_width, 2 * k)
-            return self.cells.scan(query_BD, self.table, self.bias_L, k, depth=depth, width=width)
+        # The width was tuned for the five best.
+        scan_width = max(min(self.effort.scan_width * -(-k // _TARGET_K), width), 2 * k)
+        if MULTIPLIES_BYTES and is_faster and _SHARE * scan_width <= self.num_labels:
+            widths = {"width": width, "scan_width": scan_width}
+            return self.cells.scan(query_BD, self.table, self.bias_L, k, depth=depth, **widths)
         return self.cells.search(query_BD, self.table, self.bias_L, k, depth=depth, width=width)
 
     def add(self, top: TopK, query_BD: torch.Tensor, labels: csr_matrix) -> TopK:
@@ -353,7 +355,7 @@ def _insert(query_BD: Any, table: Any, bias: Any, others: Any, found_BK: Any, sc
 
 def tune_effort(table: StoredTable, bias_L: NDArray[np.float32], cells: LabelCells, query_ND: torch.Tensor) -> Effort:
     """A small effort that finds 99.2% of the five best labels of the queries (N, D), held-out ones; these are found by
-    a scan of all labels."""
+    a scan of all labels. Where there is no scan of sketches, it has the width of the search by cells."""
     num_labels = bias_L.shape[0]
     least = Effort(depth=1, width=1, recall=0.0, scan_width=1)
     exact_NK = CellIndex(table, bias_L, cells, least, reach="all").search(query_ND, _TARGET_K).label_ids
@@ -365,10 +367,10 @@ def tune_effort(table: StoredTable, bias_L: NDArray[np.float32], cells: LabelCel
         return float(hits.any(axis=1).sum() / max((exact >= 0).sum(), 1))
 
     depth, width, reached = _tune_cells(functools.partial(recall, cells.search), num_labels, len(query_ND))
-    scan_width = min(_FEWEST[1], width)
-    if not MULTIPLIES_BYTES:
-        scan_width = width
-    while scan_width < width and recall(cells.scan, depth, scan_width) < _TARGET_RECALL:
+    scan_width = min(_FEWEST[1], width) if MULTIPLIES_BYTES else width
+    while scan_width < width:
+        if recall(functools.partial(cells.scan, scan_width=scan_width), depth, width) >= _TARGET_RECALL:
+            break
         scan_width = min(round(_STEP * scan_width), width)
     return Effort(depth=depth, width=width, recall=reached, scan_width=scan_width)
 

@@ -4,8 +4,8 @@ A processor with AVX512-VNNI multiplies 64 bytes by 64 others and adds the produ
 side of it has no sign: the sketches', 128 more in each number; what that adds to a sum depends on the query alone. For
 many queries, 64 rows at a time are laid side by side: then each has its lane, and no sum is put together from several.
 With AMX the same 64 rows are four tiles, and 32 queries two. A query knows beforehand what it will keep, by a sample of
-the rows; what leaves the loop are the bits of the rows that come up to it, and no score is written to memory but those
-of a block.
+the rows; what leaves the loop are the bits of the rows that come up to it: but for the sample's, only the scores of a
+block are in memory.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba import types
+from numba.core.codegen import get_host_cpu_features
 from numpy.typing import NDArray
 
 from xmc_midx.intrinsics import WORD, for_compiled_code, lowest
@@ -38,23 +38,27 @@ _BY_TILES = 2 * _LANES
 """Queries that meet a block of rows at once by tiles."""
 _FEWEST, _MOST = 32, 256
 """Queries for which a thread goes through all rows."""
+_PLATFORM = sys.platform
 _BYTE, _INT, _PLACE, _FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _INTS, _FLOATS = ir.VectorType(_INT, _LANES), ir.VectorType(_FLOAT, _LANES)
 
 
 def _has(*features: str) -> bool:
-    """Whether the processor that numba compiles for has all of these."""
-    name, chosen = (vars(numba.config)[f"CPU_{kind}"] for kind in ("NAME", "FEATURES"))
-    if name is not None or chosen is not None:
-        return {f"+{feature}" for feature in features} <= set((chosen or "").split(","))
-    known = get_host_cpu_features()
-    return all(known.get(feature) for feature in features)
+    """Whether what numba compiles for has all of these: of the processor, but for numba's settings."""
+    chosen = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
+    known: str = get_host_cpu_features() if chosen is None else chosen  # type: ignore[no-untyped-call]
+    return {f"+{feature}" for feature in features} <= set(known.split(","))
 
 
+MULTIPLIES_BYTES = _has("avx512vnni")
+"""Whether products of bytes have instructions of their own here."""
+
+
+@functools.cache
 def _tiles() -> NDArray[np.uint8] | None:
     """How the tiles of AMX are set up: eight of 16 rows of 64 bytes; None where there are none, or the kernel does not
-    grant them."""
-    if not (sys.platform == "linux" and _has("amx-tile", "amx-int8")):
+    grant them, for which it is asked once."""
+    if not (_PLATFORM == "linux" and _has("amx-tile", "amx-int8")):
         return None
     arch_prctl, request, tile_data = 158, 0x1023, 18
     if ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) != 0:
@@ -63,11 +67,6 @@ def _tiles() -> NDArray[np.uint8] | None:
     found = np.zeros(64, dtype=np.uint8)
     found[palette], found[width].view(np.uint16)[:], found[height] = 1, _LANES * _FOUR, _LANES
     return found
-
-
-MULTIPLIES_BYTES = _has("avx512vnni")
-"""Whether products of bytes have instructions of their own here."""
-_TILES = _tiles()
 
 
 def list_above(
@@ -83,7 +82,7 @@ def list_above(
     sketches, base = table
     every, kept = sample_of(len(base), wanted)
     sample = sketches[::every].copy(), base[::every].copy()
-    lists = empty_lists(len(short_BK), wanted)
+    lists, tiles = empty_lists(len(short_BK), wanted), _tiles()
 
     # Two parts a thread: of more, each would read the table once more.
     together = min(max(-(-len(short_BK) // (2 * num_workers())), _FEWEST), _MOST)
@@ -92,7 +91,7 @@ def list_above(
         for number in range(first, last):
             part = slice(number * together, (number + 1) * together)
             count_B, ids_BC, score_BC = (array[part] for array in lists)
-            _list(short_BK[part], table, sample, kept, wanted, _TILES, (count_B, ids_BC, score_BC))
+            _list(short_BK[part], table, sample, kept, wanted, tiles, (count_B, ids_BC, score_BC))
 
     in_threads(run, -(-len(short_BK) // together), least=2)
     return lists
@@ -149,19 +148,18 @@ def _list(short_BK: Any, table: Any, sample: Any, kept: int, wanted: int, tiles:
     # Nothing comes up to what is not a number.
     unit, above = np.zeros(filled, dtype=np.float32), np.full(filled, np.nan, dtype=np.float32)
     for row in range(num_queries):
-        unit[row], less[row] = round_query(short_BK[row], whole[row])
-    rows, base = np.empty(WORD * SIZE, dtype=np.uint8), np.empty(WORD, dtype=np.float32)
+        if np.isfinite(short_BK[row].sum()):
+            unit[row], less[row] = round_query(short_BK[row], whole[row])
+    base = np.empty(WORD, dtype=np.float32)
+    block, queries = (np.empty(WORD * SIZE, dtype=np.uint8), base), (whole, less, unit, above)
     sums, words = np.empty((together, WORD), dtype=np.int32), np.empty(together, dtype=np.uint64)
     sampled, nothing = np.empty((num_queries, num_sampled), dtype=np.float32), np.empty(0, dtype=np.int32)
     if tiles is not None:
         _set_up(tiles)
     for start in range(0, num_sampled, WORD):
-        size = _lay_side_by_side(sample, start, rows, base)
+        size = _lay_side_by_side(sample, start, *block)
         for first in range(0, filled, together):
-            if tiles is None:
-                _multiply(rows, base, whole, less, unit, above, first, sums, words)
-            else:
-                _multiply_tiles(rows, base, whole, less, unit, above, first, sums, words)
+            _meet(tiles, block, queries, first, sums, words)
             for lane in range(min(together, num_queries - first)):
                 for place in range(size):
                     score = np.float32(sums[lane, place] - less[first + lane]) * unit[first + lane] + base[place]
@@ -172,12 +170,9 @@ def _list(short_BK: Any, table: Any, sample: Any, kept: int, wanted: int, tiles:
         count_B[row] = 0 if is_guide else -1
         above[row] = least if is_guide else np.nan
     for start in range(0, num_rows, WORD):
-        _lay_side_by_side(table, start, rows, base)
+        _lay_side_by_side(table, start, *block)
         for first in range(0, filled, together):
-            if tiles is None:
-                _multiply(rows, base, whole, less, unit, above, first, sums, words)
-            else:
-                _multiply_tiles(rows, base, whole, less, unit, above, first, sums, words)
+            _meet(tiles, block, queries, first, sums, words)
             for lane in range(min(together, num_queries - first)):
                 word, row = words[lane], first + lane
                 if word == 0:
@@ -197,6 +192,16 @@ def _list(short_BK: Any, table: Any, sample: Any, kept: int, wanted: int, tiles:
                 count_B[row] = count
     if tiles is not None:
         _release()
+
+
+@numba.njit(nogil=True, cache=True)
+def _meet(tiles: Any, block: Any, queries: Any, first: Any, sums: Any, words: Any) -> None:
+    rows, base = block
+    whole, less, unit, above = queries
+    if tiles is None:
+        _multiply(rows, base, whole, less, unit, above, first, sums, words)
+    else:
+        _multiply_tiles(rows, base, whole, less, unit, above, first, sums, words)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -333,11 +338,11 @@ def _multiplication(generate: Any) -> Any:
     ) -> Any:
         def generate_all(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             data = functools.partial(_data, target, builder, signature, arguments)
-            of_queries = {
-                number: data(number, arguments[6], size) for number, size in ((2, SIZE), (3, 4), (4, 4), (5, 4))
-            }
-            note = (data(1), of_queries[3], of_queries[4], of_queries[5], data(8))
-            generate(builder, data(0), of_queries[2], data(7), functools.partial(_note, builder, note))
+            first = arguments[6]
+            rows, base, sums, words = data(0), data(1), data(7), data(8)
+            whole, less, unit, above = data(2, first, SIZE), data(3, first, 4), data(4, first, 4), data(5, first, 4)
+            note = functools.partial(_note, builder, (base, less, unit, above, words))
+            generate(builder, rows, whole, sums, note)
             return target.get_dummy_value()
 
         kinds = (rows, base, whole, less, unit, above, types.intp, sums, words)
@@ -396,7 +401,7 @@ def _multiply_tiles(builder: Any, rows: Any, whole: Any, sums: Any, note: Any) -
 
 @for_compiled_code
 def _set_up(context: Any, tiles: Any) -> Any:
-    """Of this thread, until `_release`."""
+    """Of this thread, until `_release`. (If memory ends in between, they stay: other libraries set up their own.)"""
 
     def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _call(builder, "llvm.x86.ldtilecfg", ir.VoidType(), _data(target, builder, signature, arguments, 0))

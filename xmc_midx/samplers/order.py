@@ -3,7 +3,8 @@
 A draw is two searches, one for the cell in a law that changes with the batch and one for the label in the mass of its
 cell. For a pool on the CPU they are compiled: one walk through the law finds the cells, for the draws come in order;
 and for the labels all draws take a step of a binary search before any takes the next, so that the processor waits for
-many places of memory at once. Elsewhere torch searches. Both find the same labels from the same random numbers.
+many places of memory at once. Elsewhere torch searches. Both find the same labels from the same random numbers, but
+for the rounding of sums.
 """
 
 from __future__ import annotations
@@ -267,7 +268,8 @@ def _sum_blocks(law: Any, sums: Any) -> Any:
 @numba.njit(nogil=True, cache=True)
 def _find_cells(law: Any, sums: Any, target: Any, cells: Any, inside: Any) -> None:
     """The cell into which each target falls, and how far. They rise, so one walk finds them all: a block of cells a
-    step, for a sum waits for the one before."""
+    step, for a sum waits for the one before. A target is never below what the walk has reached, so that a cell in which
+    one lies has mass."""
     draw, num_draws = 0, target.shape[0]
     before = 0.0
     for block in range(sums.shape[0]):

@@ -10,7 +10,7 @@ import torch
 
 from xmc_midx.intrinsics import fetch
 from xmc_midx.padding import distinct_padded
-from xmc_midx.samplers.static import InBatchSampler
+from xmc_midx.samplers.static import InBatchSampler, inclusion
 from xmc_midx.types import LabelSample
 
 __all__ = ["beside", "two_samples"]
@@ -18,7 +18,7 @@ __all__ = ["beside", "two_samples"]
 _AHEAD = 16
 """Labels whose frequencies are asked for while one is weighed."""
 _FREQUENT = 512
-"""Frequency from which on a label's chance is computed for itself."""
+"""Frequency from which on each label's chance is computed for itself."""
 
 
 def beside(certain: torch.Tensor, sample: LabelSample) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,14 +85,17 @@ def _two_samples_on_host(
     positives: torch.Tensor, sample: LabelSample, law: InBatchSampler, num_others: int, num_draws: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in one loop over the labels, which are sorted with their places by NumPy."""
-    keys = np.concatenate([positives.numpy(), sample.label_ids.numpy()])
+    keys = np.concatenate([positives.numpy(), sample.label_ids.numpy()]).astype(np.int64, copy=False)
     bits = keys.shape[0].bit_length()
     keys <<= bits
     keys |= np.arange(keys.shape[0])
     keys.sort()
+    # Compiled code follows the ids without looking.
+    if keys.shape[0] and not 0 <= keys[0] >> bits <= keys[-1] >> bits < law.num_labels:
+        raise IndexError(f"label ids {keys[0] >> bits}..{keys[-1] >> bits}: expected those of {law.num_labels} labels")
     label_ids, log_weight = np.empty_like(keys), np.empty(keys.shape[0])
-    numbers = float(max(law.num_instances - 1, 1)), law.positives_per_instance * (num_others + 1), num_others, num_draws
-    drawn = positives.shape[0], sample.log_weight.numpy()
+    numbers = law.num_instances, law.positives_per_instance * (num_others + 1), num_others, num_draws
+    drawn = positives.shape[0], sample.log_weight.detach().numpy()
     count = _weigh(keys, bits, drawn, law.label_frequencies.numpy(), numbers, label_ids, log_weight)
     return torch.from_numpy(label_ids[:count]), torch.from_numpy(log_weight[:count])
 
@@ -102,11 +105,10 @@ def _weigh(keys: Any, bits: int, drawn: Any, frequency_L: Any, numbers: Any, lab
     """`_two_samples_by_torch` of sorted keys, a label and below it its place among positives and draws; returns how
     many labels are left."""
     num_positives, log_weight_M = drawn
-    others, expected, num_others, num_draws = numbers
+    num_instances, expected, num_others, num_draws = numbers
     count, place, num_keys = 0, 0, keys.shape[0]
     # Most labels are rare, and many equally so.
-    known = np.full(_FREQUENT + 1, -1.0)
-    known[0] = 0.0
+    known = np.full(_FREQUENT, -1.0)
     while place < num_keys:
         label, ahead = keys[place] >> bits, keys[min(place + _AHEAD, num_keys - 1)] >> bits
         fetch(frequency_L, ahead, ahead + 1)
@@ -116,14 +118,13 @@ def _weigh(keys: Any, bits: int, drawn: Any, frequency_L: Any, numbers: Any, lab
             in_batch |= which < num_positives
             draw = max(draw, which - num_positives)
             place += 1
-        frequency = frequency_L[label]
-        chance = known[min(frequency, _FREQUENT)]
+        frequency = np.float64(frequency_L[label])
+        rank = np.int64(min(max(frequency, 0.0), _FREQUENT - 1.0))
+        chance = known[rank] if rank == frequency else -1.0
         if chance < 0.0:
-            # As `InBatchSampler.log_inclusion`.
-            left = others - (np.float64(frequency) - 1.0) / 2
-            chance = -np.expm1(np.float64(frequency) * np.log1p(-min(num_others / left, 1.0)))
-            if frequency < _FREQUENT:
-                known[frequency] = chance
+            chance = inclusion(frequency, num_instances, num_others)
+            if rank == frequency:
+                known[rank] = chance
         part = chance + (1.0 - chance) * expected / (expected + num_draws) if chance > 0.0 else 0.0
         weight = 0.0
         if in_batch:

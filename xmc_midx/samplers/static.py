@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numba
+import numpy as np
 import torch
 
 from xmc_midx.samplers.draws import distinct, draw, draw_pool
 from xmc_midx.types import LabelSample
 
-__all__ = ["FrequencySampler", "InBatchSampler", "UniformSampler"]
+__all__ = ["FrequencySampler", "InBatchSampler", "UniformSampler", "inclusion"]
 
 
 class UniformSampler:
@@ -134,9 +137,9 @@ class InBatchSampler(UniformSampler):
         within 2e-3 of the probability elsewhere (1e-5 from 4,000 instances on), and without the cancellation of large
         logarithms.
         """
-        frequency_P, others = self.label_frequencies[label_ids].double(), max(self.num_instances - 1, 1)
-        left_P = others - (frequency_P - 1.0).clamp(min=0.0) / 2
-        log_missed_P = frequency_P * torch.log1p(-(num_others / left_P).clamp(max=1.0))
+        frequency_P = self.label_frequencies[label_ids].double()
+        left_P = (self.num_instances - 1 - (frequency_P - 1.0) / 2).clamp_(min=max(num_others, 1))
+        log_missed_P = frequency_P * torch.log1p(-num_others / left_P)
         return torch.log(-torch.expm1(log_missed_P.masked_fill_(frequency_P <= 0, 0.0)))
 
     def sample(self, query_BD: torch.Tensor, num_draws: int, generator: torch.Generator) -> LabelSample:
@@ -147,3 +150,12 @@ class InBatchSampler(UniformSampler):
 
     def _follow(self, device: torch.device) -> None:
         self.label_frequencies = self.label_frequencies.to(device)
+
+
+@numba.njit(nogil=True, cache=True)
+def inclusion(frequency: float, num_instances: int, num_others: int) -> Any:
+    """The probability of `InBatchSampler.log_inclusion`, for compiled code."""
+    if frequency <= 0.0:
+        return 0.0
+    left = max(num_instances - 1 - (frequency - 1.0) / 2, max(num_others, 1))
+    return -np.expm1(frequency * np.log1p(-num_others / left))

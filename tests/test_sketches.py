@@ -113,9 +113,16 @@ def test_queries_without_a_ranking_are_told(way: str, monkeypatch: pytest.Monkey
     usual = found_by(way, monkeypatch, short, table, 30)
     odd = short.copy()
     odd[3], odd[4, 7], odd[30], odd[40, 0] = np.nan, np.inf, 1e38, -np.inf
+    # All numbers are finite, and so is their sum; scores are not.
+    odd[20] = 0.0
+    odd[20, 3] = 3e37
     counts, ids, _ = list_above(odd, table, 30)
-    told = [3, 4, 30, 40]
+    told = [3, 4, 20, 30, 40]
     assert (counts[told] == -1).all()
+    # Nor where few of the scores are not, so few that a list has room for them.
+    sketches = table[0].copy()
+    sketches[:, 3] = np.where(np.arange(3000) % 64 == 0, 127, 0)
+    assert list_above(odd[20:21], (sketches, table[1]), 30)[0].tolist() == [-1]
     others = np.delete(np.arange(41), told)
     np.testing.assert_array_equal(counts[others], usual[0][others])
     for row in others:

@@ -116,7 +116,8 @@ def _weigh(keys: Any, bits: int, drawn: Any, frequency_L: Any, numbers: Any, lab
         while place < num_keys and keys[place] >> bits == label:
             which = keys[place] & ((np.int64(1) << bits) - 1)
             in_batch |= which < num_positives
-            draw = max(draw, which - num_positives)
+            # A label is drawn once at most, and its draw comes last.
+            draw = which - num_positives
             place += 1
         frequency = np.float64(frequency_L[label])
         rank = np.int64(min(max(frequency, 0.0), _FREQUENT - 1.0))

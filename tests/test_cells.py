@@ -216,13 +216,21 @@ def test_all_labels_in_bfloat16_are_the_exact_search(monkeypatch: pytest.MonkeyP
 
 
 @by_bytes
-def test_a_query_that_the_scan_has_no_answer_to_is_searched_by_cells() -> None:
+def test_a_query_that_the_scan_has_no_answer_to_is_searched_by_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     table, bias, fitted, queries = tables(6000, 48)
     cells = fit_cells(table, bias, fitted)
     mixed = queries.clone()
     mixed[[3, 200]] = torch.full((48,), float("nan"))
     mixed[7] = 3e38
+    efforts, search = [], LabelCells.search
+
+    def watched(self: LabelCells, *arguments: Any, depth: int, width: int) -> TopK:
+        efforts.append((depth, width))
+        return search(self, *arguments, depth=depth, width=width)
+
+    monkeypatch.setattr(LabelCells, "search", watched)
     found = cells.scan(mixed, table, bias, 5, depth=900, width=90, scan_width=60)
+    assert efforts == [(900, 90)]
     usual = np.delete(np.arange(len(queries)), [3, 7, 200])
     expected = cells.scan(queries, table, bias, 5, depth=900, width=90, scan_width=60)
     np.testing.assert_array_equal(found.label_ids[usual], expected.label_ids[usual])

@@ -11,7 +11,7 @@ import torch
 from xmc_midx import scan as module
 from xmc_midx.products import rough_queries, rough_rows
 from xmc_midx.quantization import StoredTable
-from xmc_midx.scan import Lists, list_rough, scan_topk
+from xmc_midx.scan import Lists, scan_topk
 from xmc_midx.types import TopK
 
 
@@ -40,7 +40,7 @@ def scan(
         return TopK.empty(len(rows), k)
 
     def above(part: slice, wanted: int) -> Lists:
-        return list_rough(queries[part], rough.__getitem__, len(ids), wanted)
+        return module.list_rough(queries[part], rough.__getitem__, len(ids), wanted)
 
     how = {"above": above, "label_ids": labels, "width": width, "otherwise": otherwise}
     return scan_topk(queries, stored, bias.numpy(), k, **how), left  # type: ignore[arg-type]
@@ -179,7 +179,7 @@ def test_many_results_are_found_in_parts_of_few_queries(monkeypatch: pytest.Monk
         asked.append(len(short))
         return find(short, *rest)
 
-    monkeypatch.setitem(globals(), "list_rough", watched)
+    monkeypatch.setattr(module, "list_rough", watched)
     found, again = scan(table, bias, queries, 100, 200)
     assert sum(asked) == 133 and max(asked) == 10 and len(asked) == 14
     np.testing.assert_array_equal(again, left)

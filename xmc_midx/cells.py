@@ -28,7 +28,7 @@ from xmc_midx.codebook import kmeans
 from xmc_midx.quantization import StoredTable
 from xmc_midx.scan import scan_topk, write_best_logits
 from xmc_midx.selection import keep_best, least_of_best
-from xmc_midx.sketches import SIZE, list_above, products, round_query
+from xmc_midx.sketches import MAX_CODE, SIZE, list_above, products, round_query
 from xmc_midx.threads import in_threads, scratch
 from xmc_midx.types import TopK
 
@@ -38,7 +38,6 @@ _CELLS = 20.0
 """Cells, in roots of the number of labels."""
 _DEVIATIONS = 3.0
 _ITERATIONS = 8
-_MAX_CODE = 127
 _CHUNK, _FEW = 1024, 8
 """Queries at once, and from which on torch projects them, not compiled code (EXPERIMENTS.md, "Latency")."""
 _CHUNK_ROWS = 1 << 12
@@ -182,7 +181,7 @@ def fit_cells(table: StoredTable, bias: _Floats, query_ND: torch.Tensor, *, seed
     mean_D, projection_DK, unprojection_DK = _directions(table, query_ND)
     # Half of a direction's weight on either side: then both round it alike.
     weight_K, largest_K = _weights(table, unprojection_DK)
-    unit = (largest_K / weight_K).amax().clamp(min=1e-20) / _MAX_CODE
+    unit = (largest_K / weight_K).amax().clamp(min=1e-20) / MAX_CODE
     # A label keeps its sketch in bytes from the beginning: in float32, all of them may be larger than the table.
     points = _Points(table.shape[0], weight_K * unit)
     for begin, rows_BD in _chunks(table):

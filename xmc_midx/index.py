@@ -234,7 +234,7 @@ class CellIndex:
         depth, width, scan_width = numbers if len(numbers) == 3 else (*numbers, numbers[-1])
         if min(depth, width, scan_width) < 1:
             raise ValueError("an effort is at least one label")
-        effort = Effort(depth=depth, width=width, recall=float(arrays["recall"][0]), scan_width=scan_width)
+        effort = Effort(depth=depth, width=width, scan_width=scan_width, recall=float(arrays["recall"][0]))
         return cls(table, bias_L, LabelCells.from_arrays(arrays, *table.shape), effort, reach=reach)
 
     @property
@@ -357,7 +357,7 @@ def tune_effort(table: StoredTable, bias_L: NDArray[np.float32], cells: LabelCel
     """A small effort that finds 99.2% of the five best labels of the queries (N, D), held-out ones; these are found by
     a scan of all labels. Where there is no scan of sketches, it has the width of the search by cells."""
     num_labels = bias_L.shape[0]
-    least = Effort(depth=1, width=1, recall=0.0, scan_width=1)
+    least = Effort(depth=1, width=1, scan_width=1, recall=0.0)
     exact_NK = CellIndex(table, bias_L, cells, least, reach="all").search(query_ND, _TARGET_K).label_ids
 
     def recall(find: _Find, depth: int, width: int, every: int = 1) -> float:
@@ -372,7 +372,7 @@ def tune_effort(table: StoredTable, bias_L: NDArray[np.float32], cells: LabelCel
         if recall(functools.partial(cells.scan, scan_width=scan_width), depth, width) >= _TARGET_RECALL:
             break
         scan_width = min(round(_STEP * scan_width), width)
-    return Effort(depth=depth, width=width, recall=reached, scan_width=scan_width)
+    return Effort(depth=depth, width=width, scan_width=scan_width, recall=reached)
 
 
 def _tune_cells(recall: Callable[[int, int, int], float], num_labels: int, num_queries: int) -> tuple[int, int, float]:

@@ -27,11 +27,10 @@ from xmc_midx.scan import Lists, empty_lists, make_room, sample_of
 from xmc_midx.selection import least_of_best
 from xmc_midx.threads import in_threads, num_workers
 
-__all__ = ["MULTIPLIES_BYTES", "SIZE", "list_above", "products", "round_query"]
+__all__ = ["MAX_CODE", "MULTIPLIES_BYTES", "SIZE", "list_above", "products", "round_query"]
 
-SIZE = 128
-"""Numbers of a sketch."""
-_MAX_CODE = 127
+SIZE, MAX_CODE = 128, 127
+"""Numbers of a sketch, and the largest size of one, a query's too."""
 _LANES, _FOUR = 16, 4
 """Sums of a vector, and bytes of each; also rows of a tile, and queries that meet a block of rows at once by lanes."""
 _BY_TILES = 2 * _LANES
@@ -104,11 +103,11 @@ def round_query(short: Any, whole: Any) -> Any:
     largest = np.float32(1e-30)
     for column in range(SIZE):
         largest = max(largest, abs(short[column]))
-    unit, total = largest / np.float32(_MAX_CODE), np.int32(0)
+    unit, total = largest / np.float32(MAX_CODE), np.int32(0)
     for column in range(SIZE):
         whole[column] = np.int8(np.rint(short[column] / unit))
         total += np.int32(whole[column])
-    return unit, np.int32(total * (_MAX_CODE + 1))
+    return unit, np.int32(total * (MAX_CODE + 1))
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
@@ -166,7 +165,8 @@ def _list(short_BK: Any, table: Any, sample: Any, kept: int, wanted: int, tiles:
                     sampled[first + lane, start + place] = score
     for row in range(num_queries):
         least = least_of_best(sampled[row], nothing, kept, num_sampled)
-        is_guide = np.isfinite(least) and np.isfinite(short_BK[row].sum())
+        # A query that is not finite was left at zero.
+        is_guide = np.isfinite(least) and unit[row] > 0.0
         count_B[row] = 0 if is_guide else -1
         above[row] = least if is_guide else np.nan
     for start in range(0, num_rows, WORD):

@@ -17,6 +17,7 @@ by a power of its inverse propensity so that the tail counts; terms that do not 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -26,13 +27,13 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
-from scipy.special import expit
 
 from xmc_midx.errors import DataError
 from xmc_midx.metrics import instance_scores, inverse_propensity
 from xmc_midx.neighbors import NeighborIndex
+from xmc_midx.newton import minimize_convex
 from xmc_midx.selection import insert_best
-from xmc_midx.threads import zeros
+from xmc_midx.threads import in_threads, zeros
 from xmc_midx.types import DEFAULT_KS, DEFAULT_PROPENSITY, TopK
 
 __all__ = ["SHORTLIST", "Interpolation", "fit_interpolation", "interpolate", "keep_labels"]
@@ -64,7 +65,9 @@ _ENOUGH = 1000
 """Held-out instances from which that can be told; fewer keep all that is there, and the fit weighs it."""
 _ADDED_LATER = ("margin", "budget", "idf_power")
 _NAMES = ("model", "mixture", "votes", "frequency", "outside", "margin")
-_BOUNDS = ((0.0, None), (0.0, None), (0.0, None), (None, None), (None, 0.0), (0.0, None))
+_NUM_SUMS = 1 + len(_NAMES) + len(_NAMES) ** 2
+"""Of an instance: its loss and the derivatives."""
+_BOUNDS = ((0.0, np.inf), (0.0, np.inf), (0.0, np.inf), (-np.inf, np.inf), (-np.inf, 0.0), (0.0, np.inf))
 """Of the coefficients: more mass, votes or margin never lower a score, absence from the shortlist never raises it."""
 _ALONE, _WITH_RANKER, _WITH_NEIGHBORS, _EVERYTHING = (0, 3), (0, 3, 5), (0, 1, 2, 3, 4), (0, 1, 2, 3, 4, 5)
 """Coefficients that are fitted, by what takes part."""
@@ -427,46 +430,84 @@ def _fit(candidates: _Candidates, labels: csr_matrix, weight_L: _Floats, free: l
     log(1 + exp(S - s_p)), with S the log of the summed exponentials of the instance's negatives among the candidates,
     summed over the instances, plus `_PULL` times the squared distance from the model alone, in standard deviations.
     """
-    from scipy.optimize import minimize  # a third of a second that a prediction need not wait for
-
     positive = _is_positive(candidates, labels)
     start = Interpolation().coefficients
     if not positive.any() or positive.all():
         return start
-    spread = candidates.terms.std(axis=0)
-    spread[spread < _CONSTANT] = 0.0
-    scale = np.where(spread > 0, spread, 1.0)
-    terms = candidates.terms / scale
-    num_rows = labels.shape[0]
-    mine, others = candidates.instance[positive], candidates.instance[~positive]
-    own, rest = terms[positive], terms[~positive]
-    # An instance's negatives follow one another.
-    starts = np.flatnonzero(np.diff(others, prepend=-1))
-    rows = others[starts]
-    weight = weight_L[candidates.label_ids[positive]] / np.bincount(mine, minlength=num_rows)[mine]
+    # A term after the other: of all at once, the deviations would be as large as the terms.
+    spread = np.array([term.std() for term in candidates.terms.T])
+    is_constant = spread < _CONSTANT
+    num_rows, mine = labels.shape[0], candidates.instance[positive]
+    weight = np.zeros(positive.shape[0])
+    weight[positive] = weight_L[candidates.label_ids[positive]] / np.bincount(mine, minlength=num_rows)[mine]
     weight *= num_rows / weight.sum()
-    pull = np.where(spread > 0, _PULL, 1e9)
+    offsets = np.searchsorted(candidates.instance, np.arange(num_rows + 1))
+    pull = np.where(is_constant, 1e9, _PULL * spread**2)
 
-    def loss(values: _Floats) -> tuple[float, _Floats]:
-        coefficients = start * scale
-        coefficients[free] = values
-        scores = rest @ coefficients
-        peak, total = np.full(num_rows, -1e300), np.full(num_rows, 1e-300)
-        peak[rows] = np.maximum.reduceat(scores, starts)
-        mass = np.exp(scores - peak[others])
-        total[rows] = np.add.reduceat(mass, starts)
-        margin = np.log(total)[mine] + peak[mine] - own @ coefficients
-        slope = weight * expit(margin)
-        share = np.bincount(mine, weights=slope, minlength=num_rows) / total
-        gradient = rest.T @ (share[others] * mass) - own.T @ slope
-        away = coefficients - start * scale
-        value = float((weight * np.logaddexp(0.0, margin)).sum() + (pull * away**2).sum())
-        return value, (gradient + 2 * pull * away)[free]
+    def loss(coefficients: _Floats) -> tuple[float, _Floats, _Floats]:
+        found = np.empty((num_rows, _NUM_SUMS))
+        in_threads(functools.partial(_losses, candidates.terms, weight, offsets, coefficients, found), num_rows)
+        value, *sums = found.sum(axis=0)
+        slope, curvature = np.array(sums[: len(start)]), np.array(sums[len(start) :]).reshape(len(start), -1)
+        away = coefficients - start
+        return value + pull @ away**2, slope + 2 * pull * away, curvature + np.diag(2 * pull)
 
-    bounds = [_BOUNDS[i] for i in free]
-    result = minimize(loss, (start * scale)[free], jac=True, method="L-BFGS-B", bounds=bounds)
-    start[free] = np.where(np.abs(result.x) < _NEGLIGIBLE, 0.0, result.x) / scale[free]
-    return start
+    lower, upper = start.copy(), start.copy()
+    lower[free], upper[free] = np.array(_BOUNDS)[free].T
+    found = minimize_convex(loss, start, lower, upper)
+    negligible = np.abs(found) * np.where(is_constant, 1.0, spread) < _NEGLIGIBLE
+    return np.where(negligible, 0.0, found)
+
+
+@numba.njit(nogil=True, cache=True)
+def _losses(terms: Any, weight: Any, offsets: Any, coefficients: Any, found: Any, begin: int, end: int) -> None:
+    """Of each instance, into its row of `found`: the loss, its gradient and its second derivatives. The candidates of
+    an instance follow one another; those with a weight are its positives."""
+    size = coefficients.shape[0]
+    mean, square = np.empty(size), np.empty((size, size))
+    for row in range(begin, end):
+        found[row] = 0.0
+        first, last = offsets[row], offsets[row + 1]
+        score = np.empty(last - first)
+        peak = -np.inf
+        for place in range(first, last):
+            total = 0.0
+            for term in range(size):
+                total += coefficients[term] * terms[place, term]
+            score[place - first] = total
+            if weight[place] == 0.0:
+                peak = max(peak, total)
+        if peak == -np.inf:
+            # Without negatives there is nothing to rank.
+            continue
+        mass, mean[:], square[:] = 0.0, 0.0, 0.0
+        for place in range(first, last):
+            if weight[place] == 0.0:
+                share = math.exp(score[place - first] - peak)
+                mass += share
+                for term in range(size):
+                    part = share * terms[place, term]
+                    mean[term] += part
+                    for other in range(term + 1):
+                        square[term, other] += part * terms[place, other]
+        slope, curvature = found[row, 1 : 1 + size], found[row, 1 + size :]
+        for place in range(first, last):
+            if weight[place] == 0.0:
+                continue
+            margin = peak + math.log(mass) - score[place - first]
+            low = math.exp(-abs(margin))
+            found[row, 0] += weight[place] * (max(margin, 0.0) + math.log1p(low))
+            chance = (1.0 if margin >= 0.0 else low) / (1.0 + low)
+            for term in range(size):
+                away = mean[term] / mass - terms[place, term]
+                slope[term] += weight[place] * chance * away
+                for other in range(term + 1):
+                    spread = square[term, other] / mass - mean[term] * mean[other] / mass**2
+                    spread += (1.0 - chance) * away * (mean[other] / mass - terms[place, other])
+                    curvature[term * size + other] += weight[place] * chance * spread
+        for term in range(size):
+            for other in range(term):
+                curvature[other * size + term] = curvature[term * size + other]
 
 
 def _is_positive(candidates: _Candidates, labels: csr_matrix) -> NDArray[np.bool_]:

@@ -725,6 +725,41 @@ def test_force_deletes_nothing_that_is_not_of_a_run(beside: list[str], cli: Any,
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+def test_a_run_may_be_the_current_directory_and_a_link_leads_to_the_run(
+    cli: Any, pipeline: Any, calls: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for _ in range(3):
+        for name in ("config.yaml", "run.json"):
+            (tmp_path / "real" / name).write_text("{}")
+        assert cli("train", "d", "--output", tmp_path / "link", "--force").code == 0
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "latest").exists()
+        assert {path.name for path in tmp_path.iterdir()} == {"real", "link"}
+    monkeypatch.chdir(tmp_path / "real")
+    assert cli("train", "d", "--output", ".", "--resume").code == 0 and calls[-1]["run"] == Path()
+    shown = cli("train", "d", "--output", ".", "--force")
+    assert shown.code == 2 and "is the directory you are in" in shown.err
+    assert (tmp_path / "real" / "latest").exists()
+    (tmp_path / "new").mkdir()
+    monkeypatch.chdir(tmp_path / "new")
+    assert cli("train", "d", "--output", ".").code == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("evaluate", "r", "d", "--predictions"), ("predict", "r", "i", "--allow"), ("predict", "r", "i", "--deny")],
+)
+def test_a_pipe_is_a_file_and_a_directory_is_none(
+    words: tuple[str, ...], cli: Any, pipeline: Any, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert cli(*words, tmp_path / "pipe").code == 0
+    for wrong in (tmp_path, tmp_path / "absent"):
+        shown = cli(*words, wrong)
+        assert shown.code == 2 and "is no file" in shown.err
+
+
 # ------------------------------------------------------------------ evaluate
 
 

@@ -76,6 +76,9 @@ def test_an_unknown_key_is_named_with_the_known_ones(assignment: str, key: str, 
         ("sampler.frequency_power=3", "sampler.frequency_power"),
         ("data.validation_fraction=1.0", "data.validation_fraction"),
         ("loss.decoupled=perhaps", "loss.decoupled"),
+        ("training.epochs=True", "training.epochs"),
+        ("model.dropout=False", "model.dropout"),
+        ("training.device=True", "training.device"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_key_and_value(assignment: str, key: str) -> None:
@@ -102,6 +105,9 @@ def test_an_assignment_without_section_key_or_value_is_refused(assignment: str) 
 
 def test_an_assignment_that_is_no_yaml_is_refused() -> None:
     assert "training.epochs=[1" in refusal("training.epochs=[1")
+    # What PyYAML itself cannot make a value of.
+    for value in ("2024-13-45", "!!int abc", "9" * 5000, "{a: 1, a: 2}"):
+        assert "the value is not YAML" in refusal(f"training.seed={value}")
 
 
 @pytest.mark.parametrize(
@@ -120,6 +126,9 @@ def test_an_assignment_that_is_no_yaml_is_refused() -> None:
         b"training: {epochs: {a: b}}",
         b"1: {epochs: 5}",
         b"training: null",
+        b"training: {epochs: 2024-13-45}",
+        b"training: {epochs: 3}\ntraining: {seed: 3}",
+        b"training: {epochs: 3, epochs: 4}",
     ],
 )
 def test_a_file_that_is_no_configuration_is_refused_in_one_line(tmp_path: Path, text: bytes) -> None:

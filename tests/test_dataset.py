@@ -15,6 +15,7 @@ from xmc_midx.data.check import check_dataset
 from xmc_midx.data.dataset import load_dataset, load_split
 from xmc_midx.data.registry import find_spec
 from xmc_midx.errors import DataError
+from xmc_midx.pipeline import train
 
 TRAIN = b"5 4 6\n0,2 0:1 3:0.5\n 1:-2\n0 0:1 3:0.5\n\n3 2:1\n"
 TEST = b"2 4 6\n1 3:0.5\n 0:1 3:0.5\n"
@@ -255,8 +256,26 @@ def test_a_huge_header_costs_no_memory(tmp_path: Path) -> None:
     statistics = load_dataset(path).statistics()
     assert statistics.num_tail_labels == statistics.num_labels == 2**31 - 1
     report = check_dataset(path)
-    assert report.ok
     assert report.counts["unseen-labels"] == 1
+    assert report.counts["gaps"] == report.num_errors == 2, "a training refuses both"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (b"2 3 2\n 0:1\n 1:1\n", "no-positives"),
+        (b"2 2000000000 2\n0 2:1 0:1\n1 1:1\n", "gaps"),
+        (b"2 3 2000000000\n0 2:1 0:1\n1 1:1\n", "gaps"),
+    ],
+)
+def test_what_a_training_refuses_is_an_error_of_a_check(text: bytes, kind: str, tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_bytes(text)
+    report = check_dataset(tmp_path)
+    assert report.counts[kind] == report.num_errors == 1 and not report.ok
+    with pytest.raises(DataError) as caught:
+        train(tmp_path, output=tmp_path / "run")
+    (problem,) = [problem for problem in report.problems if problem.level == "error"]
+    assert caught.value.message == f"{problem.file}: {problem.text}"
 
 
 # --- Checking

@@ -464,7 +464,9 @@ def test_the_command_prints_recall_bytes_and_times(run: Path, data: Path, tmp_pa
         assert (tmp_path / "b" / name).read_bytes() == (directory / name).read_bytes()
 
 
-def test_a_directory_that_is_not_empty_is_refused(run: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_directory_that_is_not_empty_or_where_one_is_is_refused(
+    run: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("mine")
     assert app.run(["export", str(run), str(tmp_path / "full")]) == 2
@@ -475,6 +477,23 @@ def test_a_directory_that_is_not_empty_is_refused(run: Path, tmp_path: Path, cap
     assert app.run(["export", str(run), str(tmp_path / "empty")]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"]
     assert (tmp_path / "full" / "thesis.tex").read_text() == "mine"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for here in (".", str(tmp_path / "here")):
+        assert app.run(["export", str(run.resolve()), here]) == 2
+        assert "is the directory you are in" in capsys.readouterr().err
+
+
+def test_a_test_split_of_nothing_leaves_the_training_rows_to_measure_on(
+    run: Path, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    other = tmp_path / "data"
+    shutil.copytree(data, other)
+    (other / "test.txt").write_text(f"0 {F} {L}\n")
+    assert app.run(["export", str(run), str(tmp_path / "out"), "--data", str(other)]) == 0
+    shown = capsys.readouterr().out
+    num_rows = load_dataset(data).split("train").num_instances
+    assert f"Over {num_rows:,} instances" in shown and "Recall was not measured" not in shown
 
 
 def test_data_that_is_gone_or_of_another_model(run: Path, tmp_path: Path, topic_dir: Path, capsys: Any) -> None:

@@ -119,6 +119,10 @@ def test_texts_keep_their_places() -> None:
         ("0,1 5:0.5 6:.1", False),
         (" 5:-1", False),
         ("4,5", False),
+        ("0 3:nan 4:1", False),
+        ("3:nan 4:-inf", False),
+        ("3: 4:Infinity", False),
+        ("3:nano 4:info", True),
         ("", False),
     ],
 )

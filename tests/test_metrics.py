@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 from napkinxc import metrics as napkinxc
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_array, csr_matrix
 
 from xmc_midx.errors import DataError, UsageError
 from xmc_midx.metrics import (
@@ -230,6 +230,15 @@ def test_a_pad_is_a_miss_at_its_rank_and_never_the_last_label_of_the_row_before(
     assert report.metrics["P@9"] == pytest.approx(1 / 9)
 
 
+def test_labels_of_any_sparse_format_are_the_same():
+    labels = csr_matrix(np.array([[1, 0, 0], [1, 0, 0], [1, 0, 1.0]]))
+    top = make_top([[0, 1]] * 3)
+    expected = evaluate_topk(top, labels, ks=(1, 2)).metrics
+    for other in (labels.tocsc(), labels.tocoo(), labels.tolil(), csr_array(labels), labels.toarray()):
+        assert evaluate_topk(top, other, ks=(1, 2)).metrics == expected
+        assert breakdown_by_frequency(top, other, np.ones(3, dtype=np.int64), k=2)[2].num_hits == 3
+
+
 def test_predictions_without_columns_are_all_misses():
     report = evaluate_topk(make_top([[], []], width=0), make_labels([[0], [1]], 2))
     assert set(report.metrics.values()) == {0.0}
@@ -292,9 +301,13 @@ def test_predictions_that_do_not_fit_are_data_errors(rows, message):
 
 def test_arguments_that_cannot_be_used_are_refused():
     top, labels = make_top([[0]]), make_labels([[0]], 2)
-    for ks in ((), (0,), (1, -3), (1.5,)):
+    for ks in ((), (0,), (1, -3), (1.5,), np.array([]), 5, iter(())):
         with pytest.raises(UsageError, match="k = "):
             evaluate_topk(top, labels, ks=ks)
+    for ks in (np.array([3, 1]), iter([1, 3]), {1, 3}):
+        assert list(evaluate_topk(top, labels, ks=ks).metrics)[:2] == ["P@1", "P@3"]
+    with pytest.raises(UsageError, match="too large"):
+        inverse_propensity(np.ones(2), 100, 1e9, 1.0)
     with pytest.raises(UsageError, match="number of training instances"):
         evaluate_topk(top, labels, label_frequencies=np.array([1, 1]))
     with pytest.raises(DataError, match="Frequencies of 3 labels"):

@@ -541,6 +541,31 @@ def test_label_ids_with_huge_gaps_are_refused_before_the_memory_is_gone(tmp_path
     assert caught.value.hint is not None and "renumber" in caught.value.hint
 
 
+def test_a_test_file_without_instances_is_refused_before_the_training(
+    topic_dir: Path, trained: TrainResult, tmp_path: Path
+) -> None:
+    empty = write_xmc(tmp_path / "empty.txt", "0 40 23\n")
+    with pytest.raises(DataError, match=r"empty\.txt: holds 0 instances, expected some to evaluate on"):
+        train(topic_dir, output=tmp_path / "run", config=make_config(), test=empty)
+    assert not (tmp_path / "run").exists()
+    # An older release began such runs: they end without a report.
+    begun = tmp_path / "begun"
+    shutil.copytree(trained.run, begun)
+    fingerprint = load_dataset(topic_dir, test=empty).fingerprint()
+    record = json.loads((begun / "run.json").read_text()) | {"test": str(empty), "fingerprint": fingerprint}
+    (begun / "run.json").write_text(json.dumps(record))
+    assert resume(begun).test is None
+
+
+def test_the_ks_of_an_evaluation_are_whole_numbers(topic_dir: Path, trained: TrainResult) -> None:
+    expected = evaluate(trained.run, data=topic_dir, ks=(1, 3)).report.metrics
+    for ks in (np.array([3, 1]), iter([1, 3]), [1, 3]):
+        assert evaluate(trained.run, data=topic_dir, ks=ks).report.metrics == expected
+    for wrong in ([], 5, [0], [1.5]):
+        with pytest.raises(UsageError, match="k = "):
+            evaluate(trained.run, data=topic_dir, ks=wrong)  # type: ignore[arg-type]
+
+
 def test_a_model_of_other_data_is_refused(trained: TrainResult, tmp_path: Path) -> None:
     other_features = write_xmc(tmp_path / "features.txt", "1 7 23\n2 0:1.0\n")
     with pytest.raises(DataError, match="7 features; the model was trained with 40"):

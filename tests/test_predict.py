@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +214,14 @@ def test_instances_in_memory_are_a_stream_like_a_file(
     features = load_dataset(data).split("test").features
     texts = [f"word{row % F:02}" for row in range(150)]
     (tmp_path / "texts.txt").write_text("".join(f"{text}\n" for text in texts))
-    for held, file in ((features, data / "test.txt"), (texts, tmp_path / "texts.txt")):
+    for held, file in (
+        (features, data / "test.txt"),
+        (features.tocoo(), data / "test.txt"),
+        (csr_array(features), data / "test.txt"),
+        (features.toarray(), data / "test.txt"),
+        (texts, tmp_path / "texts.txt"),
+        (np.array(texts), tmp_path / "texts.txt"),
+    ):
         whole = [*predict_stream(run, input=file)]
         found = [*predict_stream(run, input=held)]
         assert [chunk.first for chunk in found] == [chunk.first for chunk in whole] == [0, 32, 64, 96, 128]
@@ -434,6 +441,10 @@ def test_label_lists_hold_ids_and_names(run: Path, data: Path, tmp_path: Path) -
         assert set(np.unique(top.label_ids).tolist()) - {-1} == expected
         top = predict(run, input=data / "test.txt", k=L, deny=file).top
         assert set(np.unique(top.label_ids).tolist()) - {-1} == set(range(L)) - expected
+    # Python would take a line separator for the end of the name.
+    file.write_text("topic 1\u2028b\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"list\.txt:1: 'topic 1\\u2028b' is no label"):
+        predict(run, input=data / "test.txt", allow=file)
     for text, message in (
         ("topic 1\ntopic x\n", r"list\.txt:2: 'topic x' is no label; .* Did you mean topic"),
         ("23\n", "'23' is no label id; expected 0 to 22"),
@@ -494,6 +505,40 @@ def test_rows_of_every_kind_have_the_same_answers(run: Path, data: Path) -> None
     assert twice.nnz == 2, "the caller's matrix is left alone"
     empty = predictor.predict([])
     assert empty.label_ids.shape == (0, 5)
+    texts = ["word01 word02", "", "word07"]
+    for kind in (np.array(texts), np.array(texts, dtype=object), Column(texts), iter(texts)):
+        assert np.array_equal(predictor.predict(kind).label_ids, predictor.predict(texts).label_ids)
+
+
+class Column:
+    """Like a pandas column whose rows are not numbered from 0."""
+
+    def __init__(self, values: list[str]) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values)
+
+
+@pytest.mark.parametrize("feature", [F, 1000, 10**8, -1])
+def test_ids_that_scipy_takes_as_they_are_read_no_foreign_memory(run: Path, feature: int) -> None:
+    rows = csr_matrix((np.ones(2, np.float32), [3, feature], [0, 1, 2]), shape=(2, F))
+    with pytest.raises(DataError, match=rf"feature ids from .*{feature}.*; expected 0 to {F - 1}"):
+        Predictor.load(run).predict(rows)
+
+
+def test_label_ids_in_memory_are_whole_numbers(run: Path) -> None:
+    predictor = Predictor.load(run)
+    for ids in ([1, 2], {1, 2}, np.array([2, 1], dtype=np.uint8), frozenset((1, 2))):
+        assert sorted(predictor.predict({0: 1.0}, k=2, allow=ids).label_ids[0].tolist()) == [1, 2]
+    assert predictor.predict({0: 1.0}, k=2, allow=[]).label_ids.tolist() == [[-1, -1]]
+    for wrong, hint in ((np.arange(L) < 3, "flatnonzero"), ([1.7, 2.2], None), (["topic 3"], None), ([[1], [2]], None)):
+        with pytest.raises(UsageError, match=r"allow: .* expected label ids, whole numbers") as caught:
+            predictor.predict({0: 1.0}, allow=wrong)
+        assert hint is None or hint in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(

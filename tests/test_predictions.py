@@ -148,6 +148,12 @@ def test_stated_ranks_win_where_scores_are_equal(tmp_path: Path) -> None:
     assert read_predictions(path, 9).label_ids.tolist() == [[7, 3, 1]]
     path.write_text("0\t7\t0.5\n0\t3\t0.5\n0\t1\t0.25\n")
     assert read_predictions(path, 9).label_ids.tolist() == [[3, 7, 1]]
+    tied = {
+        "label_ids": np.array([[7, 3, -1, 1], [2, -1, 8, 0]]),
+        "scores": np.array([[0.5, 0.5, 0, 0.25], [0, 0, 0, 1]]),
+    }
+    np.savez(tmp_path / "p.npz", **tied)
+    assert read_predictions(tmp_path / "p.npz", 9).label_ids.tolist() == [[7, 3, 1], [0, 2, 8]]
 
 
 def test_instances_that_a_table_does_not_name_have_no_predictions(tmp_path: Path) -> None:

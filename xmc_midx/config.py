@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from xmc_midx.errors import UsageError
 
@@ -54,6 +55,15 @@ _MAX_CHARACTERS = 1_000_000
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`yes` for a number would be 1."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and kind is not bool and bool not in get_args(kind):
+            raise PydanticCustomError("bool", "Input should not be true or false")
+        return value
 
 
 class DataConfig(_Section):
@@ -233,10 +243,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             text = file.read(_MAX_CHARACTERS + 1)
         if len(text) > _MAX_CHARACTERS:
             raise UsageError(f"{path}: is larger than {_MAX_CHARACTERS:,} characters; expected a configuration.")
-        tree = yaml.safe_load(text)
+        tree = _parse(text)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: is not YAML: {' '.join(str(error).split())}.") from None
     if tree is None:
         return {}
@@ -245,14 +255,32 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {str(section): dict(keys) for section, keys in tree.items()}
 
 
+class _Loader(yaml.SafeLoader):
+    """A mapping has each key once: of two, YAML would take the second without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        if len(found) < len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a key occurs twice", node.start_mark)
+        return found
+
+
+def _parse(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def _assign(tree: dict[str, Any], assignment: str) -> None:
     name, separator, text = assignment.partition("=")
     section, dot, key = name.strip().partition(".")
     if not separator or not dot or not key:
         raise UsageError(f"--set {assignment}: expected section.key=value, such as training.epochs=5.")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError):
+        value = _parse(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise UsageError(f"--set {assignment}: the value is not YAML.") from None
     if isinstance(value, str):
         value = _number(value)

@@ -24,7 +24,7 @@ one row of predictions is an error (napkinXC counts the hit twice).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,7 +135,7 @@ def evaluate_topk(
         stands twice in a row, or there is no instance.
     UsageError : `ks` is empty or has a k below 1, `num_train` is missing, or A or B is out of its range.
     """
-    cuts = _checked_ks(ks)
+    cuts = checked_ks(ks)
     labels = _canonical(labels)
     _check_predictions(top.label_ids, labels)
     weight_L = None
@@ -218,7 +218,7 @@ def instance_scores(
     -------
     Two (N,) float64 arrays, whose means are those of `P@k` and of `PSP@k` of `evaluate_topk` over all k.
     """
-    cuts = _checked_ks(ks)
+    cuts = checked_ks(ks)
     labels = _canonical(labels)
     weight_L = inverse_propensity(label_frequencies, num_train, A, B)
     hit_NK = _hits(top.label_ids, labels)
@@ -263,7 +263,10 @@ def inverse_propensity(
         )
     if not (np.isfinite(A) and A >= 0 and np.isfinite(B) and B > 0):
         raise UsageError(f"Propensity constants A = {A}, B = {B}: expected A >= 0 and B > 0.")
-    C = max(0.0, np.log(num_train) - 1.0) * (B + 1.0) ** A
+    with np.errstate(over="ignore", invalid="ignore"):
+        C = max(0.0, np.log(num_train) - 1.0) * np.power(B + 1.0, A)
+    if not np.isfinite(C):
+        raise UsageError(f"Propensity constants A = {A}, B = {B}: too large, (B + 1)^A is no number any more.")
     # In place: at 10^7 labels each temporary would be 80 MB.
     inverse_L: _Floats = frequency_L + B
     np.power(inverse_L, -A, out=inverse_L)
@@ -296,7 +299,7 @@ def breakdown_by_frequency(
     ------
     DataError, UsageError : as in `evaluate_topk`.
     """
-    (cut,) = _checked_ks([k])
+    (cut,) = checked_ks([k])
     labels = _canonical(labels)
     _check_predictions(top.label_ids, labels)
     _check_frequencies(label_frequencies, labels)
@@ -417,15 +420,18 @@ def _at_cuts(value_NK: _Floats, cuts: _Ints) -> _Floats:
     return at_Nk
 
 
-def _checked_ks(ks: Sequence[int]) -> _Ints:
-    """The cut-offs, rising, each once."""
-    if not ks or not all(isinstance(k, int | np.integer) and k >= 1 for k in ks):
-        raise UsageError(f"k = {list(ks)}: expected one or more whole numbers from 1.")
-    return np.unique(np.asarray(ks, dtype=np.int64))
+def checked_ks(ks: Iterable[int]) -> _Ints:
+    """The cut-offs, rising, each once; a UsageError where they are none."""
+    given = list(ks) if isinstance(ks, Iterable) else None
+    if not given or not all(isinstance(k, int | np.integer) and k >= 1 for k in given):
+        raise UsageError(f"k = {ks if given is None else given}: expected one or more whole numbers from 1.")
+    return np.unique(np.asarray(given, dtype=np.int64))
 
 
 def _canonical(labels: csr_matrix) -> csr_matrix:
     """Each true label stored once, in rising order: the caller's matrix, or a copy where it is not like that."""
+    if not isinstance(labels, csr_matrix):
+        labels = csr_matrix(labels)
     if np.all(labels.data != 0) and labels.has_canonical_format:
         return labels
     clean = csr_matrix((labels.data != 0, labels.indices, labels.indptr), shape=labels.shape, copy=True)

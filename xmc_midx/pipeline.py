@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, issparse
 
 from xmc_midx import __version__
 from xmc_midx.config import SAMPLER_NAMES, Config
-from xmc_midx.data.dataset import Split, XmcDataset, load_dataset, load_features
+from xmc_midx.data.dataset import Split, XmcDataset, load_dataset, load_features, training_faults
 from xmc_midx.data.predictions import read_predictions
 from xmc_midx.data.registry import match_spec
 from xmc_midx.errors import DataError, ResourceError, UsageError
@@ -33,6 +33,7 @@ from xmc_midx.metrics import (
     BREAKDOWNS,
     FREQUENCY_GROUPS,
     breakdown_by_frequency,
+    checked_ks,
     evaluate_topk,
     frequency_deciles,
     without_ignored,
@@ -78,9 +79,6 @@ __all__ = [
     "resume",
     "train",
 ]
-
-_MANY_IDS, _RAREST = 10_000_000, 100
-"""More labels or features than this, of which fewer than one in a hundred could occur, are ids with gaps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,6 +271,8 @@ def train(
     reporter.start("read", None)
     dataset = load_dataset(data, test=test)
     training = _training_split(dataset, data)
+    if test is not None and dataset.test is not None and not dataset.test.num_instances:
+        raise DataError(f"{dataset.test.path}: holds 0 instances, expected some to evaluate on.")
     if not training.source.states_sizes:
         sizes = f"{dataset.num_features} features and {dataset.num_labels} labels"
         reporter.message(f"{training.path}: states no sizes; the largest ids make {sizes}")
@@ -452,20 +452,6 @@ def _memory_failures(config: Config, dataset: XmcDataset, training: Split) -> It
 def _training_data(dataset: XmcDataset, training: Split) -> TrainingData:
     from xmc_midx.forecast import TrainingData
 
-    positives, num_labels = training.labels.nnz, dataset.num_labels
-    if num_labels > _MANY_IDS and _RAREST * positives < num_labels:
-        raise DataError(
-            f"{dataset.name} has {num_labels:,} labels, one more than the largest id, but only {positives:,} "
-            "positives.",
-            hint="Ids count from 0 and leave no large gaps: renumber them. `xmc-midx prepare` does that for raw text.",
-        )
-    num_values = training.features.nnz
-    if dataset.num_features > _MANY_IDS and _RAREST * num_values < dataset.num_features:
-        raise DataError(
-            f"{dataset.name} has {dataset.num_features:,} features, one more than the largest id, but only "
-            f"{num_values:,} values.",
-            hint="Ids count from 0 and leave no large gaps: renumber them, or hash to fewer.",
-        )
     matrices = [
         m for split in (dataset.train, dataset.test) if split is not None for m in (split.features, split.labels)
     ]
@@ -491,8 +477,8 @@ def _train_result(session: TrainingSession, dataset: XmcDataset, *, has_test: bo
     run = session.run_directory
     best = session.store.path_of("best" if session.best_step else "latest")
     report = None
-    if has_test and session.finished:
-        assert dataset.test is not None, "load_dataset read it"
+    # An older release began runs with a test split of nothing.
+    if has_test and session.finished and dataset.test is not None and dataset.test.num_instances:
         session.release()
         predictor = Predictor.load(run.path, device=run.config.training.device)
         k = _k_with_ignored(dataset.test, max(DEFAULT_KS))
@@ -556,6 +542,7 @@ def evaluate(
     ------
     XmcMidxError : a file is invalid, or model, data and predictions do not fit one another.
     """
+    ks = checked_ks(ks).tolist()
     if breakdown not in BREAKDOWNS:
         raise UsageError(f"breakdown is {breakdown!r}; expected {' or '.join(BREAKDOWNS)}.")
     reporter = reporter or SilentReporter()
@@ -656,7 +643,7 @@ def _check_k(k: int, num_labels: int) -> None:
 def predict(
     run: str | Path,
     *,
-    input: str | Path | Sequence[str],
+    input: str | Path | Sequence[str] | csr_matrix | np.ndarray[Any, Any],
     k: int = 5,
     scores: Scores = "logits",
     threshold: float | None = None,
@@ -670,7 +657,7 @@ def predict(
 
     Parameters
     ----------
-    input : a sparse feature file or a file of raw texts, or a sequence of raw texts.
+    input : a sparse feature file or a file of raw texts, a sequence of raw texts, or feature rows (N, F).
     The others : as in `predict_stream`.
     """
     options: dict[str, Any] = {"k": k, "scores": scores, "threshold": threshold, "allow": allow, "deny": deny}
@@ -681,7 +668,7 @@ def predict(
 def predict_stream(
     run: str | Path,
     *,
-    input: str | Path | BinaryIO | Sequence[str] | csr_matrix,
+    input: str | Path | BinaryIO | Sequence[str] | csr_matrix | np.ndarray[Any, Any],
     k: int = 5,
     scores: Scores = "logits",
     threshold: float | None = None,
@@ -702,7 +689,8 @@ def predict_stream(
     ----------
     run : run directory.
     input : a file of feature rows, with or without header and labels (which are not looked at), or of raw texts, a line
-        each; a binary stream of the same; or what is in memory already: raw texts, or feature rows (N, F).
+        each; a binary stream of the same; or what is in memory already: raw texts, or feature rows (N, F), a SciPy
+        matrix of any format or a NumPy array.
     k : labels an instance, 1 to L.
     scores : `"logits"`: what the ranking is made by; `"probabilities"`: calibrated, that the label applies.
     threshold : labels with a lower score are left out.
@@ -730,14 +718,15 @@ def predict_stream(
     _check_k(k, predictor.num_labels)
     if scores == "probabilities":
         predictor.require_calibration()
-    if not text and isinstance(input, str | Path) and is_named(Path(input)):
+    source = _held(input)
+    if not text and isinstance(source, str | Path) and is_named(Path(source)):
         # Formats that are read whole: svmlight, npz, the halves of a pair.
-        input = load_features(input, predictor.num_features)
+        source = load_features(source, predictor.num_features)
     if text is None and predictor.vocabulary is None:
         text = False
     if text:
         predictor.require_vocabulary()
-    if live and not isinstance(input, str | Path | Sequence | csr_matrix):
+    if live and not isinstance(source, str | Path | Sequence | csr_matrix):
         # Someone may wait for the first answer: what is loaded at first use is loaded before it.
         predictor.warm_up()
     options = {
@@ -749,7 +738,7 @@ def predict_stream(
     }
     return PredictionStream(
         predictor,
-        input,
+        source,
         options,
         exact=exact,
         text=text,
@@ -758,6 +747,15 @@ def predict_stream(
         reporter=reporter,
         model=_model_digest(Path(run)),
     )
+
+
+def _held(
+    input: str | Path | BinaryIO | Sequence[str] | csr_matrix | np.ndarray[Any, Any],
+) -> str | Path | BinaryIO | Sequence[str] | csr_matrix:
+    """Feature rows of any kind as a CSR matrix, texts in an array as a list; all else as it is."""
+    if isinstance(input, np.ndarray) and input.dtype.kind in "OU":
+        return cast("list[str]", input.tolist())
+    return csr_matrix(input) if issparse(input) or isinstance(input, np.ndarray) else input
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -923,7 +921,8 @@ def _digest_of(ids: Sequence[int]) -> str:
 def _read_label_ids(path: Path, predictor: Predictor) -> list[int]:
     """The labels of a list: an id or a name a line. Digits are an id, and a name may belong to several labels."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # As `labels.txt` is read: a name may hold what else Python takes for the end of a line.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as text: {error}.") from None
     num_labels, names = predictor.num_labels, predictor.label_names
@@ -1084,7 +1083,7 @@ def _instances_to_measure(source: ExportSource, data: str | Path | None) -> tupl
     if dataset is None:
         return csr_matrix(np.empty((0, source.num_features), dtype=np.float32)), None
     _check_sizes(dataset, num_features=source.num_features, num_labels=source.num_labels)
-    split = dataset.test or dataset.split()
+    split = dataset.test if dataset.test is not None and dataset.test.num_instances else dataset.split()
     count = min(_MEASURED_INSTANCES, split.num_instances)
     rows = np.sort(np.random.default_rng(0).permutation(split.num_instances)[:count])
     return split.features[rows], str(place)
@@ -1257,8 +1256,8 @@ def _training_split(dataset: XmcDataset, data: str | Path) -> Split:
     split = dataset.train
     if split is None:
         raise DataError(f"{data}: has no training split.", hint="Expected train.txt, or one sparse feature file.")
-    if split.labels.nnz == 0:
-        raise DataError(f"{split.path}: no instance has a label, so there is nothing to learn.")
+    for _, error in training_faults(split):
+        raise error
     return split
 
 

@@ -6,7 +6,7 @@ Before it: checkpoints and index; after it: metrics and the command line.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -265,10 +265,17 @@ class Predictor:
     def _label_ids(self, name: str, ids: Sequence[int] | np.ndarray | None) -> np.ndarray | None:
         if ids is None:
             return None
-        found = np.asarray(ids, dtype=np.int64)
-        if found.size and not 0 <= found.min() <= found.max() < self.num_labels:
+        found = np.asarray(list(ids) if isinstance(ids, Set) else ids)
+        if found.size == 0:
+            return np.empty(0, dtype=np.int64)
+        if found.ndim != 1 or found.dtype.kind not in "iu":
+            raise UsageError(
+                f"{name}: holds {found.dtype} of {found.ndim} dimensions; expected label ids, whole numbers.",
+                hint="Of a mask, numpy.flatnonzero gives the ids." if found.dtype == np.bool_ else None,
+            )
+        if not 0 <= found.min() <= found.max() < self.num_labels:
             raise UsageError(f"{name}: holds a label id outside 0..{self.num_labels - 1}.")
-        return found
+        return found.astype(np.int64)
 
     def _search(
         self,
@@ -342,6 +349,8 @@ class Predictor:
         return self.scaling(features)
 
     def _read(self, instances: Instances) -> csr_matrix:
+        if isinstance(instances, np.ndarray) and instances.dtype.kind in "OU":
+            instances = instances.tolist()
         if issparse(instances) or isinstance(instances, np.ndarray):
             if instances.ndim != 2:
                 raise UsageError(f"The instances have {instances.ndim} dimensions; expected rows of features: (N, F).")
@@ -349,17 +358,22 @@ class Predictor:
             if not (isinstance(features, csr_matrix) and features.dtype == np.float32):
                 with np.errstate(over="ignore"):
                     features = csr_matrix(instances, dtype=np.float32)
+            _require_ids(features)
             if not features.has_canonical_format:
                 features = features.copy()
                 features.sum_duplicates()
             return features
         if isinstance(instances, str):
             return self._read_texts([instances])
-        if isinstance(instances, Mapping) or (len(instances) and _is_pair(instances[0])):
-            return rows_from_pairs([instances], self.num_features)  # type: ignore[list-item]
-        if all(isinstance(instance, str) for instance in instances):
-            return self._read_texts(instances)  # type: ignore[arg-type]
-        return rows_from_pairs(instances, self.num_features)  # type: ignore[arg-type]
+        if isinstance(instances, Mapping):
+            return rows_from_pairs([instances], self.num_features)
+        # Whatever can be gone through: a pandas column, say, has no place 0.
+        given: list[Any] = list(instances)
+        if given and _is_pair(given[0]):
+            return rows_from_pairs([given], self.num_features)
+        if all(isinstance(instance, str) for instance in given):
+            return self._read_texts(given)
+        return rows_from_pairs(given, self.num_features)
 
     def _read_texts(self, texts: Sequence[str]) -> csr_matrix:
         if not texts:
@@ -370,6 +384,15 @@ class Predictor:
 def _is_pair(value: Any) -> bool:
     """Whether a value is a feature and its value, rather than a row of them."""
     return isinstance(value, tuple) and len(value) == 2 and not isinstance(value[0], tuple | list)
+
+
+def _require_ids(features: csr_matrix) -> None:
+    """Refuse ids that SciPy takes as they are: compiled code would read beyond its arrays."""
+    if features.nnz and not 0 <= features.indices.min() <= features.indices.max() < features.shape[1]:
+        raise DataError(
+            f"The instances hold feature ids from {features.indices.min()} to {features.indices.max()}; expected 0 to "
+            f"{features.shape[1] - 1}."
+        )
 
 
 def _require_finite(is_finite_B: np.ndarray, first: int) -> None:

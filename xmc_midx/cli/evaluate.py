@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -64,8 +63,8 @@ def evaluate(
         raise UsageError(
             "RUN is -, so there is nothing to evaluate.", hint="Give a run directory or --predictions FILE."
         )
-    if predictions is not None and not Path(predictions).is_file():
-        raise UsageError(f"--predictions {predictions}: is no file.")
+    if predictions is not None:
+        options.require_file("--predictions", predictions)
 
     from xmc_midx import pipeline
     from xmc_midx.data.download import download_if_missing

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-__all__ = ["AsJson", "ConfigFile", "Data", "Fetch", "Preset", "Sets", "TestFile"]
+from xmc_midx.errors import UsageError
+
+__all__ = ["AsJson", "ConfigFile", "Data", "Fetch", "Preset", "Sets", "TestFile", "require_file"]
 
 Data = Annotated[str, typer.Argument(metavar="DATA", help="Name in `datasets`, directory, or file: .txt, .svm, .npz.")]
 TestFile = Annotated[str | None, typer.Option("--test", metavar="FILE", help="Sparse file to evaluate on at the end.")]
@@ -21,3 +24,9 @@ Preset = Annotated[
 ]
 Fetch = Annotated[bool, typer.Option("--download", help="Fetch DATA first if it is a name and not on disk.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+
+
+def require_file(option: str, path: str) -> None:
+    """Refuse what is not there, or is a directory; a pipe will do."""
+    if not Path(path).exists() or Path(path).is_dir():
+        raise UsageError(f"{option} {path}: is no file.")

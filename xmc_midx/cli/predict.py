@@ -105,8 +105,8 @@ def predict(
     if as_json and form is not None and output is None:
         raise UsageError("--json and --format: expected one of them, or --output FILE for the second.")
     for option, file in (("--allow", allow), ("--deny", deny)):
-        if file is not None and not Path(file).is_file():
-            raise UsageError(f"{option} {file}: is no file.")
+        if file is not None:
+            options.require_file(option, file)
     if threshold is not None and math.isnan(threshold):
         raise UsageError("--threshold nan: expected a number.")
     part = re.fullmatch(r"(\d{1,9})/(\d{1,9})", shard)

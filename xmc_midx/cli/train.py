@@ -106,6 +106,9 @@ def train(
 
     settings = load_config(config, assignments=[*(sets or []), *given])
     run = Path(output)
+    if run.is_symlink():
+        # What is replaced is the run, not the link.
+        run = run.resolve()
     go_on = _command("train", data, "--output", output, "--resume")
     place = _place_for(run, force=force)
 
@@ -180,9 +183,13 @@ def _refuse_changes(
 
 def _place_for(run: Path, *, force: bool) -> AbstractContextManager[None]:
     """With --force the run that is there is replaced; anything else in the way the pipeline refuses."""
-    aside = _aside(run)
-    if not force or not (aside.exists() or (run.is_dir() and any(run.iterdir()))):
+    if not force:
         return nullcontext()
+    aside = _aside(run)
+    if not (aside.exists() or (run.is_dir() and any(run.iterdir()))):
+        return nullcontext()
+    if run.resolve() == Path.cwd():
+        raise UsageError(f"--force: {run} is the directory you are in.", hint="Leave it first.")
     from xmc_midx.rundir import RunDirectory
 
     if run.exists():
@@ -196,6 +203,7 @@ def _place_for(run: Path, *, force: bool) -> AbstractContextManager[None]:
 
 
 def _aside(run: Path) -> Path:
+    run = run.absolute()
     return run.with_name(f".{run.name}.replaced")
 
 

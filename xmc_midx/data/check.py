@@ -2,7 +2,7 @@
 sense.
 
 Before it: `sources`, whose readers report each fault and go on. After it: `xmc-midx check`. Errors are what
-makes `load_dataset` refuse the data; warnings are what a careful person would want to know before training.
+makes `load_dataset` or a training refuse the data; warnings are what a careful person would want to know before one.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from xmc_midx.data.dataset import (
     fit_sizes,
     load_vocabulary,
     split_statistics,
+    training_faults,
 )
 from xmc_midx.data.features import row_hashes
 from xmc_midx.data.files import LineChunks
@@ -89,7 +90,7 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether `load_dataset` takes the data."""
+        """Whether `load_dataset` and a training take the data."""
         return self.num_errors == 0
 
     def as_dict(self) -> dict[str, Any]:
@@ -126,6 +127,7 @@ class _Check:
             self._read_split(role, source)
         self._fit_sizes()
         self._check_sizes()
+        self._check_training()
         self._check_unread()
         self._check_names()
         self._check_ignored()
@@ -213,6 +215,11 @@ class _Check:
             split = next(iter(self.splits.values()))
             sizes = f"{split.features.shape[1]} features and {split.labels.shape[1]} labels"
             self._warn("sizes", f"nothing states the sizes: {sizes} are what the largest ids make.", file=split.path)
+
+    def _check_training(self) -> None:
+        if train := self.sound.get("train"):
+            for kind, error in training_faults(train):
+                self._error(kind, train.path, error)
 
     def _check_unread(self) -> None:
         for other, source in self.files.unread:

@@ -7,6 +7,7 @@ Before it: `sources` (files -> matrices) and `registry` (names -> places). After
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -42,8 +43,11 @@ __all__ = [
     "load_features",
     "load_split",
     "split_statistics",
+    "training_faults",
 ]
 
+_MANY_IDS, _RAREST = 10_000_000, 100
+"""More labels or features than this, of which fewer than one in a hundred could occur, are ids with gaps."""
 TAIL_MAX = 5
 """A tail label has at most this many instances, or none."""
 TORSO_MAX = 100
@@ -162,6 +166,33 @@ class XmcDataset:
                 digest.update(np.ascontiguousarray(matrix.indices, dtype="<i4").data)
                 digest.update(np.ascontiguousarray(matrix.data, dtype="<f4").data)
         return digest.hexdigest()
+
+
+def training_faults(split: Split) -> Iterator[tuple[str, DataError]]:
+    """Why nothing can be trained on a split that can be read: the kind of each fault, and what is said of it."""
+    (_, num_features), (_, num_labels) = split.features.shape, split.labels.shape
+    positives, values = split.labels.nnz, split.features.nnz
+    if positives == 0:
+        yield "no-positives", DataError(f"{split.path}: no instance has a label, so there is nothing to learn.")
+    elif num_labels > _MANY_IDS and _RAREST * positives < num_labels:
+        yield (
+            "gaps",
+            DataError(
+                f"{split.path}: has {num_labels:,} labels, one more than the largest id, but only {positives:,} "
+                "positives.",
+                hint="Ids count from 0 and leave no large gaps: renumber them. "
+                "`xmc-midx prepare` does that for raw text.",
+            ),
+        )
+    if num_features > _MANY_IDS and _RAREST * values < num_features:
+        yield (
+            "gaps",
+            DataError(
+                f"{split.path}: has {num_features:,} features, one more than the largest id, but only {values:,} "
+                "values.",
+                hint="Ids count from 0 and leave no large gaps: renumber them, or hash to fewer.",
+            ),
+        )
 
 
 def split_statistics(split: Split) -> SplitStatistics:

@@ -38,7 +38,7 @@ _MAX_SIZE = 2**31 - 1
 _LOOK_BYTES = 65536
 """Of the first line: what is looked at."""
 _NUMBERS = re.compile(rb"[\d\s.,+-]*")
-_FEATURE = re.compile(rb"\d+:[\d.+-].*")
+_FEATURE = re.compile(rb"\d+:(?:[\d.+-].*|nan|inf(?:inity)?)?", re.IGNORECASE)
 _HEADER = re.compile(rb"[ \t]*\d+[ \t]+\d+(?:[ \t]+\d+)?[ \t]*\r?")
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
 """How gzip, bzip2 and xz streams begin."""

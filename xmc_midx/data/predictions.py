@@ -15,7 +15,7 @@ JSONL  `{"instance": 0, "labels": [{"label": 7, "score": 3.2}, ...]}`, as `predi
 =====  ================================================================================================================
 
 The best score is the first rank, equal scores go by the smaller label; ranks that a file states win where scores are
-equal, and must not contradict them.
+equal, and must not contradict them; so do the columns of `label_ids`, which may.
 """
 
 from __future__ import annotations
@@ -286,9 +286,9 @@ def _read_arrays(path: Path, arrays: ArrayFile, num_labels: int, num_instances: 
     if {"label_ids", "scores"} <= arrays.names:
         ids_NK = arrays.read("label_ids", kinds="iu", shape=(num_instances, None), most=MAX_ENTRIES)
         scores_NK = arrays.read("scores", kinds="fiu", shape=ids_NK.shape, most=MAX_ENTRIES)
-        kept = ids_NK != -1
-        rows = np.repeat(np.arange(len(ids_NK)), kept.sum(axis=1))
-        return _checked(path, len(ids_NK), rows, ids_NK[kept], scores_NK[kept], num_labels)
+        rows, ranks = np.nonzero(ids_NK != -1)
+        ids, scores = ids_NK[rows, ranks], scores_NK[rows, ranks]
+        return _checked(path, len(ids_NK), rows, ids, scores, num_labels, ranks=ranks)
     if not {"format", "shape", "data", "indices", "indptr"} <= arrays.names:
         shown = ", ".join(sorted(arrays.names)[:6]) or "no array"
         raise DataError(
@@ -320,6 +320,7 @@ def _checked(
     ids: NDArray[np.integer],
     scores: NDArray[np.number],
     num_labels: int,
+    ranks: _Ints | None = None,
 ) -> _Entries:
     outside = np.flatnonzero((ids < 0) | (ids >= num_labels))
     if outside.size:
@@ -337,7 +338,7 @@ def _checked(
         )
     labels = ids.astype(np.int64)
     _refuse_twice(rows, labels, lambda one: f"{path}: instance {rows[one]}: label {labels[one]}")
-    return _Entries(num_rows=num_rows, rows=rows, ids=labels, scores=values)
+    return _Entries(num_rows=num_rows, rows=rows, ids=labels, scores=values, ranks=ranks)
 
 
 def _table_columns(fields: Sequence[bytes], place: str) -> tuple[Mapping[str, int], bool]:

@@ -32,11 +32,13 @@ def sealed_directory(path: Path) -> Iterator[Path]:
 
     Raises
     ------
-    UsageError : `path` is a file, or a directory that is not empty.
+    UsageError : `path` is a file, or a directory that is not empty or where this process is.
     ResourceError : the disk is full or the place cannot be written.
     """
     if path.is_dir() and any(path.iterdir()):
         raise UsageError(f"{path}: is not empty.", hint="Choose a new directory, or remove this one.")
+    if path.resolve() == Path.cwd():
+        raise UsageError(f"{path}: is the directory you are in.", hint="Name one to make in it.")
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path}: is a file, expected a new directory.")
     beside = path.parent / f".{path.name}.{os.getpid()}.unfinished"

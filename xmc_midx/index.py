@@ -136,12 +136,7 @@ class ScanIndex(ExactIndex):
         exact = super().search
         if allow is not None or deny is not None:
             return exact(query_BD, k, allow=allow, deny=deny)
-        return _scan_rows(query_BD, self._table, self.bias_L.numpy(), k, lambda rows: self._rough[rows], exact)
-
-    @functools.cached_property
-    def _rough(self) -> torch.Tensor:
-        """Made for the first search that needs it."""
-        return rough_rows(self.label_table_LD, self.bias_L)
+        return _scan_rows(query_BD, self._table, self.bias_L.numpy(), k, exact)
 
 
 class HalfPrecisionIndex(ExactIndex):
@@ -283,10 +278,7 @@ class CellIndex:
         """The k best of all labels, found in bfloat16 where that pays."""
         if not multiplies_bfloat16(_CPU):
             return self._exact(query_BD, k)
-        return _scan_rows(query_BD, self.table, self.bias_L, k, self._rough_rows, self._exact)
-
-    def _rough_rows(self, rows: slice) -> torch.Tensor:
-        return rough_rows(torch.from_numpy(self.table.rows(rows)), torch.from_numpy(self.bias_L[rows]))
+        return _scan_rows(query_BD, self.table, self.bias_L, k, self._exact)
 
     def _exact(self, query_BD: torch.Tensor, k: int, excluded_L: torch.Tensor | None = None) -> TopK:
         """The k best of all labels that are not excluded, in float32."""
@@ -315,11 +307,15 @@ def _scan_rows(
     table: StoredTable,
     bias_L: NDArray[np.float32],
     k: int,
-    rough: Callable[[slice], torch.Tensor],
     exact: Callable[[torch.Tensor, int], TopK],
 ) -> TopK:
     """The k best labels by a scan of their rough rows, or by the exact search where that does not pay."""
     num_labels, width = len(bias_L), k + _SLACK
+
+    def rough(rows: slice) -> torch.Tensor:
+        # Part by part, as they are needed: a copy of the whole table would be half of it once more.
+        return rough_rows(torch.from_numpy(table.rows(rows)), torch.from_numpy(bias_L[rows]))
+
     if query_BD.shape[0] < _MANY_ROWS or _SHARE * width > num_labels:
         return exact(query_BD, k)
     return scan_topk(

@@ -29,7 +29,7 @@ from xmc_midx.types import TopK
 
 __all__ = ["Lists", "empty_lists", "list_rough", "make_room", "sample_of", "scan_topk", "write_best_logits"]
 
-_QUERIES, _ROWS, _PLACES = 1 << 10, 1 << 13, 1 << 22
+_QUERIES, _ROWS, _PLACES = 1 << 11, 1 << 12, 1 << 22
 """Queries and rows whose scores are held at once (16 MiB), at most, and places of all their lists (32 MiB)."""
 _EVERY, _SAMPLE = 32, 1 << 13
 """One row in so many is in the sample, and rows of the sample, about, from which on it does not grow (its scores are

@@ -45,11 +45,10 @@ from xmc_midx.types import DEFAULT_KS, DEFAULT_PROPENSITY, EpochStats, Reporter,
 
 __all__ = ["TrainingSession"]
 
-_CHUNK, _CHUNK_SCORES = (256, 4096), 1 << 26
+_CHUNK, _CHUNK_SCORES = (512, 4096), 1 << 27
 """Instances between two looks at the signals, at the least and most, and scores of labels: a few seconds."""
 _COPIED = 512 << 20
-"""Bytes of a label table up to which validation may copy it."""
-
+"""Bytes of a label table on a GPU up to which validation may copy it."""
 _SMALL_MODEL = 64 << 20
 """Bytes of a model whose checkpoint memory may hold in place of the disk."""
 _SAVE_SHARE = 0.005
@@ -252,12 +251,13 @@ class TrainingSession:
         fitted, tuned = np.split(order[: _CELL_QUERIES[0] + _CELL_QUERIES[1]], [_CELL_QUERIES[0]])
         held_out = features[tuned if len(tuned) else fitted] if self.held_out is None else self.held_out[0]
         held_out = held_out[: _CELL_QUERIES[1]]
-        query_ND, held_out_ND = (self._queries(part) for part in (features[fitted], held_out))
-        on_cpu = self.trainer.device.type == "cpu"
+        on_cpu, encoder = self.trainer.device.type == "cpu", self.trainer.encoder
         if on_cpu:
             # Another copy of the model beside the queries and sketches would be the peak of the whole training.
             self.trainer.release_tables()
             release_freed_memory()
+            encoder = stored_encoder(stored, self.config.model)
+        query_ND, held_out_ND = (_queries(encoder, part) for part in (features[fitted], held_out))
         cells = fit_cells(table, bias, query_ND, seed=self.config.training.seed)
         effort = tune_effort(table, bias, cells, held_out_ND)
         index = CellIndex(table, bias, cells, effort)
@@ -267,14 +267,7 @@ class TrainingSession:
             f"{effort.recall:.2%} of the five best"
         )
         if on_cpu:
-            self._stored = stored_encoder(stored, self.config.model), index
-
-    def _queries(self, features: csr_matrix) -> torch.Tensor:
-        """(N, D) on the CPU, of all rows at once."""
-        query_ND = torch.empty(features.shape[0], self.trainer.softmax.dim)
-        for rows, query_BD in self.trainer.encoder.encode(features):
-            query_ND[rows] = query_BD
-        return query_ND
+            self._stored = encoder, index
 
     def _choose_interpolation(self) -> None:
         """Let the held-out instances say how much the neighbours' labels, the linear ranker and the label frequencies
@@ -415,10 +408,10 @@ class TrainingSession:
             encoder, cells = self._stored
             return Predictor(encoder, cells.with_reach(reach), scaling=AS_GIVEN)
         softmax = self.trainer.softmax
-        # A faster search needs the table in float32, and takes half of it once more.
         weight_LD = softmax.weight.detach()
-        whole = weight_LD.dtype != torch.float32 or weight_LD.nbytes > _COPIED
-        whole = whole or weight_LD.device != softmax.bias.device
+        # A faster search needs the table in float32 and on the queries' device; on a GPU it copies half of it.
+        whole = weight_LD.dtype != torch.float32 or weight_LD.device != softmax.bias.device
+        whole = whole or (weight_LD.is_cuda and weight_LD.nbytes > _COPIED)
         index = build_index(weight_LD, softmax.bias.detach(), exact=whole)
         return Predictor(self.trainer.encoder, index, scaling=AS_GIVEN)
 
@@ -627,6 +620,14 @@ def _hold_out(
     taken = first[by_chance][few][np.cumsum(copies[few]) <= count]
     is_held_out = np.isin(keys, keys[order][taken]) if count else np.zeros(num_instances, dtype=bool)
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+
+
+def _queries(encoder: SparseEncoder, features: csr_matrix) -> torch.Tensor:
+    """(N, D) on the CPU, of all rows at once."""
+    query_ND = torch.empty(features.shape[0], encoder.embedding.shape[1])
+    for rows, query_BD in encoder.encode(features):
+        query_ND[rows] = query_BD
+    return query_ND
 
 
 def _score(validation: Mapping[str, float]) -> float | None:

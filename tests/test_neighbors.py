@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -303,3 +304,16 @@ def test_sums_that_are_no_numbers_do_not_lead_out_of_bounds() -> None:
     # Infinity less infinity: such a row looks new at each of its entries, of which there are far more than rows.
     found, _ = NeighborIndex(rows, random_rows(40, 5, 0.3, seed=5)).search(queries, 5)
     assert ((found >= -1) & (found < 40)).all()
+
+
+@pytest.mark.parametrize("density", [0.9, 0.1])
+def test_without_features_no_row_is_near(density: float) -> None:
+    rows = normalize_rows(random_rows(100, 50, density, seed=3))
+    index = NeighborIndex(rows, sp.csr_matrix(np.ones((100, 3), dtype=np.float32)))
+    queries = sp.csr_matrix(np.vstack([np.zeros((1, 50)), rows[7].toarray()]).astype(np.float32))
+    found, scores = index.search(queries, 4)
+    assert found[0].tolist() == [-1] * 4 and not scores[0].any() and found[1, 0] == 7
+    assert index.votes(found, scores, 0.1)[[0]].nnz == 0
+    assert index.search(queries[:0], 4)[0].shape == (0, 4)
+    again = pickle.loads(pickle.dumps(index))
+    assert np.array_equal(again.search(queries, 4)[0], found)

@@ -359,3 +359,26 @@ def test_a_training_does_not_load_the_compiler(topic_dir: Path, tmp_path: Path) 
     script += "sys.exit(code or ('torch._dynamo' in sys.modules and 'the compiler is loaded'))"
     done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_closure_gives_its_loss_and_kinds_of_gradients_do_not_mix() -> None:
+    table = nn.Parameter(torch.ones(5, 3))
+    optimizer = RowAdam([table], lr=0.1)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = table.square().sum()
+        loss.backward()
+        return float(loss.detach())
+
+    assert optimizer.step(closure) == 15.0 and optimizer.step() is None
+    assert float(table.detach().max()) < 1.0
+    rows = torch.sparse_coo_tensor([[1]], torch.ones(1, 3), (5, 3), check_invariants=True)
+    for first, second in ((torch.ones(5, 3), rows), (rows, torch.ones(5, 3))):
+        table = nn.Parameter(torch.ones(5, 3))
+        optimizer = RowAdam([table], lr=0.1)
+        table.grad = first
+        optimizer.step()
+        table.grad = second
+        with pytest.raises(ValueError, match="dense gradients at one step and row-sparse ones at another"):
+            optimizer.step()

@@ -557,6 +557,26 @@ def test_a_test_file_without_instances_is_refused_before_the_training(
     assert resume(begun).test is None
 
 
+def test_what_a_caller_has_set_of_torch_changes_nothing_and_stays(
+    topic_dir: Path, trained: TrainResult, tmp_path: Path
+) -> None:
+    expected = tree(Path(trained.run) / "checkpoints")
+    before = torch.get_num_threads()
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(3)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            train(topic_dir, output=tmp_path / "run", config=make_config("training.num_threads=1"))
+            assert torch.is_autocast_enabled("cpu")
+        assert (torch.get_num_threads(), torch.get_default_dtype()) == (3, torch.float64)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_num_threads(before)
+    found = tree(tmp_path / "run" / "checkpoints")
+    models = [name for name in expected if name.endswith("model.safetensors")]
+    assert models and all(found[name] == expected[name] for name in models)
+
+
 def test_the_ks_of_an_evaluation_are_whole_numbers(topic_dir: Path, trained: TrainResult) -> None:
     expected = evaluate(trained.run, data=topic_dir, ks=(1, 3)).report.metrics
     for ks in (np.array([3, 1]), iter([1, 3]), [1, 3]):

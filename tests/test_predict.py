@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import io
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import victims
 from scipy.sparse import csr_array, csr_matrix
 
@@ -521,6 +524,18 @@ class Column:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.values)
+
+
+def test_a_predictor_can_be_sent_and_copied_and_works_under_autocast(run: Path, data: Path) -> None:
+    predictor = Predictor.load(run)
+    assert predictor.neighbors is not None
+    features = load_dataset(data).split("test").features
+    expected = predictor.predict(features, k=3)
+    for other in (pickle.loads(pickle.dumps(predictor)), copy.deepcopy(predictor)):
+        assert np.array_equal(other.predict(features, k=3).label_ids, expected.label_ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        top = predictor.predict(features, k=3)
+    assert np.array_equal(top.label_ids, expected.label_ids) and np.array_equal(top.scores, expected.scores)
 
 
 @pytest.mark.parametrize("feature", [F, 1000, 10**8, -1])

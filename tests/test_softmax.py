@@ -719,8 +719,23 @@ def test_an_instance_without_positives_gets_no_gradient() -> None:
 
 def test_wrong_shapes_and_options_are_refused() -> None:
     softmax = make_softmax(None)
-    with pytest.raises(ValueError, match="2 positives for 3 queries"):
-        softmax(make_queries(3), torch.tensor([1, 2]))
+    for queries, shape in (((3, 5), (2,)), ((2, 3, 5), (3, 2)), ((6, 5), (2, 3)), ((5,), (1,))):
+        with pytest.raises(ValueError, match=r"expected \(.*\), one a query"):
+            softmax(torch.zeros(queries), torch.zeros(shape, dtype=torch.int64))
+    ids, offsets = torch.tensor([1, 2]), torch.tensor([0, 1, 2])
+    for positives in (
+        [ids, offsets],
+        [1, 2],
+        np.array([1, 2]),
+        ids.float(),
+        ids.bool(),
+        (ids.float(), offsets),
+        (ids, 2),
+    ):
+        with pytest.raises(ValueError, match="expected a tensor of label ids, or a tuple"):
+            softmax(make_queries(2), positives)
+    with pytest.raises(ValueError, match="the offsets fall"):
+        softmax(make_queries(3), (torch.tensor([1, 2, 3, 4]), torch.tensor([0, 3, 1, 4])))
     with pytest.raises(ValueError, match="3 offsets for 3 queries"):
         softmax(make_queries(3), (torch.tensor([1, 2]), torch.tensor([0, 1, 2])))
     for wrong in (-1, -100, L):
@@ -752,6 +767,77 @@ def test_wrong_shapes_and_options_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"queries of shape \(5, 2\): expected \(\.\.\., 5\)"):
             use(torch.zeros(5, 2))
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_a_positive_that_is_stated_twice_counts_twice(decoupled: bool) -> None:
+    """By finite differences of the loss, in float64."""
+    softmax = make_softmax(None, decoupled=decoupled, dtype=torch.float64)
+    positives = torch.tensor([1, 3, 1, 1, 2]), torch.tensor([0, 4, 5])
+    query_BD = make_queries(2).double().detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda q: softmax(q, positives), (query_BD,))
+    once = softmax(query_BD[:1], (torch.tensor([7]), torch.tensor([0, 1])))
+    often = softmax(query_BD[:1], (torch.tensor([7, 7, 7]), torch.tensor([0, 3])))
+    if decoupled:
+        gradients = [torch.autograd.grad(loss, query_BD)[0] for loss in (once, often)]
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_queries_that_are_no_numbers_give_a_loss_that_is_none(bad: float) -> None:
+    """And no error on the way there, whichever labels are drawn."""
+    certain = MIDXSoftmax(5000, 4, num_draws=64)
+    queries = torch.randn(2, 4)
+    queries[0, 0] = bad
+    assert not torch.isfinite(certain(queries, torch.tensor([1, 2])))
+    counts = {"label_frequencies": torch.full((40,), 2), "num_instances": 100}
+    sampled = MIDXSoftmax(40, 4, num_draws=8, num_codewords=3, **counts)  # type: ignore[arg-type]
+    for seed in range(40):
+        torch.manual_seed(seed)
+        queries = torch.randn(8, 4)
+        queries[0] = bad
+        assert not torch.isfinite(sampled(queries, torch.randperm(40)[:8]))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_batch_without_positives_is_a_loss_of_the_tables_too(sparse: bool) -> None:
+    nothing = torch.empty(0, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    softmax = MIDXSoftmax(5, 4, sparse=sparse)
+    for queries in (torch.randn(2, 4), torch.full((2, 4), torch.inf)):
+        loss = softmax(queries, nothing)
+        loss.backward()
+        assert float(loss.detach()) == 0.0
+    for parameter in softmax.parameters():
+        assert parameter.grad is not None and float(parameter.grad.to_dense().abs().sum()) == 0.0
+
+
+def test_a_softmax_without_a_bias_never_learns_one() -> None:
+    softmax = MIDXSoftmax(50, 4, bias=False).requires_grad_(False).requires_grad_(True)
+    queries = torch.randn(3, 4)
+    softmax(queries, torch.tensor([1, 2, 3])).backward()
+    softmax.log_prob(queries).sum().backward()
+    assert softmax.bias.grad is None and softmax.weight.grad is not None and "bias=False" in repr(softmax)
+
+
+def test_a_state_of_another_quantizer_is_refused() -> None:
+    """The codebooks of one have rows of half as many numbers as those of the other."""
+    for kinds in (("pq", "rq"), ("rq", "pq")):
+        one, other = (MIDXSoftmax(500, 4, num_draws=64, num_codewords=9, quantizer=kind) for kind in kinds)
+        one.refresh()
+        with pytest.raises(RuntimeError, match=f"codewords of .* numbers, expected .* of '{kinds[1]}'"):
+            other.load_state_dict(one.state_dict())
+
+
+def test_a_default_dtype_of_float64_refreshes_a_table_of_float32() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        softmax = MIDXSoftmax(500, 8, dtype=torch.float32, num_draws=50, num_codewords=30)
+        softmax.weight.data.zero_()
+        softmax.refresh()
+        few = MIDXSoftmax(3, 8, dtype=torch.float32, num_draws=2, num_codewords=30)
+        few.refresh()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_second_derivative_is_refused_rather_than_wrong() -> None:

@@ -199,7 +199,7 @@ def _random_rows(rows_ND: torch.Tensor, count: int, generator: torch.Generator) 
     # More codewords than rows: the rows repeat, slightly apart; the copies stay empty and harm nothing.
     picked_CD = rows_ND[order.repeat(-(-count // rows_ND.shape[0]))[:count]].clone()
     if count > rows_ND.shape[0]:
-        noise = torch.randn(picked_CD.shape, generator=generator, device=rows_ND.device)
+        noise = torch.randn(picked_CD.shape, generator=generator, device=rows_ND.device, dtype=picked_CD.dtype)
         picked_CD += 1e-6 * noise * picked_CD.abs().mean().clamp(min=1e-6)
     return picked_CD
 
@@ -260,6 +260,7 @@ def _split_populous(words_CD: torch.Tensor, counts_C: torch.Tensor, generator: t
     if num_split == 0:
         return
     donors = torch.topk(counts_C, num_split).indices
-    noise = torch.randn(num_split, words_CD.shape[1], generator=generator, device=words_CD.device)
+    size = num_split, words_CD.shape[1]
+    noise = torch.randn(size, generator=generator, device=words_CD.device, dtype=words_CD.dtype)
     scale = words_CD.abs().mean().clamp(min=1e-6)
     words_CD[empty[:num_split]] = words_CD[donors] + 1e-3 * scale * noise

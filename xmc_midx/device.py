@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ __all__ = [
     "peak_memory_bytes",
     "release_freed_memory",
     "used_memory_bytes",
+    "without_autocast",
 ]
 
 
@@ -106,6 +107,11 @@ def _runs_kernels(index: int | None) -> bool:
     except Exception as error:  # a compiler's, a driver's, a cache's
         warnings.warn(f"a GPU is used without Triton's kernels, which is slower: {error}", stacklevel=3)
         return False
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Leave an enclosing autocast for a while: whoever asks chooses the dtypes of its products itself."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def empty_table(

@@ -17,11 +17,12 @@ import torch.nn.functional as F  # noqa: N812
 from scipy.sparse import csr_matrix
 from torch.autograd.function import once_differentiable
 
+from xmc_midx.device import without_autocast
 from xmc_midx.padding import owners
 from xmc_midx.products import linear
 from xmc_midx.slopes import multiply, round_slopes
 
-__all__ = ["PoolLoss", "Positives", "Rounding", "Targets", "logsumexp_or_empty", "pool_chunk", "without_autocast"]
+__all__ = ["PoolLoss", "Positives", "Rounding", "Targets", "logsumexp_or_empty", "pool_chunk"]
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 25}
 """Logits of a batch held at once: a larger pool is read in chunks. In float32 64 MiB, and 128 MiB on a GPU."""
@@ -45,12 +46,17 @@ class Targets:
 
     @classmethod
     def build(cls, positives: Positives, query_BD: torch.Tensor, weighting: str, *, padded: bool = False) -> Targets:
-        """`padded`: what stands behind the last offset are pads."""
+        """Of label ids, one a query, or a pair. `padded`: what stands behind the last offset are pads."""
         num_rows, device = query_BD.shape[0], query_BD.device
+        given = (positives,) if isinstance(positives, torch.Tensor) else positives
+        is_pair = isinstance(given, tuple) and 1 <= len(given) <= 2 and all(isinstance(t, torch.Tensor) for t in given)
+        if not is_pair or any(t.is_floating_point() or t.is_complex() or t.dtype == torch.bool for t in given):
+            kinds = ", ".join(str(t.dtype) if isinstance(t, torch.Tensor) else type(t).__name__ for t in given)
+            raise ValueError(
+                f"positives of {kinds}: expected a tensor of label ids, or a tuple of label ids and offsets, integers"
+            )
         if isinstance(positives, torch.Tensor):
             label_ids = positives.reshape(-1).long().contiguous()
-            if label_ids.shape[0] != num_rows:
-                raise ValueError(f"{label_ids.shape[0]} positives for {num_rows} queries: expected one a query")
             weight = query_BD.new_full((num_rows,), 1.0 / max(num_rows, 1))
             return cls(label_ids, torch.arange(num_rows, device=device), weight)
         label_ids, offsets = positives[0].long().contiguous(), positives[1].long()
@@ -64,6 +70,8 @@ class Targets:
                 f"the offsets go from {offsets[0]} to {offsets[-1]}: expected 0 to {label_ids.shape[0]}, the positives"
             )
         counts = offsets.diff()
+        if offsets.device.type == "cpu" and (counts < 0).any():
+            raise ValueError("the offsets fall: expected that each query's positives follow those of the one before")
         instance = torch.repeat_interleave(
             torch.arange(num_rows, device=device), counts, output_size=label_ids.shape[0]
         )
@@ -196,7 +204,7 @@ class PoolLoss(torch.autograd.Function):
         query = query_BD.to(ctx.precision)
         grad_query = torch.zeros_like(query_BD)
         grad_rows, grad_bias = torch.empty_like(rows_PD), torch.empty_like(bias_P)
-        with without_autocast(query_BD):
+        with without_autocast(query_BD.device.type):
             for begin in range(0, rows_PD.shape[0], ctx.chunk):
                 end = min(begin + ctx.chunk, rows_PD.shape[0])
                 if whole is not None:
@@ -260,10 +268,11 @@ def _slopes(
     instance: torch.Tensor,
     column: torch.Tensor,
 ) -> torch.Tensor:
-    """Gradient of the loss by the logits, in place of the softmax over the negatives."""
+    """Gradient of the loss by the logits, in place of the softmax over the negatives. A positive that an instance
+    states twice counts twice."""
     softmax.mul_(share_B[:, None])
-    softmax[instance, column] = slope_Y
-    return softmax
+    softmax[instance, column] = softmax.new_zeros(())
+    return softmax.index_put_((instance, column), slope_Y, accumulate=True)
 
 
 def _finite(log_total_B: torch.Tensor) -> torch.Tensor:
@@ -276,8 +285,3 @@ def logsumexp_or_empty(logits_BM: torch.Tensor) -> torch.Tensor:
     empty_B = torch.isneginf(logits_BM).all(1)
     safe_BM = torch.where(empty_B[:, None], torch.zeros_like(logits_BM), logits_BM)
     return torch.where(empty_B, -torch.inf, torch.logsumexp(safe_BM, 1))
-
-
-def without_autocast(like: torch.Tensor) -> torch.autocast:
-    """Leave autocast for a while: sampler, loss and slopes choose the dtypes of their products themselves."""
-    return torch.autocast(like.device.type, enabled=False)

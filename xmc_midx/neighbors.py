@@ -95,11 +95,10 @@ class NeighborIndex:
         self.labels = csr_matrix(
             (np.ones(labels.nnz, dtype=np.float32), labels.indices, labels.indptr), shape=labels.shape
         )
-        self._dense = None
+        self._dense, self._local = None, threading.local()
         if _is_dense(features):
             self._dense = with_values(features, self._weighted(features)).toarray()
             return
-        self._local = threading.local()
         features = _only(features, kept)
         codes, scale_N = _quantize(features)
         # One fetch of a row brings ids and values: an entry is a feature's id, and below it the byte of the value.
@@ -160,8 +159,15 @@ class NeighborIndex:
             limits, found = (most_read, _CANDIDATES * count), (rows_BK, scores_BK)
             _search(queries, self._lists, self._forward, self._workspace(), limits, begin, end, *found)
 
-        in_threads(run, num_rows)
+        if num_rows:
+            in_threads(run, num_rows)
         return rows_BK, scores_BK
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_local"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _local=threading.local())
 
     def _workspace(self) -> tuple[NDArray[Any], ...]:
         """Of this thread, as `_search` leaves it: to fill it anew would take longer than to answer one query."""
@@ -371,6 +377,8 @@ def _dense_search(
         order = np.lexsort((best, -score), axis=1)
         rows_BK[part, :most] = np.take_along_axis(best, order, axis=1)
         scores_BK[part, :most] = np.take_along_axis(score, order, axis=1)
+    # Without features, no row is nearer than another.
+    rows_BK[~query_BF.any(axis=1)] = -1
     return rows_BK, scores_BK
 
 

@@ -80,16 +80,23 @@ class RowAdam(torch.optim.Optimizer):
             group.setdefault("padded", False)  # of a state that knows no pads yet
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        assert closure is None, "RowAdam has no line search"
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """A step by the gradients that are there; a closure is called first, and its loss returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
+                if self.state.get(parameter) and parameter.grad.is_sparse == ("first_moment" in self.state[parameter]):
+                    raise ValueError("a parameter has dense gradients at one step and row-sparse ones at another")
                 if parameter.grad.is_sparse:
                     self._step_rows(parameter, parameter.grad, group)
                 else:
                     self._step_dense(parameter, group)
+        return loss
 
     @torch.no_grad()
     def step_bags(self, parameter: torch.Tensor, rows: SparseRows, grad_BD: torch.Tensor) -> None:

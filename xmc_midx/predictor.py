@@ -6,7 +6,7 @@ Before it: checkpoints and index; after it: metrics and the command line.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +17,7 @@ from scipy.sparse import csr_matrix, issparse
 from xmc_midx.calibration import BACKGROUND, Calibration, calibrate
 from xmc_midx.checkpoint import map_model, refuse_misfits
 from xmc_midx.data.features import FeatureScaling, rows_from_pairs
-from xmc_midx.device import find_device
+from xmc_midx.device import find_device, without_autocast
 from xmc_midx.encoder import SparseEncoder, stored_encoder
 from xmc_midx.errors import DataError, UsageError
 from xmc_midx.index import CellIndex, build_index
@@ -196,7 +196,22 @@ class Predictor:
             self.require_calibration()
         allowed, denied = self._label_ids("allow", allow), self._label_ids("deny", deny)
         reporter.start("predict", features.shape[0])
-        parts = []
+        with without_autocast(self.encoder.bias.device.type):
+            parts = [*self._parts(features, k, scores, threshold, allowed, denied, reporter)]
+        if not parts:
+            return TopK.empty(0, k)
+        return concatenate_topk(parts)
+
+    def _parts(
+        self,
+        features: csr_matrix,
+        k: int,
+        scores: Scores,
+        threshold: float | None,
+        allowed: np.ndarray | None,
+        denied: np.ndarray | None,
+        reporter: Reporter,
+    ) -> Iterator[TopK]:
         for rows, query_BD in self.encoder.encode(features):
             chunk = features if rows == slice(0, features.shape[0]) else features[rows]
             _require_finite(np.isfinite(query_BD.cpu().numpy()).all(axis=1), rows.start)
@@ -205,11 +220,8 @@ class Predictor:
             else:
                 top = self._probabilities(query_BD, chunk, k, allowed, denied)
             _require_finite(np.logical_not(np.isnan(top.scores).any(axis=1)), rows.start)
-            parts.append(top if threshold is None else _above(top, threshold))
+            yield top if threshold is None else _above(top, threshold)
             reporter.step(rows.stop - rows.start)
-        if not parts:
-            return TopK.empty(0, k)
-        return concatenate_topk(parts)
 
     def warm_up(self) -> None:
         """Load what the first prediction would: scikit-learn for texts, compiled code."""

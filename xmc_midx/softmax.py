@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from xmc_midx.device import empty_table
+from xmc_midx.device import empty_table, without_autocast
 from xmc_midx.estimators import (
     PoolLoss,
     Positives,
@@ -38,7 +38,6 @@ from xmc_midx.estimators import (
     Targets,
     logsumexp_or_empty,
     pool_chunk,
-    without_autocast,
 )
 from xmc_midx.recipe import auto_num_codewords, auto_num_draws
 from xmc_midx.rows import gather_rows
@@ -144,6 +143,7 @@ class LabelSoftmax(nn.Module):
         self.bias = nn.Parameter(
             torch.zeros(num_labels, device=device, dtype=_at_least_float32(dtype)), requires_grad=bias
         )
+        self.has_bias = bias
         self.seed = seed
         self.generator = _seeded(self.bias.device, seed)
         self.pool_size: int | torch.Tensor = 0
@@ -165,7 +165,7 @@ class LabelSoftmax(nn.Module):
         sampler = None if self.sampler is None else type(self.sampler).__name__
         return (
             f"{self.num_labels}, {self.dim}, sampler={sampler}, estimator={self.estimator!r}, "
-            f"num_draws={self.num_draws}, bias={self.bias.requires_grad}, sparse={self.sparse}"
+            f"num_draws={self.num_draws}, bias={self.has_bias}, sparse={self.sparse}"
         )
 
     # ------------------------------------------------------------------- loss
@@ -194,11 +194,16 @@ class LabelSoftmax(nn.Module):
 
     def _loss(self, queries: torch.Tensor, positives: Positives) -> torch.Tensor:
         precision = self._product_dtype(queries.device.type)
-        with without_autocast(queries):
+        with without_autocast(queries.device.type):
             query_BD = self._typed(queries).reshape(-1, self.dim)
+            if isinstance(positives, torch.Tensor) and positives.shape != queries.shape[:-1]:
+                given, of = tuple(positives.shape), tuple(queries.shape)
+                raise ValueError(f"positives of shape {given} for queries of {of}: expected {of[:-1]}, one a query")
             targets = Targets.build(positives, query_BD, self.weighting, padded=self.static_shapes)
             if targets.label_ids.shape[0] == 0:
-                return query_BD.sum() * 0.0
+                # 0 whatever the tables hold, and a loss of theirs too: queries may come from an encoder that is kept.
+                (rows_PD,), (bias_P,) = self._rows([targets.label_ids])
+                return query_BD[:0].sum() + rows_PD.sum() + bias_P.sum()
             if self.static_shapes:
                 return self._static_loss(query_BD, targets, precision)
             low, high = torch.stack(torch.aminmax(targets.label_ids)).tolist()
@@ -213,6 +218,11 @@ class LabelSoftmax(nn.Module):
     def _dtype(self) -> torch.dtype:
         """Of the loss and of the sampler's law: the table's, float32 at the least."""
         return _at_least_float32(self.weight.dtype)
+
+    @property
+    def _bias(self) -> torch.Tensor:
+        """The bias of the loss: without one it stays at 0, even if all parameters are told to learn."""
+        return self.bias if self.has_bias else self.bias.detach()
 
     def _product_dtype(self, device_type: str) -> torch.dtype:
         if self.precision is not None:
@@ -373,7 +383,7 @@ class LabelSoftmax(nn.Module):
 
     def _rows(self, pools: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Rows (P, D) and biases (P,) of each pool of label ids."""
-        tables = self.weight, self.bias
+        tables = self.weight, self._bias
         found = (gather_rows(t, pools) if self.sparse else [t[label_ids] for label_ids in pools] for t in tables)
         rows, biases = ([part.to(self._dtype) for part in parts] for parts in found)
         return rows, biases
@@ -391,7 +401,7 @@ class LabelSoftmax(nn.Module):
             # The codebooks read a table of any dtype in chunks, a static law none; what others compute with is a copy.
             by_chunks = isinstance(self.sampler, MidxSampler | UniformSampler)
             dtype = self.weight.dtype if by_chunks else self._dtype
-            with without_autocast(self.bias):
+            with without_autocast(self.bias.device.type):
                 self.sampler.refresh(self.weight.to(dtype), self.bias.to(self._dtype))
             self._bias_at_refresh = self.bias.detach().clone() if self._keeps_bias else None
             self._outdated = False
@@ -402,15 +412,15 @@ class LabelSoftmax(nn.Module):
         Equals `log_softmax(queries @ weight.T + bias)` and differentiates like it; in the table's dtype (float32 at the
         least), under autocast too.
         """
-        with without_autocast(queries):
+        with without_autocast(queries.device.type):
             weight_LD = self.weight.to(self.bias.device, self._dtype)
-            logits = F.linear(self._typed(queries), weight_LD, self.bias.to(self._dtype))
+            logits = F.linear(self._typed(queries), weight_LD, self._bias.to(self._dtype))
             return torch.log_softmax(logits, dim=-1)
 
     def topk(self, queries: torch.Tensor, k: int) -> TopK:
         """The k best labels of each query by a full scan: (..., D) queries -> (N, K), N the product of the leading
         shape."""
-        with without_autocast(queries):
+        with without_autocast(queries.device.type):
             query_ND = self._typed(queries.detach()).reshape(-1, self.dim)
             return exact_topk(query_ND, self.weight.detach(), self.bias.to(self._dtype), k)
 
@@ -466,6 +476,8 @@ class LabelSoftmax(nn.Module):
             name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
             for name, tensor in state.items()
         }
+        if isinstance(self.sampler, MidxSampler) and own:
+            self.sampler.require_shape(own, self.dim)
         self.sampler.load_state_dict(own, bias_L)
         self._bias_at_refresh = bias_L if self._keeps_bias else None
 
@@ -517,6 +529,9 @@ class MIDXSoftmax(LabelSoftmax):
     O(L C D) and not changed by the steps after it. The first loss fits them by itself; from then on call `refresh()`
     as often as the table moves much, such as at the start of each epoch. Old codebooks leave the estimate of the
     partition function without bias, only noisier.
+
+    **Draws** come from a generator of the module's own, so that a training does not depend on torch's global one. A
+    loss that is computed a second time has others: leave it outside of `torch.utils.checkpoint`.
 
     Parameters
     ----------

@@ -42,8 +42,10 @@ def draw_pool(
     """
     num_made = num_draws
     if certain is not None:
-        elsewhere = max(1.0 - float(probability(certain).sum()), 1.0 / _MAX_OVERDRAW)
-        num_made = math.ceil(num_draws / elsewhere)
+        elsewhere = 1.0 - float(probability(certain).sum())
+        # (Of queries that are not numbers, neither is this: the loss will be NaN and say so.)
+        is_enough = elsewhere > 1.0 / _MAX_OVERDRAW
+        num_made = math.ceil(num_draws / elsewhere) if is_enough else _MAX_OVERDRAW * num_draws
     label_ids, probability_P = draw_labels(num_made)
     if certain is not None:
         others = (~_is_among(label_ids, certain)).nonzero()[:, 0]

@@ -213,6 +213,13 @@ class MidxSampler:
         names = ("codewords1", "codewords2", "codes1", "codes2")
         return {name: getattr(self.codebook, name) for name in names}
 
+    def require_shape(self, state: dict[str, torch.Tensor], dim: int) -> None:
+        """A RuntimeError where the codebooks of a state are not those of this quantizer for rows of D numbers."""
+        sizes = [int(state[name].shape[1]) for name in ("codewords1", "codewords2")]
+        expected = [dim // 2, dim - dim // 2] if self.quantizer == "pq" else [dim, dim]
+        if sizes != expected:
+            raise RuntimeError(f"codewords of {sizes} numbers, expected {expected} of {self.quantizer!r}")
+
     def load_state_dict(self, state: dict[str, torch.Tensor], bias_L: torch.Tensor) -> None:
         """Restore `state_dict()`; `bias_L` is the bias at the time of the refresh (read by the bias prior alone).
 

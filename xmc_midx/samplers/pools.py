@@ -76,8 +76,8 @@ def _two_samples_by_torch(
     weight_P.index_add_(0, drawn, (1.0 - part_P[drawn]) * torch.exp(-sample.log_weight.double()))
     if padded:
         return label_ids, -torch.log(weight_P * (label_ids < num_labels))
-    # A label that is in every batch leaves nothing to a draw of it.
-    kept = torch.nonzero(weight_P > 0).flatten()
+    # A label that is in every batch leaves nothing to a draw of it. (What is not a number stays: the loss will say so.)
+    kept = torch.nonzero(~(weight_P <= 0)).flatten()
     return label_ids[kept], -torch.log(weight_P[kept])
 
 
@@ -132,8 +132,8 @@ def _weigh(keys: Any, bits: int, drawn: Any, frequency_L: Any, numbers: Any, lab
             weight += part / chance if chance > 0.0 else 1.0
         if draw >= 0:
             weight += (1.0 - part) * np.exp(-np.float64(log_weight_M[draw]))
-        # A label that is in every batch leaves nothing to a draw of it.
-        if weight > 0.0:
+        # A label that is in every batch leaves nothing to a draw of it. (What is not a number stays.)
+        if not weight <= 0.0:
             label_ids[count], log_weight[count] = label, -np.log(weight)
             count += 1
     return count

@@ -49,6 +49,7 @@ class FakeTraining:
     best: str = "checkpoints/20"
     validation: dict[str, float] = field(default_factory=lambda: {"P@1": 0.5, "P@3": 0.4})
     test: MetricReport | None = None
+    has_test: bool = True
     propensity: tuple[float, float] = (0.55, 1.5)
     model_bytes: int = 1_234_567
     peak_memory_bytes: int = 512_000_000
@@ -67,6 +68,8 @@ class FakeEvaluation:
     report: MetricReport = REPORT
     propensity_source: str = "registry: Bibtex"
     seconds: float = 0.5
+    num_without_predictions: int = 0
+    most_predictions: int | None = None
     breakdown_by: str = "head-tail"
     breakdown: tuple[dict[str, Any], ...] = (HEAD, {**HEAD, "group": "unseen", "recall": None})
 
@@ -397,10 +400,6 @@ def test_the_help_of_train_names_every_sampler(cli: Any) -> None:
         ),
         (["train", "x", "--output", "y", "--set", "epochs"], "expected section.key=value"),
         (["train", "x", "--output", "y", "--config", "/nowhere.yaml"], "/nowhere.yaml: cannot be read"),
-        (
-            ["train", "x", "--output", "y", "--resume", "--epochs", "3"],
-            "training.epochs=3 cannot change it",
-        ),
         (["train", "x", "--output", "y", "--resume", "--force"], "expected one of them"),
         (["evaluate", "r"], "Missing argument 'DATA'"),
         (["evaluate", "r", "d", "--k", "1,x"], "--k 1,x: expected whole numbers"),
@@ -644,7 +643,7 @@ def test_the_summary_of_train(cli: Any, pipeline: Any, tmp_path: Path) -> None:
         "Test, in %",
     ):
         assert expected in text
-    assert f"  xmc-midx evaluate '{run}' d\n" in text
+    assert f"  xmc-midx evaluate '{run}' t\n" in text
     assert "A = 0.55, B = 1.5" in text and "2,515 instances" in text
     assert not re.search(r" $", text, re.M), "no blanks at the end of a line"
     assert str(run) in text.splitlines()[0], "a path is never cut"
@@ -662,6 +661,76 @@ def test_resume_takes_the_run_and_where_its_data_is(cli: Any, pipeline: Any, cal
         {"name": "resume", "run": Path("r"), "data": "d", "max_seconds": None, "verify": True},
         {"name": "resume", "run": Path("r"), "data": "d", "max_seconds": 5400.0, "verify": False},
     ]
+
+
+def test_resume_takes_the_command_that_began_the_run(cli: Any, pipeline: Any, calls: Any, tmp_path: Path) -> None:
+    run = tmp_path / "r"
+    run.mkdir()
+    (run / "config.yaml").write_text("training: {epochs: 7, seed: 3}\nmodel: {dim: 12}\n")
+    (run / "run.json").write_text(json.dumps({"test": str(tmp_path / "t.txt")}))
+    (tmp_path / "same.yaml").write_text("training: {seed: 3, batch_size: auto}")
+    (tmp_path / "other.yaml").write_text("training: {seed: 4}")
+    same = ["--epochs", "7", "--set", "model.dim=12", "--config", tmp_path / "same.yaml", "--test", tmp_path / "t.txt"]
+    assert cli("train", "d", "--output", run, "--resume", *same).code == 0
+    for words, key in (
+        (["--epochs", "8"], "training.epochs"),
+        (["--set", "model.dim=13"], "model.dim"),
+        (["--config", tmp_path / "other.yaml"], "training.seed"),
+        (["--test", tmp_path / "u.txt"], "--test"),
+    ):
+        shown = cli("train", "d", "--output", run, "--resume", *words)
+        assert shown.code == 2 and f"{key} cannot change it" in shown.err
+    shown = cli("train", "d", "--output", tmp_path / "none", "--resume", "--epochs", "3")
+    assert shown.code == 3 and "there is no such run directory" in shown.err
+    assert [one["name"] for one in calls] == ["resume"]
+
+
+def test_what_comes_next_is_what_can_be_done(cli: Any, pipeline: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    real = pipeline.train
+    monkeypatch.setattr(pipeline, "train", lambda *words, **options: replace(real(*words, **options), has_test=False))
+    text = cli("train", "d", "--output", tmp_path / "r").out
+    assert "evaluate" not in text and "  xmc-midx predict" in text
+
+
+def test_no_output_is_one_of_the_inputs(cli: Any, pipeline: Any, calls: Any, tmp_path: Path) -> None:
+    for name in ("in.txt", "al.txt"):
+        (tmp_path / name).write_text("5:1\n")
+    (tmp_path / "link").symlink_to("in.txt")
+    source = tmp_path / "in.txt"
+    for words, name in (
+        ([source, "-o", source], "INPUT"),
+        ([source, "-o", tmp_path / "link", "--resume"], "INPUT"),
+        ([source, "--allow", tmp_path / "al.txt", "-o", tmp_path / "al.txt"], "--allow"),
+        ([source, "--deny", tmp_path / "al.txt", "-o", tmp_path / "al.txt"], "--deny"),
+    ):
+        shown = cli("predict", "r", *words)
+        assert shown.code == 2 and f"is the file of {name}, which would be lost" in shown.err
+    assert source.read_text() == (tmp_path / "al.txt").read_text() == "5:1\n" and calls == []
+
+
+@pytest.mark.parametrize(
+    ("name", "begin"),
+    [
+        ("a.tsv", b"0\t1\t"),
+        ("a.jsonl", b"{"),
+        ("a.jsonl.gz", b"\x1f\x8b"),
+        ("a.npz", b"PK"),
+        ("a.txt", b"0\t1\t"),
+    ],
+)
+def test_a_file_holds_what_its_name_says(name: str, begin: bytes, cli: Any, pipeline: Any, tmp_path: Path) -> None:
+    assert cli("predict", "r", "i", "-o", tmp_path / name).code == 0
+    assert (tmp_path / name).read_bytes().startswith(begin)
+    assert cli("predict", "r", "i", "-o", tmp_path / name, "--format", "xmc").code == 0
+    assert not (tmp_path / name).read_bytes().startswith((b"PK", b"{", b"0\t"))
+
+
+def test_a_dash_is_the_standard_stream(cli: Any, pipeline: Any, calls: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli("predict", "r", "i", "-o", "-").out == cli("predict", "r", "i").out != ""
+    assert [*tmp_path.iterdir()] == []
+    assert cli("evaluate", "-", "d", "--predictions", "-").code == 0
+    assert calls[-1]["predictions"] == "/dev/stdin"
 
 
 def test_force_replaces_a_run_only_when_the_new_one_has_a_checkpoint(cli: Any, pipeline: Any, tmp_path: Path) -> None:

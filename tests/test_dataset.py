@@ -414,3 +414,29 @@ def test_a_report_is_plain_json(directory: Path) -> None:
     assert set(tree) >= {"ok", "name", "files", "problems", "counts", "num_errors", "num_warnings"}
     assert tree["problems"][0]["line"] == 2
     assert tree["files"][1]["statistics"]["num_instances"] == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "web,python\tA small web server",
+        '{"text": "A small web server", "labels": ["web"]}',
+        "A small web server",
+        "w\u00f6rter ohne \u00fcberschrift",
+    ],
+)
+def test_raw_text_is_sent_to_prepare(line: str, tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text(f"{line}\n", encoding="utf-8")
+    with pytest.raises(DataError, match="expected the header") as caught:
+        load_dataset(tmp_path)
+    assert caught.value.hint is not None and "xmc-midx prepare" in caught.value.hint
+    (problem,) = [one for one in check_dataset(tmp_path).problems if one.level == "error"]
+    assert problem.hint == caught.value.hint
+
+
+def test_a_test_split_of_nothing_is_worth_a_warning(directory: Path) -> None:
+    (directory / "test.txt.gz").write_bytes(gzip.compress(b"0 4 6\n"))
+    report = check_dataset(directory)
+    assert report.ok and report.counts["rows"] == 1
+    (problem,) = [one for one in report.problems if one.kind == "rows"]
+    assert problem.level == "warning" and "there is nothing to evaluate on" in problem.text

@@ -106,6 +106,31 @@ def test_texts_keep_their_places() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("a.tsv", "web,python\tA small web server"),
+        ("a.CSV.gz", 'text,labels\n"a, b",c'),
+        ("a.jsonl", '{"text": "A small web server", "labels": ["web"]}'),
+    ],
+)
+def test_texts_with_their_labels_are_no_texts(name: str, line: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(f"{line}\n".encode()) if name.endswith(".gz") else f"{line}\n".encode())
+    for text in (None, True):
+        reader = InstanceReader(LineChunks(path, raise_error), num_features=9, text=text)
+        if text:
+            assert next(reader.batches()).rows[0] == line.partition("\n")[0]
+        else:
+            with pytest.raises(DataError, match="looks like texts with their labels"):
+                next(reader.batches())
+    bare = tmp_path / "titles.tsv"
+    bare.write_text("A small web server\n")
+    assert next(InstanceReader(LineChunks(bare, raise_error), num_features=9, text=None).batches()).rows == [
+        "A small web server"
+    ]
+
+
+@pytest.mark.parametrize(
     ("line", "is_text"),
     [
         ("two words", True),

@@ -397,6 +397,31 @@ def test_a_signal_with_resume_keeps_what_is_there(
 # ------------------------------------------------------- what may leave, and what may not
 
 
+def test_an_evaluation_says_what_predictions_lack(run: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    assert call(run, data / "test.txt", "-k", "1", "-o", tmp_path / "p.tsv") == 0
+    lines = (tmp_path / "p.tsv").read_text().splitlines(keepends=True)
+    (tmp_path / "p.tsv").write_text("".join(lines[:21]))
+    capsys.readouterr()
+    assert app.run(["evaluate", "-", str(data), "--predictions", str(tmp_path / "p.tsv"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_without_predictions"] == 129
+    assert app.run(["evaluate", "-", str(data), "--predictions", str(tmp_path / "p.tsv")]) == 0
+    shown = capsys.readouterr().out
+    assert "129 instances have no predictions" in shown and "No list has more than 1 labels" in shown
+    assert app.run(["evaluate", str(run), str(data)]) == 0
+    shown = capsys.readouterr().out
+    assert "have no predictions" not in shown and "No list" not in shown
+
+
+def test_a_threshold_that_nothing_reaches_is_said(run: Path, data: Path, capsys: Any) -> None:
+    for scores, threshold in (("logits", "1000"), ("probabilities", "2")):
+        assert call(run, data / "test.txt", "--threshold", threshold, "--scores", scores) == 0
+        shown = capsys.readouterr()
+        assert shown.out.count("\n") <= 1
+        assert f"Nothing was predicted: none of the {scores} reaches {threshold}." in shown.err
+    assert call(run, data / "test.txt", "--threshold", "0.2", "--scores", "probabilities") == 0
+    assert "Nothing was predicted" not in capsys.readouterr().err
+
+
 def test_no_duplicate_missing_or_pad_ever_leaves(run: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
     rng = np.random.default_rng(0)
     for case in range(24):

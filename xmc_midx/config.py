@@ -27,6 +27,7 @@ __all__ = [
     "SamplerConfig",
     "SamplerName",
     "TrainingConfig",
+    "changed_keys",
     "dump_config",
     "load_config",
 ]
@@ -230,6 +231,28 @@ def load_config(path: str | Path | None = None, *, assignments: Iterable[str] = 
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UsageError(_explain(error), hint=_known_keys(error)) from None
+
+
+def changed_keys(base: Config, path: str | Path | None = None, *, assignments: Iterable[str] = ()) -> list[str]:
+    """`section.key` of what a file and assignments, as of `load_config`, say otherwise than `base`, whose open values
+    are resolved: `auto` says nothing."""
+    tree = base.model_dump()
+    given: dict[str, dict[str, Any]] = _read_yaml(Path(path)) if path is not None else {}
+    for assignment in assignments:
+        _assign(given, assignment)
+    for section, keys in given.items():
+        tree.setdefault(section, {}).update(keys)
+    try:
+        found = Config.model_validate(tree).model_dump()
+    except ValidationError as error:
+        raise UsageError(_explain(error), hint=_known_keys(error)) from None
+    before = base.model_dump()
+    return [
+        f"{section}.{key}"
+        for section, keys in found.items()
+        for key, value in keys.items()
+        if value not in ("auto", before[section][key])
+    ]
 
 
 def dump_config(config: Config) -> str:

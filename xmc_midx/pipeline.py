@@ -100,6 +100,8 @@ class TrainResult:
     """Metrics of the best epoch on the held-out instances; empty where none are held out."""
     test: MetricReport | None
     """On the test file; None where none was given."""
+    has_test: bool
+    """Whether there are instances to evaluate on: of the test file, or of the data's test split."""
     propensity: tuple[float, float]
     """A and B of the propensity model, for both."""
     model_bytes: int
@@ -175,12 +177,17 @@ class Evaluation:
     """Recall by label frequency; empty where the training frequencies are unknown."""
     breakdown_by: str = "head-tail"
     """The groups: a key of `xmc_midx.metrics.BREAKDOWNS`."""
+    num_without_predictions: int = 0
+    """Instances for which nothing was predicted."""
+    most_predictions: int | None = None
+    """Labels of the longest list."""
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON document of `evaluate`."""
         return {
             **_report_dict(self.report),
             "propensity_source": self.propensity_source,
+            "num_without_predictions": self.num_without_predictions,
             "seconds": round(self.seconds, 3),
             "breakdown_by": self.breakdown_by,
             "breakdown": [dict(group) for group in self.breakdown],
@@ -348,6 +355,8 @@ def resume(
             a_and_b = _propensity(None, None, dataset, training.num_instances)[:2]
             session = TrainingSession(directory, training, reporter, deadline=deadline, propensity=a_and_b)
             session.load(verify=verify)
+            if session.finished:
+                reporter.message("the run is finished already")
             session.run()
         return _train_result(session, dataset, has_test=provenance["test"] is not None)
 
@@ -505,8 +514,10 @@ def _train_result(session: TrainingSession, dataset: XmcDataset, *, has_test: bo
     run = session.run_directory
     best = session.store.path_of("best" if session.best_step else "latest")
     report = None
-    # An older release began runs with a test split of nothing.
-    if has_test and session.finished and dataset.test is not None and dataset.test.num_instances:
+    is_there = dataset.test is not None and dataset.test.num_instances > 0
+    # An older release began runs with a test file of nothing.
+    if has_test and session.finished and is_there:
+        assert dataset.test is not None
         session.release()
         predictor = Predictor.load(run.path, device=run.config.training.device)
         k = _k_with_ignored(dataset.test, max(DEFAULT_KS))
@@ -530,6 +541,7 @@ def _train_result(session: TrainingSession, dataset: XmcDataset, *, has_test: bo
         loss=session.loss,
         validation=session.validation,
         test=report,
+        has_test=is_there,
         propensity=session.propensity,
         model_bytes=run.model_bytes or (best / "model.safetensors").stat().st_size,
         peak_memory_bytes=peak_memory_bytes(),
@@ -597,6 +609,7 @@ def evaluate(
         started = time.perf_counter()
         top = predictor.predict(split.features, k=_k_with_ignored(split, max(ks)), reporter=reporter)
         seconds = time.perf_counter() - started
+    counts = (top.label_ids >= 0).sum(axis=1)
     top, labels = without_ignored(top, split.labels, split.ignored)
     report = evaluate_topk(top, labels, ks=ks, label_frequencies=frequencies, num_train=num_train, A=a, B=b)
     report = _with_ignored(report, split)
@@ -610,6 +623,8 @@ def evaluate(
         seconds=seconds,
         breakdown=[asdict(group) for group in groups],
         breakdown_by=breakdown,
+        num_without_predictions=int((counts == 0).sum()),
+        most_predictions=int(counts.max(initial=0)),
     )
 
 
@@ -817,7 +832,7 @@ class PredictionStream:
         self._exact = exact
         self._shard, self._live, self._reporter, self._model = shard, live, reporter, model
         self._next, self._input_sha256 = 0, ""
-        self._num_answered, self._seconds = 0, 0.0
+        self._num_answered, self._seconds, self._has_labels = 0, 0.0, False
 
     @property
     def label_names(self) -> Sequence[str] | None:
@@ -858,6 +873,10 @@ class PredictionStream:
             yield self._answer(batch.first, batch.rows, reader.digest())
         if self._next > reader.num_given:
             raise self._another_input()
+        if self._num_answered and not self._has_labels:
+            threshold, scores = self._options["threshold"], self._options["scores"]
+            why = "no label may be" if threshold is None else f"none of the {scores} reaches {threshold:g}"
+            self._reporter.message(f"Nothing was predicted: {why}.")
 
     def _answer(self, first: int, rows: csr_matrix | list[str], digest: str) -> PredictionChunk:
         began = time.monotonic()
@@ -868,6 +887,7 @@ class PredictionStream:
                 f"Instances {first} to {first + _length(rows) - 1}: {error.message}", hint=error.hint
             ) from None
         self._num_answered += _length(rows)
+        self._has_labels |= bool((top.label_ids >= 0).any())
         self._seconds += time.monotonic() - began
         self._reporter.step(_length(rows), instances_per_second=self._num_answered / max(self._seconds, 1e-9))
         return PredictionChunk(first=first, top=top, input_sha256=digest)

@@ -40,7 +40,7 @@ def evaluate(
     k: Annotated[str, typer.Option("--k", "-k", metavar="K,K,...", help="Cut-offs of the metrics.")] = "1,3,5",
     predictions: Annotated[
         str | None,
-        typer.Option("--predictions", metavar="FILE", help="Evaluate these of any tool, in a format below."),
+        typer.Option("--predictions", metavar="FILE", help="Evaluate these of any tool, in a format below (-: stdin)."),
     ] = None,
     breakdown: Annotated[
         Breakdown, typer.Option("--breakdown", metavar="NAME", help="Groups of labels: head-tail or deciles.")
@@ -63,6 +63,8 @@ def evaluate(
         raise UsageError(
             "RUN is -, so there is nothing to evaluate.", hint="Give a run directory or --predictions FILE."
         )
+    if predictions == "-":
+        predictions = "/dev/stdin"
     if predictions is not None:
         options.require_file("--predictions", predictions)
 
@@ -112,6 +114,11 @@ def print_evaluation(evaluation: Evaluation, *, title: str) -> None:
         _print_breakdown(evaluation, k=max(int(name.partition("@")[2]) for name in metrics))
         render.print_line()
     render.print_definitions(metrics, report=evaluation.report, source=evaluation.propensity_source)
+    if number := evaluation.num_without_predictions:
+        render.print_line(f"{number:,} instances have no predictions: all their labels count as missed.")
+    k, most = max(int(name.partition("@")[2]) for name in metrics), evaluation.most_predictions
+    if most is not None and most < k:
+        render.print_line(f"No list has more than {most:,} labels: beyond them every place counts as a miss.")
     render.print_line(f"Evaluated in {render.duration(evaluation.seconds)}.")
 
 

@@ -45,6 +45,8 @@ Examples:
     --threshold 0.5 | awk -F'\\t' '{print $1, $5}'"""
 
 COMPRESSED = (".gz", ".bz2", ".xz")
+_FORMATS = {".tsv": Format.TSV, ".jsonl": Format.JSONL, ".npz": Format.NPZ}
+"""By the name of a file; a .txt may be any."""
 
 
 class Scores(StrEnum):
@@ -60,16 +62,18 @@ def predict(
     k: Annotated[int, typer.Option("--k", "-k", metavar="K", min=1, help="Labels for each instance.")] = 5,
     output: Annotated[
         str | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Write here (.gz compresses), not to stdout."),
+        typer.Option("--output", "-o", metavar="FILE", help="Write here (.gz compresses), not to stdout (-)."),
     ] = None,
     form: Annotated[
-        Format | None, typer.Option("--format", metavar="NAME", help="tsv (default), jsonl, xmc or npz.")
+        Format | None,
+        typer.Option("--format", metavar="NAME", help="tsv, jsonl, xmc or npz; by default as FILE is called, or tsv."),
     ] = None,
     scores: Annotated[
         Scores, typer.Option("--scores", metavar="NAME", help="logits or probabilities (that the label applies).")
     ] = Scores.LOGITS,
     threshold: Annotated[
-        float | None, typer.Option("--threshold", metavar="X", help="Leave out labels with a lower score.")
+        float | None,
+        typer.Option("--threshold", metavar="X", help="Leave out labels with a lower score (see --scores)."),
     ] = None,
     allow: Annotated[
         str | None, typer.Option("--allow", metavar="FILE", help="Label ids or names, a line each: only these.")
@@ -100,6 +104,8 @@ def predict(
     INPUT may be of any size and is answered as it is read; a line on stdin is answered at once. Raw text, one text
     a line, needs a run that was trained with a vocabulary.
     """
+    if output == "-":
+        output = None
     if form is Format.NPZ and output is None:
         raise UsageError("--format npz: is binary, expected --output FILE with it.")
     if as_json and form is not None and output is None:
@@ -112,11 +118,16 @@ def predict(
     part = re.fullmatch(r"(\d{1,9})/(\d{1,9})", shard)
     if part is None:
         raise UsageError(f"--shard {shard}: expected I/N, such as 2/8.")
-    if resume and (output is None or form is Format.NPZ or Path(output).suffix in COMPRESSED or _is_special(output)):
-        raise UsageError("--resume: expected --output FILE with it, of tsv, jsonl or xmc, not compressed.")
     if output is not None:
         _check_writable(Path(output))
+        for name, file in (("INPUT", source), ("--allow", allow), ("--deny", deny)):
+            if file is not None and Path(output).is_file() and Path(file).is_file() and Path(output).samefile(file):
+                raise UsageError(f"--output {output}: is the file of {name}, which would be lost.")
+        called = Path(output.removesuffix(Path(output).suffix) if Path(output).suffix in COMPRESSED else output)
+        form = form or _FORMATS.get(called.suffix)
 
+    if resume and (output is None or form is Format.NPZ or Path(output).suffix in COMPRESSED or _is_special(output)):
+        raise UsageError("--resume: expected --output FILE with it, of tsv, jsonl or xmc, not compressed.")
     from xmc_midx import pipeline
 
     # Nobody waits for single answers that go to a file.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -99,7 +100,11 @@ def train(
     seconds = None if max_time is None else _seconds(max_time)
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
     if resume:
-        _refuse_changes(test, config, sets, given, force)
+        if force:
+            raise UsageError(
+                "--resume and --force: expected one of them.", hint="--force starts anew, --resume goes on."
+            )
+        _refuse_changes(Path(output), test, config, [*(sets or []), *given])
     elif no_verify:
         raise UsageError("--no-verify goes with --resume: a new run has nothing to verify.")
     from xmc_midx.config import load_config
@@ -141,7 +146,8 @@ def train(
         render.print_line(f"  {go_on}")
     else:
         render.print_line("Next:")
-        render.print_line(f"  {_command('evaluate', output, data)}")
+        if result.has_test:
+            render.print_line(f"  {_command('evaluate', output, test or data)}")
         render.print_line(f"  {_command('predict', output, test or 'INPUT')}")
 
 
@@ -162,18 +168,18 @@ def _seconds(text: str, option: str = "--max-time", expected: str = "a time") ->
     return seconds
 
 
-def _refuse_changes(
-    test: str | None, config: str | None, sets: list[str] | None, given: list[str], force: bool
-) -> None:
-    """A resumed run has its configuration already; a change that were ignored in silence would mislead."""
-    if force:
-        raise UsageError("--resume and --force: expected one of them.", hint="--force starts anew, --resume goes on.")
-    changed = [
-        *(["--test"] if test is not None else []),
-        *(["--config"] if config is not None else []),
-        *(f"--set {key}" for key in sets or []),
-        *given,
-    ]
+def _refuse_changes(run: Path, test: str | None, config: str | None, assignments: list[str]) -> None:
+    """A resumed run has its configuration already; a change that were ignored in silence would mislead. What is as the
+    run has it, as in the command that began it, changes nothing."""
+    if test is config is None and not assignments:
+        return
+    from xmc_midx.config import changed_keys
+    from xmc_midx.rundir import RunDirectory
+
+    directory = RunDirectory.open(run)
+    changed = changed_keys(directory.config, config, assignments=assignments)
+    if test is not None and os.path.realpath(test) != directory.read_json("run.json").get("test"):
+        changed.append("--test")
     if changed:
         raise UsageError(
             f"--resume goes on with the run's own configuration; {', '.join(changed)} cannot change it.",

@@ -198,6 +198,9 @@ class _Check:
         is_sound = not any(self.found.count(level="error", file=str(path)) for path in source.paths)
         if is_sound and role == "train" and not split.num_instances:
             self._error("rows", split.path, DataError("holds 0 instances, expected some to train on."))
+        elif is_sound and not split.num_instances:
+            self._warn("rows", "holds 0 instances: there is nothing to evaluate on.", file=split.path)
+            self.sound[role] = split
         elif is_sound:
             self.sound[role] = split
 

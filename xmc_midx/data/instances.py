@@ -40,6 +40,8 @@ _LOOK_BYTES = 65536
 _NUMBERS = re.compile(rb"[\d\s.,+-]*")
 _FEATURE = re.compile(rb"\d+:(?:[\d.+-].*|nan|inf(?:inity)?)?", re.IGNORECASE)
 _HEADER = re.compile(rb"[ \t]*\d+[ \t]+\d+(?:[ \t]+\d+)?[ \t]*\r?")
+_LABELLED = {".tsv": b"\t", ".csv": b",", ".jsonl": b"{", ".json": b"{"}
+"""Names of files of texts with their labels, and what a line of one holds."""
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
 """How gzip, bzip2 and xz streams begin."""
 
@@ -202,7 +204,16 @@ class InstanceReader:
     def _decide(self, text: bytes) -> None:
         """Text or rows: the first line that is not blank shows it; a blank line is an empty instance of either."""
         if self.is_text is None and (start := text.lstrip()):
-            self.is_text = looks_like_text(start.partition(b"\n")[0][:_LOOK_BYTES])
+            line = start.partition(b"\n")[0][:_LOOK_BYTES]
+            self.is_text = looks_like_text(line)
+            name = self._lines.path.name.lower().removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz")
+            if self.is_text and any(name.endswith(end) and sign in line for end, sign in _LABELLED.items()):
+                raise DataError(
+                    f"{self._lines.path}: looks like texts with their labels, as `prepare` reads them; expected texts "
+                    "alone, a line each.",
+                    hint="Give the column of the texts, such as `cut -f2 FILE | xmc-midx predict RUN -`; --text takes "
+                    "the lines as they are.",
+                )
 
     def _read(self, text: bytes, first_line: int) -> csr_matrix[Any] | list[str]:
         if self.is_text:

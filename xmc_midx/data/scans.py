@@ -6,6 +6,7 @@ Before it: `problems` and `files`. After it: every reader of a format (`formats`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ __all__ = [
     "warn_of_cut",
 ]
 
+_WORD = re.compile(rb"[A-Za-z\x80-\xff]{2}")
 MAX_SIZE = 2**31 - 1
 """Largest number of instances, features or labels: ids are int32."""
 
@@ -140,6 +142,9 @@ def read_header(path: Path, line: bytes, names: Sequence[str], report: Report) -
     hint = None
     if not line:
         fact = "the file is empty"
+    elif line.lstrip()[:1] == b"{" or (_WORD.search(line) and (b"\t" in line or b":" not in line)):
+        fact = f"the first line is {shown}"
+        hint = "Is this raw text? `xmc-midx prepare FILE --out DIR` makes a dataset of it."
     elif b":" in line:
         fact = "the file starts with an instance"
         hint = f"Put the {'three' if len(names) == 3 else 'two'} numbers into a line of their own before it."

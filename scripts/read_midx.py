@@ -2,7 +2,7 @@
 
     python scripts/read_midx.py OUT INPUT [-k 5] [--exact]
 
-INPUT (- is stdin) has a row a line, `feature:value ...` with or without labels before it and no header, or raw text
+INPUT (- is stdin) has a row a line, `feature:value ...` with or without labels before it and a header, or raw text
 where OUT has a vocabulary. Prints `label:score ...` for each line: of the model alone, scores z . row + bias.
 """
 
@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -109,7 +110,8 @@ if __name__ == "__main__":
         model = Model(options.directory)
     except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         sys.exit(f"{options.directory} is no sound midx export: {error}")
-    for text in options.input:
-        print(
-            " ".join(f"{label}:{score:.7g}" for label, score in model.predict(text.strip(), options.k, options.exact))
-        )
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    for number, text in enumerate(options.input):
+        if number or not re.fullmatch(r"\s*\d+\s+\d+\s+\d+\s*", text):
+            best = model.predict(text.strip(), options.k, options.exact)
+            print(" ".join(f"{label}:{score:.7g}" for label, score in best))

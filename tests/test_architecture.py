@@ -226,3 +226,13 @@ def test_randomness_comes_from_generators_with_a_seed(module: str) -> None:
             assert "generator" in keywords, f"{module}:{node.lineno}"
         if re.fullmatch(r"np\.random\.\w+", name):
             assert name == "np.random.default_rng" and node.args, f"{module}:{node.lineno}"
+
+
+def test_the_readme_draws_every_module_and_script() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = text[text.index("```\nxmc_midx/") :].partition("\n```\n")[0]
+    drawn = set(re.findall(r"[\w/]+\.(?:py|sh)", tree))
+    modules = {path.name for path in PACKAGE.rglob("*.py") if "cli" not in path.parts and "__" not in path.name}
+    scripts = {str(path.relative_to(ROOT / "scripts")) for path in (ROOT / "scripts").rglob("*.[ps][yh]")}
+    assert modules | scripts <= drawn
+    assert {name for name in drawn if name not in modules | scripts} == set()

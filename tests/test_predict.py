@@ -412,6 +412,11 @@ def test_an_evaluation_says_what_predictions_lack(run: Path, data: Path, tmp_pat
     assert "have no predictions" not in shown and "No list" not in shown
 
 
+def test_a_directory_is_answered_with_its_test_split(run: Path, data: Path, capsys: Any) -> None:
+    assert call(run, data) == 3
+    assert f"is a directory, expected a file. Its test split is {data / 'test.txt'}." in capsys.readouterr().err
+
+
 def test_a_threshold_that_nothing_reaches_is_said(run: Path, data: Path, capsys: Any) -> None:
     for scores, threshold in (("logits", "1000"), ("probabilities", "2")):
         assert call(run, data / "test.txt", "--threshold", threshold, "--scores", scores) == 0

@@ -319,14 +319,19 @@ def _number(text: str) -> str | float:
 
 
 def _explain(error: ValidationError) -> str:
-    lines = []
+    # Unions report one fault a member, with the member's name in the path: the key is the first two parts.
+    faults: dict[str, list[Any]] = {}
     for fault in error.errors():
-        # Unions report one fault a member, with the member's name in the path: the key is the first two parts.
-        key = ".".join(str(part) for part in fault["loc"][:2])
-        # Cut: a few lines of YAML with aliases can describe a value of any size.
-        found = reprlib.repr(fault["input"])
-        text = "unknown key" if fault["type"] == "extra_forbidden" else f"{fault['msg']}, found {found}"
-        lines.append(f"{key}: {text}")
+        faults.setdefault(".".join(str(part) for part in fault["loc"][:2]), []).append(fault)
+    lines = []
+    for key, members in faults.items():
+        others = [fault for fault in members if fault.get("ctx", {}).get("expected") != "'auto'"]
+        for fault in others or members:
+            or_auto = ", or auto" if 0 < len(others) < len(members) else ""
+            # Cut: a few lines of YAML with aliases can describe a value of any size.
+            found = reprlib.repr(fault["input"])
+            known = f"{fault['msg']}{or_auto}, found {found}"
+            lines.append(f"{key}: {'unknown key' if fault['type'] == 'extra_forbidden' else known}")
     return "Configuration: " + "; ".join(dict.fromkeys(lines)) + "."
 
 

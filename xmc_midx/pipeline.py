@@ -25,7 +25,7 @@ from scipy.sparse import csr_matrix, issparse
 
 from xmc_midx import __version__
 from xmc_midx.config import SAMPLER_NAMES, Config
-from xmc_midx.data.dataset import Split, XmcDataset, load_dataset, load_features, training_faults
+from xmc_midx.data.dataset import Split, XmcDataset, find_files, load_dataset, load_features, training_faults
 from xmc_midx.data.predictions import read_predictions
 from xmc_midx.data.registry import match_spec
 from xmc_midx.errors import DataError, ResourceError, UsageError
@@ -762,6 +762,11 @@ def predict_stream(
     if scores == "probabilities":
         predictor.require_calibration()
     source = _held(input)
+    if isinstance(source, str | Path) and Path(source).is_dir():
+        found = find_files(source)
+        split = found.test or found.train
+        hint = f"Its {'test' if found.test else 'training'} split is {split.features}." if split else None
+        raise DataError(f"{source}: is a directory, expected a file.", hint=hint)
     if not text and isinstance(source, str | Path) and is_named(Path(source)):
         # Formats that are read whole: svmlight, npz, the halves of a pair.
         source = load_features(source, predictor.num_features)

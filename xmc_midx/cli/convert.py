@@ -27,7 +27,7 @@ def convert(
     test: Annotated[str | None, typer.Option("--test", metavar="FILE", help="File in place of the test split.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Write DATA in another format: splits, names, vocabulary, filter files.
+    """Write DATA in another format, with what lies beside it.
 
     All commands read all of them. `pair` is what pyxclib reads, `npz` what PECOS and SciPy read, `svmlight` XMC text
     without a header.

@@ -21,7 +21,7 @@ def datasets(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Entry to show; all are listed if absent.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """List the known datasets, or show one: sizes, A, B, licence, citation."""
+    """List the known datasets, or show one: sizes, licence, citation."""
     from xmc_midx.data.registry import find_spec, load_registry
 
     if name is not None:

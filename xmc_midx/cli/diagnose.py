@@ -94,11 +94,11 @@ def _proposal_row(one: SamplerDiagnosis) -> tuple[str, ...]:
     return (
         one.name,
         _mean(kl),
-        "" if kl is None else f"{_figure(kl.p10)}-{_figure(kl.p90)}",
+        "-" if kl is None else f"{_figure(kl.p10)}-{_figure(kl.p90)}",
         _mean(one.kl_bound),
         _mean(one.kl_to_softmax),
         _mean(one.effective_share, scale=100),
-        "" if weight is None or not math.isfinite(weight.mean) else f"{weight.mean:.1f}",
+        "-" if weight is None or not math.isfinite(weight.mean) else f"{weight.mean:.1f}",
     )
 
 
@@ -115,13 +115,13 @@ def _gradient_row(one: SamplerDiagnosis) -> tuple[str, ...]:
 
 
 def _mean(spread: Spread | None, *, scale: float = 1) -> str:
-    return "" if spread is None else _figure(scale * spread.mean)
+    return "-" if spread is None else _figure(scale * spread.mean)
 
 
 def _figure(value: float) -> str:
-    """Three digits, or two after the point, or one of what is very small; what is not a number is left out."""
+    """Three digits, or two after the point, or one of what is very small; a dash for what is not a number."""
     if not math.isfinite(value):
-        return "inf" if value == math.inf else ""
+        return "inf" if value == math.inf else "-"
     if 1e-9 < value < 0.005:
         return f"{value:.0e}"
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
@@ -141,6 +141,7 @@ def _print_definitions(diagnosis: Diagnosis) -> None:
             ("dev.", "standard deviation of one gradient"),
             ("error", "distance of one gradient to the full softmax's, bias included"),
             ("fit, draw", "to the table; for an instance, and in % of loss and gradient"),
+            ("-", "not defined: no proposal over all labels, no bound that is known, or one draw alone"),
         ]
     )
     if diagnosis.estimator == "pool" and diagnosis.num_draws >= diagnosis.num_labels:

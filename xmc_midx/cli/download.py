@@ -32,7 +32,7 @@ def download(
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Fetch a known dataset, verify and unpack it; what is there already is verified.
+    """Fetch and unpack a known dataset, or verify the one on disk.
 
     An interrupted download goes on where it ended. The cache is XMC_MIDX_CACHE, else xmc-midx in XDG_CACHE_HOME
     or ~/.cache.

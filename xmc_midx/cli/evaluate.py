@@ -40,10 +40,10 @@ def evaluate(
     k: Annotated[str, typer.Option("--k", "-k", metavar="K,K,...", help="Cut-offs of the metrics.")] = "1,3,5",
     predictions: Annotated[
         str | None,
-        typer.Option("--predictions", metavar="FILE", help="Evaluate these of any tool, in a format below (-: stdin)."),
+        typer.Option("--predictions", metavar="FILE", help="Of any tool, in a format below (-: stdin)."),
     ] = None,
     breakdown: Annotated[
-        Breakdown, typer.Option("--breakdown", metavar="NAME", help="Groups of labels: head-tail or deciles.")
+        Breakdown, typer.Option("--breakdown", metavar="NAME", help="Labels by head-tail or deciles.")
     ] = Breakdown.HEAD_TAIL,
     a: Annotated[float | None, typer.Option("--A", metavar="A", help="Propensity A; else the registry's.")] = None,
     b: Annotated[float | None, typer.Option("--B", metavar="B", help="Propensity B; else the registry's.")] = None,

@@ -11,7 +11,7 @@ from xmc_midx.errors import UsageError
 
 __all__ = ["AsJson", "ConfigFile", "Data", "Fetch", "Preset", "Sets", "TestFile", "require_file"]
 
-Data = Annotated[str, typer.Argument(metavar="DATA", help="Name in `datasets`, directory, or file: .txt, .svm, .npz.")]
+Data = Annotated[str, typer.Argument(metavar="DATA", help="Name in `datasets`, directory, .txt, .svm or .npz.")]
 TestFile = Annotated[str | None, typer.Option("--test", metavar="FILE", help="Sparse file to evaluate on at the end.")]
 ConfigFile = Annotated[str | None, typer.Option("--config", metavar="FILE", help="Configuration in YAML.")]
 Sets = Annotated[

@@ -33,7 +33,7 @@ def plan(
     preset: options.Preset = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Forecast the memory, disk and time of a training on DATA, without training.
+    """Forecast memory, disk and time of a training, without training.
 
     Also says what a step is bound by: products, the rows that it moves, or operations that are neither. Memory is
     good to about 20%; time is rough, and short trainings take several times as long. `train` refuses to begin what

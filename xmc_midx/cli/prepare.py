@@ -48,7 +48,7 @@ class Kind(StrEnum):
 
 def prepare(
     text: Annotated[str, typer.Argument(metavar="TEXT", help="Texts and labels: TSV, CSV or JSON lines.")],
-    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Dataset directory to make.")],
+    out: Annotated[str, typer.Option("--out", "--output", "-o", metavar="DIR", help="Dataset directory to make.")],
     test: Annotated[
         str | None, typer.Option("--test", metavar="FILE", help="The test split: a file of the same layout.")
     ] = None,
@@ -97,7 +97,7 @@ def prepare(
     force: Annotated[bool, typer.Option("--force", help="Replace the dataset that is in DIR.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Make a dataset directory of raw text: TF-IDF features, label ids and names.
+    """Make a dataset directory of raw text, with its vocabulary.
 
     Labels that are all whole numbers are ids from 0, others are names, numbered in alphabetical order.
     """

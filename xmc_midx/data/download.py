@@ -15,6 +15,7 @@ import json
 import lzma
 import os
 import re
+import shlex
 import shutil
 import time
 import uuid
@@ -114,8 +115,7 @@ def download(
         )
     if from_file is not None and not Path(from_file).is_file():
         raise UsageError(f"{from_file}: is no file, expected an archive.")
-    own = spec.directory if kind == "bow" else spec.directory.with_name(f"{spec.name}.{kind}")
-    target = Path(directory).absolute() if directory is not None else own.absolute()
+    target = _place_of(spec, kind) if directory is None else Path(directory).absolute()
     job = _Job(spec=spec, kind=kind, target=target, cache=cache_directory().absolute(), reporter=reporter)
     with _os_errors(), job.alone():
         job.clean()
@@ -315,12 +315,21 @@ class _Job:
         """What a person can do, in three lines."""
         sources = self.spec.sources(self.kind)
         places = [drive_view_url(s.drive) if s.drive else str(s.url) for s in sources] or [self.spec.homepage]
-        kind = "" if self.kind == "bow" else f" --format {self.kind}"
-        next_step = f"xmc-midx check {self.spec.name}" if self.kind == "bow" else f"The files are then in {self.target}"
+        options = "" if self.kind == "bow" else f" --format {self.kind}"
+        if self.target != _place_of(self.spec, self.kind):
+            options += f" --dir {shlex.quote(str(self.target))}"
+        is_found = self.kind == "bow" and self.target == _place_of(self.spec, self.kind)
+        next_step = f"xmc-midx check {self.spec.name}" if is_found else f"The files are then in {self.target}"
         return (
             f"By hand:\n1. Save the archive with a browser from {' or '.join(places)}"
-            f"\n2. xmc-midx download {self.spec.name}{kind} --from-file ARCHIVE.zip\n3. {next_step}"
+            f"\n2. xmc-midx download {self.spec.name}{options} --from-file ARCHIVE.zip\n3. {next_step}"
         )
+
+
+def _place_of(spec: DatasetSpec, kind: ArchiveFormat) -> Path:
+    """Where a data set is found by its name, and its other kinds beside it."""
+    own = spec.directory if kind == "bow" else spec.directory.with_name(f"{spec.name}.{kind}")
+    return own.absolute()
 
 
 def _there(spec: DatasetSpec, directory: Path, source: str, began: float, sha256: str | None = None) -> Download:

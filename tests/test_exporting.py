@@ -213,9 +213,6 @@ def test_numpy_alone_reads_texts(exported: Path, run: Path, data: Path, tmp_path
     assert [[label for label, _ in answers] for answers in found] == queries.exact_ids.tolist()
 
 
-@pytest.mark.parametrize(
-    ("num_labels", "dim", "num_candidates"), [(700, 12, 40), (700, 12, 1), (300, 1, 77), (1, 3, 1)]
-)
 def test_the_reader_passes_over_a_header(exported: Path, data: Path, tmp_path: Path) -> None:
     header, _, rest = (data / "test.txt").read_text().partition("\n")
     (tmp_path / "rows.txt").write_text(rest)
@@ -223,6 +220,9 @@ def test_the_reader_passes_over_a_header(exported: Path, data: Path, tmp_path: P
     assert read_alone(exported, data / "test.txt") == read_alone(exported, tmp_path / "rows.txt")
 
 
+@pytest.mark.parametrize(
+    ("num_labels", "dim", "num_candidates"), [(700, 12, 40), (700, 12, 1), (300, 1, 77), (1, 3, 1)]
+)
 def test_the_reader_and_the_measured_search_visit_the_same_labels(
     num_labels: int, dim: int, num_candidates: int, tmp_path: Path
 ) -> None:

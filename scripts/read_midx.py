@@ -112,6 +112,6 @@ if __name__ == "__main__":
         sys.exit(f"{options.directory} is no sound midx export: {error}")
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     for number, text in enumerate(options.input):
-        if number or not re.fullmatch(r"\s*\d+\s+\d+\s+\d+\s*", text):
+        if number or not re.fullmatch(r"\s*\d+\s+\d+(\s+\d+)?\s*", text):
             best = model.predict(text.strip(), options.k, options.exact)
             print(" ".join(f"{label}:{score:.7g}" for label, score in best))

@@ -49,7 +49,7 @@ class FakeTraining:
     best: str = "checkpoints/20"
     validation: dict[str, float] = field(default_factory=lambda: {"P@1": 0.5, "P@3": 0.4})
     test: MetricReport | None = None
-    has_test: bool = True
+    evaluate_on: str | None = "d"
     propensity: tuple[float, float] = (0.55, 1.5)
     model_bytes: int = 1_234_567
     peak_memory_bytes: int = 512_000_000
@@ -643,7 +643,7 @@ def test_the_summary_of_train(cli: Any, pipeline: Any, tmp_path: Path) -> None:
         "Test, in %",
     ):
         assert expected in text
-    assert f"  xmc-midx evaluate '{run}' t\n" in text
+    assert f"  xmc-midx evaluate '{run}' d\n" in text
     assert "A = 0.55, B = 1.5" in text and "2,515 instances" in text
     assert not re.search(r" $", text, re.M), "no blanks at the end of a line"
     assert str(run) in text.splitlines()[0], "a path is never cut"
@@ -687,7 +687,7 @@ def test_resume_takes_the_command_that_began_the_run(cli: Any, pipeline: Any, ca
 
 def test_what_comes_next_is_what_can_be_done(cli: Any, pipeline: Any, tmp_path: Path, monkeypatch: Any) -> None:
     real = pipeline.train
-    monkeypatch.setattr(pipeline, "train", lambda *words, **options: replace(real(*words, **options), has_test=False))
+    monkeypatch.setattr(pipeline, "train", lambda *words, **options: replace(real(*words, **options), evaluate_on=None))
     text = cli("train", "d", "--output", tmp_path / "r").out
     assert "evaluate" not in text and "  xmc-midx predict" in text
 
@@ -721,6 +721,8 @@ def test_no_output_is_one_of_the_inputs(cli: Any, pipeline: Any, calls: Any, tmp
 def test_a_file_holds_what_its_name_says(name: str, begin: bytes, cli: Any, pipeline: Any, tmp_path: Path) -> None:
     assert cli("predict", "r", "i", "-o", tmp_path / name).code == 0
     assert (tmp_path / name).read_bytes().startswith(begin)
+    shown = cli("predict", "r", "i", "-o", tmp_path / "b.npz.gz")
+    assert shown.code == 2 and "is compressed already" in shown.err
     assert cli("predict", "r", "i", "-o", tmp_path / name, "--format", "xmc").code == 0
     assert not (tmp_path / name).read_bytes().startswith((b"PK", b"{", b"0\t"))
 

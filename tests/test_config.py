@@ -135,6 +135,12 @@ def test_a_file_that_is_no_configuration_is_refused_in_one_line(tmp_path: Path, 
     assert refusal(path=write(tmp_path, text))
 
 
+def test_what_a_mapping_takes_from_another_may_be_overridden(tmp_path: Path) -> None:
+    path = write(tmp_path, b"training: {<<: {epochs: 3, seed: 5}, epochs: 4}\n")
+    training = load_config(path).training
+    assert (training.epochs, training.seed) == (4, 5)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert "absent.yaml" in refusal(path=tmp_path / "absent.yaml")
     assert str(tmp_path) in refusal(path=tmp_path)

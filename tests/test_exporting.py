@@ -216,8 +216,11 @@ def test_numpy_alone_reads_texts(exported: Path, run: Path, data: Path, tmp_path
 def test_the_reader_passes_over_a_header(exported: Path, data: Path, tmp_path: Path) -> None:
     header, _, rest = (data / "test.txt").read_text().partition("\n")
     (tmp_path / "rows.txt").write_text(rest)
-    assert len(header.split()) == 3
-    assert read_alone(exported, data / "test.txt") == read_alone(exported, tmp_path / "rows.txt")
+    expected = read_alone(exported, tmp_path / "rows.txt")
+    assert len(header.split()) == 3 and len(expected[1]) == len(rest.splitlines())
+    for numbers in (header, " ".join(header.split()[:2])):
+        (tmp_path / "headed.txt").write_text(f"{numbers}\n{rest}")
+        assert read_alone(exported, tmp_path / "headed.txt") == expected
 
 
 @pytest.mark.parametrize(

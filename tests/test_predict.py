@@ -406,10 +406,10 @@ def test_an_evaluation_says_what_predictions_lack(run: Path, data: Path, tmp_pat
     assert json.loads(capsys.readouterr().out)["num_without_predictions"] == 129
     assert app.run(["evaluate", "-", str(data), "--predictions", str(tmp_path / "p.tsv")]) == 0
     shown = capsys.readouterr().out
-    assert "129 instances have no predictions" in shown and "No list has more than 1 labels" in shown
+    assert "Without predictions: 129;" in shown and "Longest list: 1;" in shown
     assert app.run(["evaluate", str(run), str(data)]) == 0
     shown = capsys.readouterr().out
-    assert "have no predictions" not in shown and "No list" not in shown
+    assert "Without predictions" not in shown and "Longest list" not in shown
 
 
 def test_a_directory_is_answered_with_its_test_split(run: Path, data: Path, capsys: Any) -> None:
@@ -422,7 +422,7 @@ def test_a_threshold_that_nothing_reaches_is_said(run: Path, data: Path, capsys:
         assert call(run, data / "test.txt", "--threshold", threshold, "--scores", scores) == 0
         shown = capsys.readouterr()
         assert shown.out.count("\n") <= 1
-        assert f"Nothing was predicted: none of the {scores} reaches {threshold}." in shown.err
+        assert f"Nothing was predicted for these 150 instances: none of the {scores} reaches {threshold}." in shown.err
     assert call(run, data / "test.txt", "--threshold", "0.2", "--scores", "probabilities") == 0
     assert "Nothing was predicted" not in capsys.readouterr().err
 
@@ -543,8 +543,22 @@ def test_rows_of_every_kind_have_the_same_answers(run: Path, data: Path) -> None
         assert np.array_equal(predictor.predict(kind).label_ids, predictor.predict(texts).label_ids)
 
 
+    objects = features.toarray().astype(object)
+    assert np.array_equal(predictor.predict(objects, k=3).label_ids, expected.label_ids)
+    frame = Column(texts)
+    frame.ndim = 2
+    for wrong in (frame, set(texts), np.ones(F), np.ones((1, 2, F)), np.array([["a", "b"]])):
+        with pytest.raises(UsageError, match="expected (rows of features|numbers)"):
+            predictor.predict(wrong)
+        if isinstance(wrong, np.ndarray):
+            with pytest.raises(UsageError, match="expected (rows of features|numbers)"):
+                predict_stream(run, input=wrong)
+
+
 class Column:
     """Like a pandas column whose rows are not numbered from 0."""
+
+    ndim = 1
 
     def __init__(self, values: list[str]) -> None:
         self.values = values

@@ -26,6 +26,7 @@ __all__ = ["PoolLoss", "Positives", "Rounding", "Targets", "logsumexp_or_empty",
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 25}
 """Logits of a batch held at once: a larger pool is read in chunks. In float32 64 MiB, and 128 MiB on a GPU."""
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _NOWHERE = -1e30
 """The logit of a pad: finite, so that nothing times it is nothing."""
 
@@ -48,10 +49,10 @@ class Targets:
     def build(cls, positives: Positives, query_BD: torch.Tensor, weighting: str, *, padded: bool = False) -> Targets:
         """Of label ids, one a query, or a pair. `padded`: what stands behind the last offset are pads."""
         num_rows, device = query_BD.shape[0], query_BD.device
-        given = (positives,) if isinstance(positives, torch.Tensor) else positives
-        is_pair = isinstance(given, tuple) and 1 <= len(given) <= 2 and all(isinstance(t, torch.Tensor) for t in given)
-        if not is_pair or any(t.is_floating_point() or t.is_complex() or t.dtype == torch.bool for t in given):
-            kinds = ", ".join(str(t.dtype) if isinstance(t, torch.Tensor) else type(t).__name__ for t in given)
+        is_pair = isinstance(positives, tuple) and len(positives) == 2
+        given = positives if is_pair else (positives,)
+        if not all(isinstance(one, torch.Tensor) and one.dtype in _INTEGERS for one in given):
+            kinds = ", ".join(str(getattr(one, "dtype", type(one).__name__)) for one in given)
             raise ValueError(
                 f"positives of {kinds}: expected a tensor of label ids, or a tuple of label ids and offsets, integers"
             )

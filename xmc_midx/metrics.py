@@ -107,7 +107,7 @@ def evaluate_topk(
     top: TopK,
     labels: csr_matrix,
     *,
-    ks: Sequence[int] = DEFAULT_KS,
+    ks: Iterable[int] = DEFAULT_KS,
     label_frequencies: NDArray[Any] | None = None,
     num_train: int | None = None,
     A: float = DEFAULT_PROPENSITY[0],
@@ -204,7 +204,7 @@ def instance_scores(
     label_frequencies: NDArray[Any],
     num_train: int,
     *,
-    ks: Sequence[int] = DEFAULT_KS,
+    ks: Iterable[int] = DEFAULT_KS,
     A: float = DEFAULT_PROPENSITY[0],
     B: float = DEFAULT_PROPENSITY[1],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

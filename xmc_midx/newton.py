@@ -31,6 +31,14 @@ def minimize_convex(loss: Loss, start: _Floats, lower: _Floats, upper: _Floats) 
     Parameters
     ----------
     start : (K,); what is outside of the bounds is moved to them.
+
+    Returns
+    -------
+    (K,), where no step of Newton's leads further down, or after 100 of them.
+
+    Raises
+    ------
+    numpy.linalg.LinAlgError : the second derivatives are singular.
     """
     best: _Floats = np.clip(start, lower, upper)
     value, slope, curvature = loss(best)

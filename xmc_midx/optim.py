@@ -81,7 +81,12 @@ class RowAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """A step by the gradients that are there; a closure is called first, and its loss returned."""
+        """A step by the gradients that are there; a closure is called first, and its loss returned.
+
+        Raises
+        ------
+        ValueError : a parameter that had dense gradients has row-sparse ones now, or the other way.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():

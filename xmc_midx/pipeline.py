@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -100,8 +100,8 @@ class TrainResult:
     """Metrics of the best epoch on the held-out instances; empty where none are held out."""
     test: MetricReport | None
     """On the test file; None where none was given."""
-    has_test: bool
-    """Whether there are instances to evaluate on: of the test file, or of the data's test split."""
+    evaluate_on: str | None
+    """DATA of an evaluation: the test file, or the data where it has a test split; None where neither has instances."""
     propensity: tuple[float, float]
     """A and B of the propensity model, for both."""
     model_bytes: int
@@ -307,7 +307,7 @@ def _train(
             a_and_b = _propensity(None, None, dataset, training.num_instances)[:2]
             session = TrainingSession(run, training, reporter, deadline=deadline, propensity=a_and_b)
             session.run()
-        return _train_result(session, dataset, has_test=test is not None)
+        return _train_result(session, dataset, data, None if test is None else str(test))
 
 
 def resume(
@@ -358,7 +358,7 @@ def resume(
             if session.finished:
                 reporter.message("the run is finished already")
             session.run()
-        return _train_result(session, dataset, has_test=provenance["test"] is not None)
+        return _train_result(session, dataset, data, provenance["test"])
 
 
 @contextmanager
@@ -507,7 +507,7 @@ def _free_disk(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def _train_result(session: TrainingSession, dataset: XmcDataset, *, has_test: bool) -> TrainResult:
+def _train_result(session: TrainingSession, dataset: XmcDataset, data: str | Path, test: str | None) -> TrainResult:
     from xmc_midx.device import peak_memory_bytes
     from xmc_midx.predictor import Predictor
 
@@ -516,7 +516,7 @@ def _train_result(session: TrainingSession, dataset: XmcDataset, *, has_test: bo
     report = None
     is_there = dataset.test is not None and dataset.test.num_instances > 0
     # An older release began runs with a test file of nothing.
-    if has_test and session.finished and is_there:
+    if test is not None and session.finished and is_there:
         assert dataset.test is not None
         session.release()
         predictor = Predictor.load(run.path, device=run.config.training.device)
@@ -541,7 +541,7 @@ def _train_result(session: TrainingSession, dataset: XmcDataset, *, has_test: bo
         loss=session.loss,
         validation=session.validation,
         test=report,
-        has_test=is_there,
+        evaluate_on=(test or str(data)) if is_there else None,
         propensity=session.propensity,
         model_bytes=run.model_bytes or (best / "model.safetensors").stat().st_size,
         peak_memory_bytes=peak_memory_bytes(),
@@ -556,7 +556,7 @@ def evaluate(
     run: str | Path | None,
     *,
     data: str | Path,
-    ks: Sequence[int] = DEFAULT_KS,
+    ks: Iterable[int] = DEFAULT_KS,
     predictions: str | Path | None = None,
     breakdown: str = "head-tail",
     A: float | None = None,
@@ -582,7 +582,7 @@ def evaluate(
     ------
     XmcMidxError : a file is invalid, or model, data and predictions do not fit one another.
     """
-    ks = checked_ks(ks).tolist()
+    cuts: list[int] = checked_ks(ks).tolist()
     if breakdown not in BREAKDOWNS:
         raise UsageError(f"breakdown is {breakdown!r}; expected {' or '.join(BREAKDOWNS)}.")
     reporter = reporter or SilentReporter()
@@ -605,18 +605,18 @@ def evaluate(
     else:
         if predictor is None:
             raise UsageError("There is nothing to evaluate: expected a run directory or a predictions file.")
-        _check_labels(predictor, dataset, max(ks))
+        _check_labels(predictor, dataset, max(cuts))
         started = time.perf_counter()
-        top = predictor.predict(split.features, k=_k_with_ignored(split, max(ks)), reporter=reporter)
+        top = predictor.predict(split.features, k=_k_with_ignored(split, max(cuts)), reporter=reporter)
         seconds = time.perf_counter() - started
     counts = (top.label_ids >= 0).sum(axis=1)
     top, labels = without_ignored(top, split.labels, split.ignored)
-    report = evaluate_topk(top, labels, ks=ks, label_frequencies=frequencies, num_train=num_train, A=a, B=b)
+    report = evaluate_topk(top, labels, ks=cuts, label_frequencies=frequencies, num_train=num_train, A=a, B=b)
     report = _with_ignored(report, split)
     groups: Sequence[Any] = ()
     if frequencies is not None:
         ranges = FREQUENCY_GROUPS if breakdown == "head-tail" else frequency_deciles(frequencies)
-        groups = breakdown_by_frequency(top, labels, frequencies, k=max(ks), groups=ranges)
+        groups = breakdown_by_frequency(top, labels, frequencies, k=max(cuts), groups=ranges)
     return Evaluation(
         report=report,
         propensity_source=source,
@@ -750,7 +750,7 @@ def predict_stream(
     XmcMidxError : an option or the model is at fault; faults of the input are raised when the stream comes to them.
     """
     from xmc_midx.data.sources import is_named
-    from xmc_midx.predictor import Predictor
+    from xmc_midx.predictor import Predictor, held_rows
 
     index, num_shards = shard
     if not 1 <= index <= num_shards:
@@ -761,7 +761,9 @@ def predict_stream(
     _check_k(k, predictor.num_labels)
     if scores == "probabilities":
         predictor.require_calibration()
-    source = _held(input)
+    source: Any = held_rows(input)
+    if issparse(input):
+        source = csr_matrix(input)
     if isinstance(source, str | Path) and Path(source).is_dir():
         found = find_files(source)
         split = found.test or found.train
@@ -795,15 +797,6 @@ def predict_stream(
         reporter=reporter,
         model=_model_digest(Path(run)),
     )
-
-
-def _held(
-    input: str | Path | BinaryIO | Sequence[str] | csr_matrix | np.ndarray[Any, Any],
-) -> str | Path | BinaryIO | Sequence[str] | csr_matrix:
-    """Feature rows of any kind as a CSR matrix, texts in an array as a list; all else as it is."""
-    if isinstance(input, np.ndarray) and input.dtype.kind in "OU":
-        return cast("list[str]", input.tolist())
-    return csr_matrix(input) if issparse(input) or isinstance(input, np.ndarray) else input
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -880,8 +873,8 @@ class PredictionStream:
             raise self._another_input()
         if self._num_answered and not self._has_labels:
             threshold, scores = self._options["threshold"], self._options["scores"]
-            why = "no label may be" if threshold is None else f"none of the {scores} reaches {threshold:g}"
-            self._reporter.message(f"Nothing was predicted: {why}.")
+            why = "" if threshold is None else f": none of the {scores} reaches {threshold:g}"
+            self._reporter.message(f"Nothing was predicted for these {self._num_answered:,} instances{why}.")
 
     def _answer(self, first: int, rows: csr_matrix | list[str], digest: str) -> PredictionChunk:
         began = time.monotonic()

@@ -361,15 +361,12 @@ class Predictor:
         return self.scaling(features)
 
     def _read(self, instances: Instances) -> csr_matrix:
-        if isinstance(instances, np.ndarray) and instances.dtype.kind in "OU":
-            instances = instances.tolist()
-        if issparse(instances) or isinstance(instances, np.ndarray):
-            if instances.ndim != 2:
-                raise UsageError(f"The instances have {instances.ndim} dimensions; expected rows of features: (N, F).")
+        instances = held_rows(instances)
+        if issparse(instances):
             features = instances
             if not (isinstance(features, csr_matrix) and features.dtype == np.float32):
                 with np.errstate(over="ignore"):
-                    features = csr_matrix(instances, dtype=np.float32)
+                    features = csr_matrix(features, dtype=np.float32)
             _require_ids(features)
             if not features.has_canonical_format:
                 features = features.copy()
@@ -379,6 +376,9 @@ class Predictor:
             return self._read_texts([instances])
         if isinstance(instances, Mapping):
             return rows_from_pairs([instances], self.num_features)
+        if isinstance(instances, Set) or getattr(instances, "ndim", 1) != 1:
+            kind = type(instances).__name__
+            raise UsageError(f"The instances are a {kind}; expected rows of features, or a sequence of rows or texts.")
         # Whatever can be gone through: a pandas column, say, has no place 0.
         given: list[Any] = list(instances)
         if given and _is_pair(given[0]):
@@ -391,6 +391,26 @@ class Predictor:
         if not texts:
             return rows_from_pairs([], self.num_features)
         return self.require_vocabulary().transform(texts)
+
+
+def held_rows(instances: Any) -> Any:
+    """Feature rows in memory, of any kind of array, as a sparse matrix, texts in an array as a list; all else as it is.
+
+    Raises
+    ------
+    UsageError : an array is neither rows of features (N, F) nor texts (N,).
+    """
+    if not isinstance(instances, np.ndarray):
+        return instances
+    if instances.ndim == 1 and instances.dtype.kind in "OU":
+        return instances.tolist()
+    if instances.ndim != 2:
+        raise UsageError(f"The instances have {instances.ndim} dimensions; expected rows of features: (N, F).")
+    try:
+        with np.errstate(over="ignore"):
+            return csr_matrix(instances.astype(np.float32))
+    except (TypeError, ValueError):
+        raise UsageError(f"The instances are an array of {instances.dtype}; expected numbers.") from None
 
 
 def _is_pair(value: Any) -> bool:

@@ -108,17 +108,17 @@ def parse_ks(text: str) -> tuple[int, ...]:
 def print_evaluation(evaluation: Evaluation, *, title: str) -> None:
     """The metrics, recall by label frequency where it is known, and the definitions."""
     metrics = evaluation.report.metrics
+    k = max(int(name.partition("@")[2]) for name in metrics)
     render.print_metrics(metrics, title=title)
     render.print_line()
     if evaluation.breakdown:
-        _print_breakdown(evaluation, k=max(int(name.partition("@")[2]) for name in metrics))
+        _print_breakdown(evaluation, k=k)
         render.print_line()
     render.print_definitions(metrics, report=evaluation.report, source=evaluation.propensity_source)
     if number := evaluation.num_without_predictions:
-        render.print_line(f"{number:,} instances have no predictions: all their labels count as missed.")
-    k, most = max(int(name.partition("@")[2]) for name in metrics), evaluation.most_predictions
-    if most is not None and most < k:
-        render.print_line(f"No list has more than {most:,} labels: beyond them every place counts as a miss.")
+        render.print_line(f"Without predictions: {number:,}; all their labels count as missed.")
+    if evaluation.most_predictions is not None and evaluation.most_predictions < k:
+        render.print_line(f"Longest list: {evaluation.most_predictions:,}; places beyond it count as misses.")
     render.print_line(f"Evaluated in {render.duration(evaluation.seconds)}.")
 
 

@@ -123,8 +123,10 @@ def predict(
         for name, file in (("INPUT", source), ("--allow", allow), ("--deny", deny)):
             if file is not None and Path(output).is_file() and Path(file).is_file() and Path(output).samefile(file):
                 raise UsageError(f"--output {output}: is the file of {name}, which would be lost.")
-        called = Path(output.removesuffix(Path(output).suffix) if Path(output).suffix in COMPRESSED else output)
-        form = form or _FORMATS.get(called.suffix)
+        is_compressed = Path(output).suffix in COMPRESSED
+        form = form or _FORMATS.get(Path(Path(output).stem if is_compressed else output).suffix)
+        if form is Format.NPZ and is_compressed:
+            raise UsageError(f"--output {output}: an .npz file is compressed already.")
 
     if resume and (output is None or form is Format.NPZ or Path(output).suffix in COMPRESSED or _is_special(output)):
         raise UsageError("--resume: expected --output FILE with it, of tsv, jsonl or xmc, not compressed.")

@@ -146,8 +146,8 @@ def train(
         render.print_line(f"  {go_on}")
     else:
         render.print_line("Next:")
-        if result.has_test:
-            render.print_line(f"  {_command('evaluate', output, test or data)}")
+        if result.evaluate_on is not None:
+            render.print_line(f"  {_command('evaluate', output, result.evaluate_on)}")
         render.print_line(f"  {_command('predict', output, test or 'INPUT')}")
 
 
@@ -194,7 +194,7 @@ def _place_for(run: Path, *, force: bool) -> AbstractContextManager[None]:
     aside = _aside(run)
     if not (aside.exists() or (run.is_dir() and any(run.iterdir()))):
         return nullcontext()
-    if run.resolve() == Path.cwd():
+    if run.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise UsageError(f"--force: {run} is the directory you are in.", hint="Leave it first.")
     from xmc_midx.rundir import RunDirectory
 

@@ -211,8 +211,7 @@ class InstanceReader:
                 raise DataError(
                     f"{self._lines.path}: looks like texts with their labels, as `prepare` reads them; expected texts "
                     "alone, a line each.",
-                    hint="Give the column of the texts, such as `cut -f2 FILE | xmc-midx predict RUN -`; --text takes "
-                    "the lines as they are.",
+                    hint="Give a file of the texts; --text takes the lines as they are.",
                 )
 
     def _read(self, text: bytes, first_line: int) -> csr_matrix[Any] | list[str]:

@@ -542,16 +542,15 @@ def test_rows_of_every_kind_have_the_same_answers(run: Path, data: Path) -> None
     for kind in (np.array(texts), np.array(texts, dtype=object), Column(texts), iter(texts)):
         assert np.array_equal(predictor.predict(kind).label_ids, predictor.predict(texts).label_ids)
 
-
     objects = features.toarray().astype(object)
     assert np.array_equal(predictor.predict(objects, k=3).label_ids, expected.label_ids)
     frame = Column(texts)
     frame.ndim = 2
     for wrong in (frame, set(texts), np.ones(F), np.ones((1, 2, F)), np.array([["a", "b"]])):
-        with pytest.raises(UsageError, match="expected (rows of features|numbers)"):
+        with pytest.raises(UsageError, match=r"expected (rows of features|numbers)"):
             predictor.predict(wrong)
         if isinstance(wrong, np.ndarray):
-            with pytest.raises(UsageError, match="expected (rows of features|numbers)"):
+            with pytest.raises(UsageError, match=r"expected (rows of features|numbers)"):
                 predict_stream(run, input=wrong)
 
 

@@ -247,6 +247,24 @@ class DemoResult:
 # -------------------------------------------------------------------------- train
 
 
+@contextmanager
+def _settings_of_its_own() -> Iterator[None]:
+    """A training chooses dtypes and threads itself, whatever the caller has set of torch, and leaves that as it was."""
+    import torch
+
+    from xmc_midx.device import without_autocast
+
+    num_threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with without_autocast("cpu"), without_autocast("cuda"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(num_threads)
+
+
+@_settings_of_its_own()
 def train(
     data: str | Path,
     *,
@@ -271,21 +289,10 @@ def train(
     ------
     XmcMidxError : the data, the configuration, the machine or the training is at fault; see the class's children.
     """
-    with _settings_of_its_own():
-        return _train(data, output, config, test, max_seconds, reporter or SilentReporter())
-
-
-def _train(
-    data: str | Path,
-    output: str | Path,
-    config: Config | None,
-    test: str | Path | None,
-    max_seconds: float | None,
-    reporter: Reporter,
-) -> TrainResult:
     from xmc_midx.session import TrainingSession
 
     deadline = None if max_seconds is None else time.monotonic() + max_seconds
+    reporter = reporter or SilentReporter()
     reporter.start("read", None)
     dataset = load_dataset(data, test=test)
     training = _training_split(dataset, data)
@@ -310,6 +317,7 @@ def _train(
         return _train_result(session, dataset, data, None if test is None else str(test))
 
 
+@_settings_of_its_own()
 def resume(
     run: str | Path,
     *,
@@ -338,7 +346,7 @@ def resume(
     deadline = None if max_seconds is None else time.monotonic() + max_seconds
     reporter = reporter or SilentReporter()
     directory = RunDirectory.open(run)
-    with RunDirectory.lock(directory.path), _settings_of_its_own():
+    with RunDirectory.lock(directory.path):
         provenance = directory.read_json("run.json")
         reporter.start("read", None)
         data = provenance["data"] if data is None else data
@@ -359,23 +367,6 @@ def resume(
                 reporter.message("the run is finished already")
             session.run()
         return _train_result(session, dataset, data, provenance["test"])
-
-
-@contextmanager
-def _settings_of_its_own() -> Iterator[None]:
-    """A training chooses dtypes and threads itself, whatever the caller has set of torch, and leaves that as it was."""
-    import torch
-
-    from xmc_midx.device import without_autocast
-
-    num_threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with without_autocast("cpu"), without_autocast("cuda"):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-        torch.set_num_threads(num_threads)
 
 
 # --------------------------------------------------------------------------- plan

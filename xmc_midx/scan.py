@@ -33,7 +33,7 @@ _QUERIES, _ROWS, _PLACES = 1 << 11, 1 << 12, 1 << 22
 """Queries and rows whose scores are held at once (16 MiB), at most, and places of all their lists (32 MiB)."""
 _EVERY, _SAMPLE = 32, 1 << 13
 """One row in so many is in the sample, and rows of the sample, about, from which on it does not grow (its scores are
-16 MiB)."""
+32 MiB)."""
 _DEVIATIONS, _MORE = 2.0, 4
 """Rows of the sample that are kept beyond those expected, in their deviations, and beyond these."""
 _LIST = 4

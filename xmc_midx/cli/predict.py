@@ -123,9 +123,10 @@ def predict(
         for name, file in (("INPUT", source), ("--allow", allow), ("--deny", deny)):
             if file is not None and Path(output).is_file() and Path(file).is_file() and Path(output).samefile(file):
                 raise UsageError(f"--output {output}: is the file of {name}, which would be lost.")
-        is_compressed = Path(output).suffix in COMPRESSED
-        form = form or _FORMATS.get(Path(Path(output).stem if is_compressed else output).suffix)
-        if form is Format.NPZ and is_compressed:
+        from xmc_midx.data.files import plain_name
+
+        form = form or _FORMATS.get(Path(plain_name(Path(output))).suffix)
+        if form is Format.NPZ and Path(output).suffix in COMPRESSED:
             raise UsageError(f"--output {output}: an .npz file is compressed already.")
 
     if resume and (output is None or form is Format.NPZ or Path(output).suffix in COMPRESSED or _is_special(output)):

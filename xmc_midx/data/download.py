@@ -315,10 +315,10 @@ class _Job:
         """What a person can do, in three lines."""
         sources = self.spec.sources(self.kind)
         places = [drive_view_url(s.drive) if s.drive else str(s.url) for s in sources] or [self.spec.homepage]
+        is_own = self.target == _place_of(self.spec, self.kind)
         options = "" if self.kind == "bow" else f" --format {self.kind}"
-        if self.target != _place_of(self.spec, self.kind):
-            options += f" --dir {shlex.quote(str(self.target))}"
-        is_found = self.kind == "bow" and self.target == _place_of(self.spec, self.kind)
+        options += "" if is_own else f" --dir {shlex.quote(str(self.target))}"
+        is_found = is_own and self.kind == "bow"
         next_step = f"xmc-midx check {self.spec.name}" if is_found else f"The files are then in {self.target}"
         return (
             f"By hand:\n1. Save the archive with a browser from {' or '.join(places)}"

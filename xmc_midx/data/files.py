@@ -31,6 +31,7 @@ __all__ = [
     "LineChunks",
     "atomic_write",
     "find_variant",
+    "plain_name",
     "read_json",
     "sha256_of",
     "sync_directory",
@@ -193,6 +194,11 @@ def _open_read(path: Path) -> BufferedIOBase:
     if suffix == ".xz":
         return lzma.open(path, "rb")
     return path.open("rb")
+
+
+def plain_name(path: Path) -> str:
+    """The name of a file without what says that it is compressed."""
+    return path.name.removesuffix(path.suffix) if path.suffix and path.suffix in SUFFIXES else path.name
 
 
 def find_variant(directory: Path, name: str) -> Path | None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from xmc_midx.data.files import LineChunks
+from xmc_midx.data.files import LineChunks, plain_name
 from xmc_midx.data.parser import Rules, parse_chunk, parse_lines
 from xmc_midx.data.problems import excerpt, raise_error
 from xmc_midx.data.table import SHORT_BYTES, rows_matrix
@@ -206,7 +206,7 @@ class InstanceReader:
         if self.is_text is None and (start := text.lstrip()):
             line = start.partition(b"\n")[0][:_LOOK_BYTES]
             self.is_text = looks_like_text(line)
-            name = self._lines.path.name.lower().removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz")
+            name = plain_name(self._lines.path).lower()
             if self.is_text and any(name.endswith(end) and sign in line for end, sign in _LABELLED.items()):
                 raise DataError(
                     f"{self._lines.path}: looks like texts with their labels, as `prepare` reads them; expected texts "

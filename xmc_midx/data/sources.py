@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from xmc_midx.data.files import SUFFIXES, find_variant
+from xmc_midx.data.files import find_variant, plain_name
 from xmc_midx.data.formats import scan_xmc
 from xmc_midx.data.npz import scan_npz, scan_npz_pair
 from xmc_midx.data.pairs import scan_pair, scan_sparse
@@ -105,7 +105,7 @@ def source_of(path: str | Path) -> Source:
     DataError : it holds features or labels alone, and the other file is not there.
     """
     path = Path(path)
-    name = _plain_name(path)
+    name = plain_name(path)
     if name.endswith(_SVMLIGHT_ENDS):
         return Source(format="svmlight", features=path, labels=path)
     format: Literal["pair", "npz"] = "npz" if name.endswith(".npz") else "pair"
@@ -125,7 +125,7 @@ def source_of(path: str | Path) -> Source:
 
 def is_named(path: Path) -> bool:
     """Whether the name says that a file holds sparse rows; XMC text may be called anything."""
-    name = _plain_name(path)
+    name = plain_name(path)
     return name.endswith((*_SVMLIGHT_ENDS, ".npz")) or any(_namings(name, of_features=True))
 
 
@@ -158,7 +158,7 @@ def _candidates(directory: Path, split: SplitName) -> Iterator[Path]:
 
 def split_of(path: Path) -> SplitName | None:
     """The split that a file belongs to, by its name."""
-    name = _plain_name(path)
+    name = plain_name(path)
     return next((split for split in _SHORT if name in _feature_names(split)), None)
 
 
@@ -200,12 +200,8 @@ def _namings(name: str, *, of_features: bool) -> Iterator[tuple[str, str]]:
 
 def stem_of(path: Path) -> str:
     """The name of a file without what says its format."""
-    name = _plain_name(path)
+    name = plain_name(path)
     return next((name.removesuffix(end) for end in (".txt", ".npz", *_SVMLIGHT_ENDS) if name.endswith(end)), name)
-
-
-def _plain_name(path: Path) -> str:
-    return path.name.removesuffix(path.suffix) if path.suffix and path.suffix in SUFFIXES else path.name
 
 
 def _existing(path: Path) -> Path | None:
@@ -244,7 +240,7 @@ def read_half(path: Path) -> csr_matrix[Any] | None:
     ------
     DataError : with the place of the first fault.
     """
-    name = _plain_name(path)
+    name = plain_name(path)
     if not any(_namings(name, of_features=True)):
         return None
     scan = scan_npz(path, raise_error) if name.endswith(".npz") else scan_sparse(path, raise_error)

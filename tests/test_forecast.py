@@ -139,6 +139,23 @@ def test_few_negatives_in_the_gradient_leave_a_third_of_the_products() -> None:
         assert step("8", option) == step("all", option)
 
 
+def test_what_follows_the_epochs_is_part_of_the_time() -> None:
+    data = TrainingData.of_shape(100_000, 20_000, 50_000, values=50, positives=5)
+    shape = DataShape(num_instances=100_000, num_features=20_000, num_labels=50_000, num_positives=data.num_positives)
+
+    def seconds(*options: str) -> tuple[float, float]:
+        result = forecast(resolve(load_config(assignments=options), shape), data, speed=Speed(flops=1e11, bytes=1e10))
+        assert result.seconds is not None and result.finish_seconds is not None
+        return result.seconds, result.finish_seconds
+
+    one, two, four = (seconds(f"training.epochs={epochs}") for epochs in (1, 2, 4))
+    assert one[1] == two[1] == four[1] and four[0] - two[0] == pytest.approx(2 * (two[0] - one[0]))
+    plain = seconds("training.epochs=1", "neighbors.enabled=false", "ranker.enabled=false")
+    assert one[0] - plain[0] == pytest.approx(one[1] - plain[1]) and 0 < plain[1] < one[1] < one[0]
+    fewer = seconds("training.epochs=1", "ranker.num_instances=1000")
+    assert plain[1] < fewer[1] < one[1]
+
+
 def test_plan_takes_a_shape_for_data_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     options = ("model.dim=64", "sampler.num_draws=2048", "neighbors.enabled=false", "ranker.enabled=false")
     words = [*(word for option in options for word in ("--set", option)), "--json"]

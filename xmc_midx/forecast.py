@@ -72,6 +72,11 @@ _LARGEST = 1.25
 """An epoch's largest batch, rounded up, over the mean one."""
 _STEP_OVERHEAD = 4e-3
 """Seconds of a step that do no arithmetic."""
+_FINISH, _FINISH_CELLS, _FINISH_LABEL, _FINISH_HELD_OUT = 1.5, 2.0, 6e-5, 1.2e-3
+"""Seconds after the epochs: of any training; of one with label cells, and of each label there; of an instance that the
+last step is fitted on."""
+_FINISH_RANKED, _FINISH_VALUE = 6e-5, 2e-6
+"""Of an instance that the linear ranker is trained on, and of each of its values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +140,8 @@ class Forecast:
     """Of the run directory at its fullest: what is kept, and a checkpoint in writing."""
     seconds: float | None
     """Of the training without reading; None where no speed is known."""
+    finish_seconds: float | None
+    """What of them comes after the epochs, on two cores: label cells, ranker, last step."""
     step: Mapping[str, float]
     """Seconds of a step: `products` (matrix products), `rows` (bytes of the rows that it moves), `overhead` (operations
     that are neither); empty where no speed is known."""
@@ -235,12 +242,14 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     keep = training.keep_checkpoints
     step = {} if speed is None else _step(config, data, rows + labels, pool, speed)
     steps = -(-data.num_instances * kept // batch)
+    finish = None if speed is None else _finish(config, data, held_out)
     return Forecast(
         host=host,
         device=device,
         checkpoint_bytes=checkpoint,
         disk_bytes=(2 * keep + 1) * checkpoint + finished + rows_kept + 10 * _MB,
-        seconds=None if speed is None else float(_number(training.epochs) * steps * sum(step.values())),
+        seconds=None if finish is None else float(_number(training.epochs) * steps * sum(step.values())) + finish,
+        finish_seconds=finish,
         step=step,
     )
 
@@ -344,6 +353,19 @@ def _step(config: Config, data: TrainingData, rows: int, pool: int, speed: Speed
         "rows": 4.0 * dim * (2 * values + 6 * rows + gathered) / speed.bytes,
         "overhead": _STEP_OVERHEAD,
     }
+
+
+def _finish(config: Config, data: TrainingData, held_out: int) -> float:
+    """Seconds of what follows the epochs, on two cores that nothing else uses."""
+    seconds, num_labels = _FINISH, data.label_counts.shape[0]
+    if num_labels >= CELLS_FROM:
+        seconds += _FINISH_CELLS + _FINISH_LABEL * num_labels
+    if config.neighbors.enabled:
+        seconds += _FINISH_HELD_OUT * held_out
+    if config.ranker.enabled and held_out:
+        ranked = min(data.num_instances, _number(config.ranker.num_instances))
+        seconds += ranked * _FINISH_RANKED + _FINISH_VALUE * data.num_values * ranked / max(data.num_instances, 1)
+    return seconds
 
 
 def _number(value: int | str) -> int:

@@ -152,6 +152,7 @@ class Plan:
             "checkpoint_bytes": self.forecast.checkpoint_bytes,
             "available_disk_bytes": self.available_disk,
             "seconds": self.forecast.seconds,
+            "finish_seconds": self.forecast.finish_seconds,
             "step_seconds": dict(self.forecast.step),
             "bound": self.bound,
             "config": self.config.model_dump(),

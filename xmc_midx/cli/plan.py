@@ -36,8 +36,7 @@ def plan(
     """Forecast memory, disk and time of a training, without training.
 
     Also says what a step is bound by: products, the rows that it moves, or operations that are neither. Memory is
-    good to about 20%; time is rough, and short trainings take several times as long. `train` refuses to begin what
-    cannot fit.
+    good to about 20%; time is rough: a busy machine takes twice as long. `train` refuses to begin what cannot fit.
     """
     from xmc_midx.config import load_config
 
@@ -93,8 +92,9 @@ def _print_plan(result: Plan) -> None:
         ("a checkpoint", render.size(needs.checkpoint_bytes)),
         ("disk at the fullest", f"{render.size(needs.disk_bytes)} of {render.size(result.available_disk)} free"),
     ]
-    if needs.seconds is not None:
-        facts.append(("time", f"roughly {render.duration(needs.seconds)} for {training.epochs} epochs"))
+    if needs.seconds is not None and needs.finish_seconds is not None:
+        after = f"{render.duration(needs.finish_seconds)} of them after the {training.epochs} epochs"
+        facts.append(("time", f"roughly {render.duration(needs.seconds)}, {after}"))
         stages = ", ".join(f"{1e3 * seconds:.1f} ms {part}" for part, seconds in needs.step.items())
         facts.append(("a step", f"{1e3 * sum(needs.step.values()):.1f} ms: {stages}"))
     if result.bound is not None:

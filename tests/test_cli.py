@@ -43,6 +43,7 @@ REPORT = MetricReport(metrics=METRICS, num_instances=2515, num_without_labels=14
 class FakeTraining:
     run: str
     finished: bool = True
+    num_models: int = 1
     epochs: int = 3
     seconds: float = 16.2
     best_epoch: int = 2

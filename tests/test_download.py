@@ -485,6 +485,44 @@ def test_maps_and_filter_files_of_an_archive_lie_where_they_are_found(server: Dr
     assert ignored is not None and ignored.toarray().tolist() == [[0, 1, 0]]
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.txt", "test.txt"),
+        ("trn_X_Xf.txt", "trn_X_Y.txt", "tst_X_Xf.txt", "tst_X_Y.txt"),
+    ],
+)
+def test_filter_files_are_no_splits(names: tuple[str, ...], server: Drive, tmp_path: Path) -> None:
+    bodies = {
+        "train.txt": TRAIN,
+        "test.txt": TEST,
+        "trn_X_Xf.txt": b"3 4\n0:1\n1:1\n2:1\n",
+        "trn_X_Y.txt": b"3 3\n0:1\n1:1\n2:1\n",
+    }
+    bodies |= {"tst_X_Xf.txt": b"1 4\n0:1\n", "tst_X_Y.txt": b"1 3\n1:1\n"}
+    archive = {f"t/filter_labels_{split}.txt": b"0 1\n" for split in ("train", "test")}
+    by_hand = tmp_path / "by-hand.zip"
+    by_hand.write_bytes(make_zip(archive | {f"t/{name}": bodies[name] for name in names}))
+    found = download(toy(), from_file=by_hand)
+    dataset = load_dataset(found.directory)
+    for split in ("train", "test"):
+        ignored = dataset.split(split).ignored
+        assert ignored is not None and list(zip(*ignored.nonzero(), strict=True)) == [(0, 1)]
+
+
+def test_what_is_there_is_not_called_another_archive(server: Drive, tmp_path: Path) -> None:
+    by_hand, other = tmp_path / "a.zip", tmp_path / "b.zip"
+    by_hand.write_bytes(ARCHIVE)
+    other.write_bytes(make_zip({"toy_train.txt": TRAIN}))
+    assert not download(toy(), from_file=by_hand).was_there
+    assert download(toy(), from_file=by_hand).was_there
+    with pytest.raises(UsageError, match="is not empty, and did not come of"):
+        download(toy(), from_file=other)
+    for options in ({"from_file": by_hand}, {"directory": tmp_path / "here"}):
+        with pytest.raises(UsageError, match="comes with the package"):
+            download("debtags", **options)
+
+
 def test_each_failure_is_said_once(server: Drive, tmp_path: Path) -> None:
     for name in "ab":
         server.plays[name] = Play(status=404)

@@ -79,8 +79,11 @@ def weights(run: Path) -> dict[str, bytes]:
     for pointer in ("best", "latest"):
         path = CheckpointStore(run / "checkpoints").path_of(pointer)
         files |= {f"{pointer}/{part}": (path / f"{part}.safetensors").read_bytes() for part in ("model", "training")}
-    finished = ("model.safetensors", "interpolation.json", "model.json")
-    return files | {name: (run / name).read_bytes() for name in finished}
+    finished = {name: (run / name).read_bytes() for name in ("model.safetensors", "interpolation.json")}
+    sealed = json.loads((run / "model.json").read_bytes())
+    # How often it saves is the configuration's, and changes nothing.
+    sealed["files"].pop("config.yaml")
+    return files | finished | {"model.json": json.dumps(sealed).encode()}
 
 
 def strays(run: Path) -> list[str]:

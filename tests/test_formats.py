@@ -30,6 +30,7 @@ from xmc_midx.data.formats import (
 )
 from xmc_midx.data.parser import Rows, Rules, parse_chunk, parse_lines
 from xmc_midx.data.problems import ProblemList
+from xmc_midx.data.svmlight import read_svmlight
 from xmc_midx.errors import DataError, ResourceError, XmcMidxError
 from xmc_midx.types import TopK
 
@@ -661,6 +662,68 @@ def test_one_very_long_row_of_predictions_does_not_fill_the_memory(
     with pytest.raises(DataError, match="300 rows of up to 4 predictions, expected at most 1000"):
         read_predictions(path, 9)
     assert read_predictions(path, 9, k=1).label_ids.shape == (300, 1)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+def test_a_file_of_several_streams_is_read_whole_or_refused(tmp_path: Path, suffix: str) -> None:
+    text = b"".join(b"%d %d:1\n" % (i % 4, i % 5) for i in range(200))
+    first, second = (COMPRESS[suffix](part) for part in (b"200 5 4\n" + text[:600], text[600:]))
+    path = tmp_path / f"train.txt{suffix}"
+    gap = b"\0" * 8 if suffix == ".xz" else b""
+    path.write_bytes(first + gap + second + gap)
+    assert read_xmc(path)[0].shape == (200, 5)
+    bare = tmp_path / f"train.svm{suffix}"
+    for bit in range(len(second)):
+        damaged = bytearray(second)
+        damaged[bit] ^= 1
+        bare.write_bytes(COMPRESS[suffix](text[:600]) + bytes(damaged))
+        try:
+            num_read = read_svmlight(bare)[0].shape[0]
+        except DataError:
+            continue
+        # A gzip header holds a name and a time, bzip2's first bytes the size of its blocks: some bits say nothing.
+        assert num_read == 200
+    bare.write_bytes(COMPRESS[suffix](text[:600]) + second[: len(second) // 2])
+    with pytest.raises(DataError, match=r"stream is cut or damaged"):
+        read_svmlight(bare)
+
+
+def test_a_name_that_is_nearly_right_is_put_right(tmp_path: Path) -> None:
+    (tmp_path / "train.txt.GZ").write_bytes(gzip.compress(GOOD))
+    with pytest.raises(DataError) as refused:
+        read_xmc(tmp_path / "train.txt.GZ")
+    assert refused.value.hint == "Is its right name train.txt.gz?"
+    (tmp_path / "train.txt").write_bytes(b"PK\x03\x04rest")
+    with pytest.raises(DataError, match="is a zip archive, expected text or one compressed file"):
+        read_xmc(tmp_path / "train.txt")
+
+
+def test_ids_of_thousands_of_zeros_are_numbers(tmp_path: Path) -> None:
+    zeros = b"0" * 5000
+    path = tmp_path / "train.txt"
+    path.write_bytes(b"1 5 4\n" + zeros + b"2 " + zeros + b"1:1\n")
+    features, labels = read_xmc(path)
+    assert features.indices.tolist() == [1] and labels.indices.tolist() == [2]
+    path.write_bytes(b"1 5 4\n" + b"9" * 5000 + b" 1:1\n")
+    with pytest.raises(DataError, match=r"is outside 0\.\.3"):
+        read_xmc(path)
+    path.write_bytes(b"1 5 4\n+1 1:1\n")
+    with pytest.raises(DataError) as refused:
+        read_xmc(path)
+    assert refused.value.hint == "Ids are whole numbers from 0: write +1 and -1 as 0 and 1."
+
+
+def test_numbered_names_stand_in_their_order(tmp_path: Path) -> None:
+    path = tmp_path / "labels.txt"
+    for text in ("0\ta\n1\tb\n", "1\ta\n2\tb\n", "7\ta\n3\tb\n", "1\n0\n"):
+        path.write_text(text)
+        assert len(read_labels(path, 2)) == 2
+    path.write_text("1\ta\n3\tc\n2\tb\n")
+    with pytest.raises(DataError, match=r"labels.txt:2: the line begins with 3, but names label 1"):
+        read_labels(path, 3)
+    path.write_text("a\nb\n\n\n")
+    assert read_labels(path) == read_labels(path, 2) == ("a", "b")
+    assert read_labels(path, 3) == ("a", "b", "2")
 
 
 def test_the_data_layer_starts_without_torch() -> None:

@@ -111,6 +111,9 @@ def test_texts_keep_their_places() -> None:
         ("a.tsv", "web,python\tA small web server"),
         ("a.CSV.gz", 'text,labels\n"a, b",c'),
         ("a.jsonl", '{"text": "A small web server", "labels": ["web"]}'),
+        ("a.ndjson", '{"text": "A small web server", "labels": ["web"]}'),
+        ("a.tab.gz", "web\tA small web server"),
+        ("a.txt", "web,python\tA small web server"),
     ],
 )
 def test_texts_with_their_labels_are_no_texts(name: str, line: str, tmp_path: Path) -> None:
@@ -153,6 +156,13 @@ def test_texts_with_their_labels_are_no_texts(name: str, line: str, tmp_path: Pa
 )
 def test_text_is_told_from_rows(line: str, is_text: bool) -> None:
     assert looks_like_text(line.encode()) == is_text
+
+
+def test_texts_of_three_columns_are_texts(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("A title\tan author\ta year\n")
+    batches = InstanceReader(LineChunks(path, raise_error), num_features=9, text=None).batches()
+    assert next(batches).rows == ["A title\tan author\ta year"]
 
 
 def test_unwanted_batches_are_counted_and_take_part_in_the_digest(sample: tuple[Path, csr_matrix]) -> None:

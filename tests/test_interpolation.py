@@ -298,7 +298,7 @@ def test_of_many_votes_the_largest_take_part_in_the_fit() -> None:
 def test_settings_survive_their_dictionary_and_a_damaged_one_is_a_data_error() -> None:
     settings = Interpolation(model=0.8, votes=0.5, outside=-0.2, temperature=0.05, count=30)
     assert Interpolation.from_dict(settings.as_dict()) == settings
-    with pytest.raises(DataError, match=r"interpolation\.json"):
+    with pytest.raises(DataError, match="expected what `train` wrote"):
         Interpolation.from_dict(settings.as_dict() | {"votes": "many"})
     old = {name: value for name, value in settings.as_dict().items() if name not in ("margin", "budget", "idf_power")}
     assert Interpolation.from_dict(old) == settings

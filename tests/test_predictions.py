@@ -230,7 +230,7 @@ def test_another_format_is_refused_with_those_that_are_read(text: str, message: 
             '{"instance": 1, "labels": [{"label": 7, "score": 1}, {"label": 6, "score": 2}]}',
             ":1: rank 2 of instance 1 has a higher score than the rank before it.",
         ),
-        ('{"instance": 1, "labels": []}\n\n', ":2: '' is not JSON, expected an object a line."),
+        ('{"instance": 1, "labels": []}\n\n{}', ":2: '' is not JSON, expected an object a line."),
         ('{"instance": 1, "labels": []}\n[1]', ":2: is a list, expected an object a line."),
         ('{"instance": 1, "labels": [', ':1: \'{"instance": 1, "labels": [\' is not JSON'),
         ('{"instance": 1, "labels": ' + 5000 * "[", ':1: \'{"instance": 1, "labels": [['),
@@ -405,3 +405,19 @@ def test_fuzzed_files_are_read_or_refused(
         assert (top.scores[:, 1:] <= top.scores[:, :-1]).all()
     assert num_read < 0.95 * num_files
     record_property("count", num_files)
+
+
+@pytest.mark.parametrize(
+    "text", ["0\t1\t0.5\n1\t0\t0.5\n", '{"instance": 0, "labels": []}\n{"instance": 1, "labels": []}\n']
+)
+def test_blank_lines_at_the_end_are_no_predictions(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "p"
+    for end in ("", "\n", "\r\n \n"):
+        path.write_bytes((text + end).encode())
+        assert read_predictions(path, 3).label_ids.shape[0] == 2
+    path.write_text(text.replace("\n", "\n\n"))
+    with pytest.raises(DataError, match="p:2: "):
+        read_predictions(path, 3)
+    path.write_text("")
+    with pytest.raises(DataError, match="p:1: the file ends after 0 instances"):
+        read_predictions(path, 3, num_instances=2)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -198,7 +199,11 @@ def test_a_list_of_names_fixes_the_ids(tmp_path: Path) -> None:
         (["x\tan a", "x"], {}, "a.tsv:2: has no tab"),
         (["x\tan a"] * 2, {"test": True}, "b.tsv:2: a label is empty"),
         (["x\tan a"] * 3, {"test_fraction": 0.0001}, "no instance was held out as the test split"),
-        (["x\tan a"] * 3, {"test_fraction": 0.9999}, "No token is in 2 of the 0 texts"),
+        (
+            ["x\tan a"] * 3,
+            {"test_fraction": 0.9999},
+            "no instance is left to train on when 0.9999 of them are the test split",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_refused_and_nothing_is_left(
@@ -275,6 +280,53 @@ def test_a_directory_that_holds_something_stays_as_it_is(text: Path, tmp_path: P
     with pytest.raises(DataError):
         prepare(tmp_path / "bad.tsv", output=tmp_path / "new" / "er" / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tsv", "bad.tsv", "out"]
+
+
+@pytest.mark.parametrize("role", ["text", "test", "label_names"])
+def test_a_directory_that_holds_an_input_is_not_replaced(role: str, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    inside = out / "train.txt"
+    inside.write_bytes(text.read_bytes())
+    inputs = {"text": text, role: inside}
+    with pytest.raises(UsageError, match=r"train.txt: lies in .*mine, which is made or replaced as a whole"):
+        prepare(inputs.pop("text"), output=out, force=True, **inputs)
+    assert contents(out) == {"train.txt": text.read_bytes()}
+
+
+def test_filter_files_beside_the_texts_come_along_where_ids_stay(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    texts = [f'{{"title": "word{i % 3} word", "target_ind": [{i % 4}]}}\n' for i in range(12)]
+    (raw / "trn.json").write_text("".join(texts))
+    (raw / "tst.json").write_text("".join(texts[:5]))
+    (raw / "lbl.json").write_text("".join(f'{{"title": "label {i}"}}\n' for i in range(4)))
+    (raw / "filter_labels_train.txt").write_text("0 1\n11 3\n")
+    (raw / "filter_labels_test.txt").write_text("4 2\n")
+    options: dict[str, Any] = {"test": raw / "tst.json", "label_names": raw / "lbl.json"}
+    out = tmp_path / "out"
+    for force in (False, True):
+        prepare(raw / "trn.json", output=out, force=force, **options)
+        dataset = load_dataset(out)
+        train, test = dataset.split("train").ignored, dataset.split("test").ignored
+        assert train is not None and test is not None
+        assert list(zip(*train.nonzero(), strict=True)) == [(0, 1), (11, 3)]
+        assert list(zip(*test.nonzero(), strict=True)) == [(4, 2)]
+    messages = Messages()
+    prepare(raw / "trn.json", output=tmp_path / "other", test_fraction=0.4, reporter=messages)
+    assert any("filter_labels_train.txt is left out" in one for one in messages.texts)
+    (raw / "filter_labels_test.txt").write_text("5 2\n")
+    with pytest.raises(DataError, match=r"filter_labels_test.txt:1: instance 5 is outside 0..4"):
+        prepare(raw / "trn.json", output=tmp_path / "third", **options)
+    assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize("place", [".", "/", ""])
+def test_a_name_that_says_nothing_is_no_form(place: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="the name does not say what it is"):
+        prepare(place, output=tmp_path / "out")
+    with pytest.raises(DataError):
+        prepare(tsv(tmp_path / "a.tsv", corpus(30, 5)), output=tmp_path / "out", label_names=place)
 
 
 def test_places_that_cannot_be_made(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

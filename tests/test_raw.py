@@ -7,6 +7,7 @@ import csv
 import gzip
 import json
 import lzma
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,6 +124,15 @@ def test_the_name_says_the_form(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=r"expected \.tsv, \.csv or \.jsonl"):
             text_form(Path(name))
     assert pairs(write(tmp_path / "a.dat", "x\tone"), form="tsv") == [(1, "one", ("x",))]
+
+
+def test_the_label_of_very_many_that_stands_twice_is_found_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text(",".join(map(str, [*range(90_000), 89_999])) + "\ttext\n")
+    began = time.process_time()
+    with pytest.raises(DataError, match="the label '89999' stands there twice"):
+        list(read_texts(path))
+    assert time.process_time() - began < 5  # each counted by itself: minutes
 
 
 def test_a_file_is_read_as_it_is_asked_for(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ def test_given_values_stay() -> None:
         "sampler.gradient_negatives": 6,
         "data.weighting": "tf-idf",
         "ranker.num_instances": 11,
+        "training.ensemble_size": 2,
     }
     config = load_config(assignments=[f"{key}={value}" for key, value in given.items()])
     assert autos(config.model_dump()) == UNTOUCHED

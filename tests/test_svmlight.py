@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ from sklearn.datasets import dump_svmlight_file, load_svmlight_file
 
 from xmc_midx.data import files, table
 from xmc_midx.data.check import check_dataset
+from xmc_midx.data.convert import convert
 from xmc_midx.data.dataset import load_dataset, load_features
+from xmc_midx.data.parser import Rules, parse_chunk, parse_lines
 from xmc_midx.data.problems import ProblemList, raise_error
 from xmc_midx.data.svmlight import read_svmlight, scan_svmlight, write_svmlight
 from xmc_midx.errors import DataError
@@ -80,6 +83,25 @@ def test_what_is_written_is_read_back_equal(
 
 
 # --- Sizes
+
+
+def test_comments_and_query_ids_do_not_leave_a_chunk_to_the_slow_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [f"{i % 3}{' qid:7' if i % 2 else ''} {i % 5}:1 5:0.5{'  # a # b' if i % 4 < 2 else ''}" for i in range(40)]
+    rules = Rules(file="f", num_features=6, num_labels=3, svmlight=True, num_features_source="", num_labels_source="")
+    text = ("\n".join(lines) + "\n").encode()
+    fast, slow = parse_chunk(text, rules), parse_lines(text, 1, rules, raise_error)
+    assert fast is not None
+    for field in dataclasses.fields(slow):
+        np.testing.assert_array_equal(getattr(fast, field.name), getattr(slow, field.name))
+    assert parse_chunk(b"# alone\n" + text, rules) is None, "a line of a comment is no row"
+
+
+def test_an_empty_split_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("1 2 2\n0,1 0:1 1:1\n")
+    (tmp_path / "test.txt").write_text("0 2 2\n")
+    with pytest.raises(DataError, match="a split holds no instance"):
+        convert(tmp_path, output=tmp_path / "out", format="svmlight")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_sizes_are_those_of_both_splits_together(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from xmc_midx.config import HOST_SAMPLERS, Config, SamplerConfig
+from xmc_midx.config import Config, SamplerConfig
 from xmc_midx.device import find_precision
 from xmc_midx.encoder import SparseEncoder
-from xmc_midx.errors import UsageError
+from xmc_midx.recipe import require_estimator
 from xmc_midx.samplers.dense import SoftmaxSampler
 from xmc_midx.samplers.dynamic import HardNegativeSampler
 from xmc_midx.samplers.kernel import QuadraticKernelSampler, RandomFeatureSampler
@@ -74,11 +74,6 @@ def build_softmax(config: Config, frequencies: np.ndarray, num_instances: int, d
         "table_device": "cpu" if model.label_memory == "host" else None,
         "dtype": torch.bfloat16 if model.label_precision == "bfloat16" else torch.float32,
     }
-    if model.label_memory == "host" and options.name not in HOST_SAMPLERS:
-        raise UsageError(
-            f"model.label_memory=host: sampler {options.name} reads the label table at each step; expected "
-            f"{', '.join(HOST_SAMPLERS)}."
-        )
     size = {"num_labels": frequencies.shape[0], "dim": model.dim}
     sampled = options.positives == "sampled"
     if options.name.startswith("midx-"):
@@ -104,8 +99,7 @@ def build_sampler(config: Config, frequency_L: torch.Tensor, num_instances: int)
     options, seed, num_labels = config.sampler, config.training.seed, frequency_L.shape[0]
     if options.name.startswith("midx-"):
         return MidxSampler(**_midx_options(options, frequency_L), seed=seed)
-    if options.name == "in-batch" and options.estimator != "pool":
-        raise UsageError("sampler in-batch shares its negatives: it needs sampler.estimator=pool.")
+    require_estimator(options)
     samplers: dict[str, Callable[[], Sampler | None]] = {
         "uniform": lambda: UniformSampler(num_labels),
         "frequency": lambda: FrequencySampler(frequency_L, power=options.frequency_power),

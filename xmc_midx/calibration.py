@@ -134,11 +134,12 @@ def _scores_in(background: TopK, ids: NDArray[np.int64], scores: _Floats) -> _Fl
 def _terms(top: TopK) -> tuple[_Floats, _Floats, _Floats]:
     """Score, total and tail of each entry, (N, K); the last two are the row's."""
     scores = np.where(top.label_ids >= 0, top.scores.astype(np.float64), -np.inf)
-    lowest = np.min(scores, axis=1, where=np.isfinite(scores), initial=1e300)
+    head = scores[:, :BACKGROUND]
+    lowest = np.min(head, axis=1, where=np.isfinite(head), initial=1e300)
     lowest = np.where(lowest == 1e300, 0.0, lowest)  # a row of pads
-    total = np.logaddexp(logsumexp(scores[:, :BACKGROUND], axis=1), lowest - 30.0)
+    total = np.logaddexp(logsumexp(head, axis=1), lowest - 30.0)
     # A row without a tail has that of a single label a little below all others.
-    tail = logsumexp(scores[:, _HEAD:BACKGROUND], axis=1) if scores.shape[1] > _HEAD else np.full(len(scores), -np.inf)
+    tail = logsumexp(head[:, _HEAD:], axis=1) if head.shape[1] > _HEAD else np.full(len(head), -np.inf)
     tail = np.logaddexp(tail, lowest - 1.0)
     shape = scores.shape
     return scores, np.broadcast_to(total[:, None], shape), np.broadcast_to(tail[:, None], shape)

@@ -298,6 +298,10 @@ class CheckpointStore:
             faults[0].message, hint="There is no other checkpoint to go back to; --force starts the run anew."
         )
 
+    def verify(self, step: int, *, hashes: bool) -> None:
+        """A DataError where the checkpoint of a step is missing or is not what its manifest says."""
+        _verify(self.directory / str(step), [], hashes=hashes)
+
     def _load(self, path: Path, parts: list[str], verify: bool) -> Checkpoint:
         wanted = [f"{part}.safetensors" for part in parts]
         _verify(path, [*wanted, "state.json"], hashes=verify)

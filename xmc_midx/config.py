@@ -168,6 +168,9 @@ class TrainingConfig(_Section):
     """Newest checkpoints that are kept, with the best one that each of them knows. A model that is not finite is never
     saved, so the newest is the last finite one."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    ensemble_size: Annotated[int, Field(ge=1, le=64)] | Auto = "auto"
+    """Models that are trained one after the other, each from a seed of its own and with other instances held out, and
+    whose scores are averaged at prediction."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

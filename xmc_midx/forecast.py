@@ -43,7 +43,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xmc_midx.config import HOST_SAMPLERS, Config
-from xmc_midx.recipe import CELLS_FROM
+from xmc_midx.recipe import CELLS_FROM, auto_num_codewords
 
 __all__ = ["Forecast", "Speed", "TrainingData", "cheaper_options", "forecast", "gradient_negatives", "step_floor"]
 
@@ -68,6 +68,7 @@ _ASSIGN_CHUNK = 4096
 _POINTS_PER_CODEWORD = 1024
 _ENCODE_CHUNK = 4096
 _SCORES_AT_ONCE, _LOGITS_AT_ONCE_CUDA = 1 << 24, 1 << 25
+_CLOCKED_SAVES = 500
 _LARGEST = 1.25
 """An epoch's largest batch, rounded up, over the mean one."""
 _STEP_OVERHEAD = 4e-3
@@ -209,7 +210,9 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     neighbors = 0
     if config.neighbors.enabled and held_out:
         scores = min(4 * _SCORES_AT_ONCE, 4 * held_out * num_labels) * _SHORTLIST_CHUNKS // (64 * _MB)
-        voted = min(config.neighbors.count * data.num_positives / max(data.num_instances, 1), _MOST_VOTED, num_labels)
+        count = min(config.neighbors.count, data.num_instances)
+        neighbors += 24 * count * min(held_out, _ENCODE_CHUNK)
+        voted = min(count * data.num_positives / max(data.num_instances, 1), _MOST_VOTED, num_labels)
         neighbors = 12 * data.num_values + _FEATURE_LEVELS * num_features + 16 * data.num_positives + _NEIGHBOR_CODE
         # The fit of the last step comes when the scores of the shortlist are gone.
         neighbors += max(scores, round(_CANDIDATE * held_out * voted))
@@ -239,17 +242,20 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     checkpoint = tables + optimizer + 16 * num_labels + 4 * codewords * dim
     finished = tables // 4 + (_RANKER_LABEL * num_labels if config.ranker.enabled else 0)
     rows_kept = 2 * data.num_values + 4 * data.num_positives if config.neighbors.enabled else 0
-    keep = training.keep_checkpoints
+    size = _number(training.ensemble_size)
     step = {} if speed is None else _step(config, data, rows + labels, pool, speed)
     steps = -(-data.num_instances * kept // batch)
+    # No more are kept than are made: one an epoch, and those of some days of ten minutes each.
+    num_saves = _number(training.epochs) * (1 + steps // (training.save_every_steps or steps + 1)) + _CLOCKED_SAVES
+    keep = min(training.keep_checkpoints, int(num_saves))
     finish = None if speed is None else _finish(config, data, held_out)
     return Forecast(
         host=host,
         device=device,
         checkpoint_bytes=checkpoint,
-        disk_bytes=(2 * keep + 1) * checkpoint + finished + rows_kept + 10 * _MB,
-        seconds=None if finish is None else float(_number(training.epochs) * steps * sum(step.values())) + finish,
-        finish_seconds=finish,
+        disk_bytes=size * ((2 * keep + 1) * checkpoint + finished + rows_kept + 10 * _MB),
+        seconds=None if finish is None else size * (_number(training.epochs) * steps * sum(step.values()) + finish),
+        finish_seconds=None if finish is None else size * finish,
         step=step,
     )
 
@@ -261,11 +267,13 @@ def cheaper_options(config: Config, data: TrainingData, *, cuda: bool = False) -
         _number(config.training.batch_size),
         _number(config.sampler.num_draws),
     )
+    codewords = auto_num_codewords(data.label_counts.shape[0])
     trials: dict[str, dict[str, dict[str, int | bool | str]]] = {
         f"model.dim={max(1, dim // 4)}": {"model": {"dim": max(1, dim // 4)}},
         f"model.dim={max(1, dim // 2)}": {"model": {"dim": max(1, dim // 2)}},
         f"training.batch_size={max(1, batch // 4)}": {"training": {"batch_size": max(1, batch // 4)}},
         f"sampler.num_draws={max(1, draws // 4)}": {"sampler": {"num_draws": max(1, draws // 4)}},
+        f"sampler.num_codewords={codewords}": {"sampler": {"num_codewords": codewords}},
         "model.label_precision=bfloat16": {"model": {"label_precision": "bfloat16"}},
         "model.label_init=random": {"model": {"label_init": "random"}},
         "neighbors.enabled=false": {"neighbors": {"enabled": False}},

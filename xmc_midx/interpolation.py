@@ -42,6 +42,7 @@ SHORTLIST = 100
 """Labels of the model that take part."""
 _TEMPERATURES = (0.05, 0.1)
 _NO_VOTES = 1e-3
+_MOST_FREQUENT = math.log1p(2**31)
 """What a label without votes has, so that its logarithm is finite."""
 _PROPENSITY_POWERS = {0.5: 0.0, 0.25: 1.0, 0.0: 2.0}
 """Of the inverse propensity, as the weight of a positive: 0 ranks for P@k, 1 for PSP@k at the price of P@k. Half is
@@ -115,7 +116,7 @@ class Interpolation:
                 raise ValueError("a number that is out of range")
             return cls(**typed | {name: int(known[name]) for name in ("count", "budget")})  # type: ignore[arg-type]
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"interpolation.json: {error!r}; expected what `train` wrote.") from None
+            raise DataError(f"{error!r}; expected what `train` wrote.") from None
 
     @property
     def is_identity(self) -> bool:
@@ -154,7 +155,8 @@ def interpolate(
 
     Parameters
     ----------
-    shortlist : (B, S) logits of the model.
+    shortlist : (B, S) logits of the model. What no neighbour votes for and the reference does not hold stands behind
+        all that is scored, in the order of the logits: so the first results do not depend on how many are asked for.
     votes : (B, L) of the neighbours; None for none.
     label_frequencies : (L,) of the training split.
     k : results.
@@ -172,6 +174,7 @@ def interpolate(
         votes = csr_matrix((num_rows, label_frequencies.shape[0]))
     room = num_rows * width + votes.nnz
     instance, label_ids, scores = np.empty(room, dtype=np.int64), np.empty(room, dtype=np.int64), np.empty(room)
+    is_behind = np.empty(room, dtype=np.bool_)
     used = _score(
         (shortlist.label_ids, shortlist.scores),
         (reference.label_ids, reference.scores),
@@ -180,12 +183,14 @@ def interpolate(
         settings.coefficients,
         zeros(label_frequencies.shape[0], np.float64),
         min(k, room),
-        (instance, label_ids, scores),
+        (instance, label_ids, scores, is_behind),
     )
-    instance, label_ids, scores = instance[:used], label_ids[:used], scores[:used]
+    instance, label_ids, scores, is_behind = instance[:used], label_ids[:used], scores[:used], is_behind[:used]
     if settings.needs_ranker:
         assert margin_of is not None, "a margin comes with its ranker"
-        scores += settings.margin * np.clip(margin_of(instance, label_ids).astype(np.float64), -1.0, 1.0)
+        asked = slice(None) if not is_behind.any() else ~is_behind
+        margins = margin_of(instance[asked], label_ids[asked]).astype(np.float64)
+        scores[asked] += settings.margin * np.clip(margins, -1.0, 1.0)
     return _best(instance, label_ids, scores, num_rows, k)
 
 
@@ -203,7 +208,7 @@ def _score(
     """The candidates of `_candidates` that may be among the k best whatever their margins, and their scores without;
     returns how many. Instance by instance; `vote_of` (L,) is zeros again."""
     vote_offsets, vote_ids, vote_values = votes
-    instance, label_ids, scores = candidates
+    instance, label_ids, scores, is_behind = candidates
     shortlist_BS, logit_BS = shortlist
     reference_BS, reference_logit_BS = reference
     model, mixture, voted, frequency, outside, margin = coefficients
@@ -237,12 +242,7 @@ def _score(
             inside = listed and logit >= smallest
             vote = max(vote_of[label], 0.0)
             vote_of[label] = -1.0
-            log_p = floor
-            if inside:
-                log_p = logit - shift
-            elif vote == 0.0:
-                # Asked for beyond the shortlist, and voted for by none: behind those that are.
-                log_p = min(floor, logit - shift)
+            log_p = logit - shift if inside else floor
             score = model * log_p + frequency * math.log1p(label_frequencies[label])
             if mixture != 0.0:
                 score += mixture * math.log(math.exp(log_p) + vote + 1e-300)
@@ -250,6 +250,12 @@ def _score(
                 score += voted * math.log(vote + _NO_VOTES)
             if not inside:
                 score += outside
+            is_behind[used] = not inside and vote == 0.0
+            if is_behind[used]:
+                # Below the least that any other label can have.
+                least_of_all = (model + mixture) * floor + voted * math.log(_NO_VOTES) + outside - margin
+                least_of_all += min(frequency, 0.0) * _MOST_FREQUENT
+                score = least_of_all + (min(logit - smallest, 0.0) if mass > 0.0 else 0.0)
             instance[used], label_ids[used], scores[used] = row, label, score
             used += 1
             insert_best(best_ids, best_scores, label, score)
@@ -264,6 +270,7 @@ def _score(
         for place in range(first, last):
             if scores[place] >= least:
                 instance[used], label_ids[used], scores[used] = row, label_ids[place], scores[place]
+                is_behind[used] = is_behind[place]
                 used += 1
     return used
 

@@ -88,6 +88,8 @@ class TrainResult:
     run: str
     finished: bool
     """False where the time limit came first: the run can be resumed."""
+    num_models: int
+    """Of the ensemble; 1 where there is one model alone."""
     best: str
     """Directory of the best checkpoint; of the latest, where no epoch has ended."""
     epochs: int
@@ -97,7 +99,8 @@ class TrainResult:
     loss: float
     """Of the last epoch, nats per positive."""
     validation: Mapping[str, float]
-    """Metrics of the best epoch on the held-out instances; empty where none are held out."""
+    """Metrics of the best epoch on the held-out instances; empty where none are held out. Of an ensemble, as `best`,
+    the epochs and the loss, of its first model: each holds out others."""
     test: MetricReport | None
     """On the test file; None where none was given."""
     evaluate_on: str | None
@@ -114,6 +117,7 @@ class TrainResult:
         return {
             "run": self.run,
             "finished": self.finished,
+            "num_models": self.num_models,
             "best": self.best,
             "epochs": self.epochs,
             "best_epoch": self.best_epoch,
@@ -126,6 +130,14 @@ class TrainResult:
             "peak_memory_bytes": self.peak_memory_bytes,
             "config": self.config.model_dump(),
         }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Member:
+    """The training of a further model of an ensemble."""
+
+    finished: bool
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,7 +327,8 @@ def train(
             a_and_b = _propensity(None, None, dataset, training.num_instances)[:2]
             session = TrainingSession(run, training, reporter, deadline=deadline, propensity=a_and_b)
             session.run()
-        return _train_result(session, dataset, data, None if test is None else str(test))
+            others = _train_members(session, training, verify=True)
+        return _train_result(session, others, dataset, data, None if test is None else str(test))
 
 
 @_settings_of_its_own()
@@ -364,10 +377,55 @@ def resume(
             a_and_b = _propensity(None, None, dataset, training.num_instances)[:2]
             session = TrainingSession(directory, training, reporter, deadline=deadline, propensity=a_and_b)
             session.load(verify=verify)
-            if session.finished:
+            if directory.has_model and directory.finished_members == directory.members:
                 reporter.message("the run is finished already")
             session.run()
-        return _train_result(session, dataset, data, provenance["test"])
+            others = _train_members(session, training, verify=verify)
+        return _train_result(session, others, dataset, data, provenance["test"])
+
+
+def _train_members(first: TrainingSession, training: Split, *, verify: bool) -> list[_Member]:
+    """The further models of an ensemble, once the first is there: each from where it stands, or anew."""
+    from xmc_midx.session import TrainingSession
+
+    run, found = first.run_directory, list[_Member]()
+    if not first.finished or not run.members:
+        return found
+    first.release()
+    for number, path in enumerate(run.members, start=2):
+        if first.deadline is not None and time.monotonic() >= first.deadline:
+            found.append(_Member(finished=False, seconds=0.0))
+            break
+        tree = run.config.model_dump()
+        tree["training"] |= {"seed": (run.config.training.seed + number - 1) % 2**63, "ensemble_size": 1}
+        is_there = (path / "config.yaml").exists()
+        provenance = run.read_json("run.json")
+        provenance.pop("finished", None)
+        if path not in run.finished_members:
+            first.reporter.message(f"model {number} of {1 + len(run.members)}")
+        with (
+            _opened(path)
+            if is_there
+            else RunDirectory.create(path, Config.model_validate(tree), provenance=provenance) as directory
+        ):
+            session = TrainingSession(
+                directory, training, first.reporter, deadline=first.deadline, propensity=first.propensity
+            )
+            if is_there:
+                session.load(verify=verify)
+            session.run()
+            found.append(_Member(finished=session.finished, seconds=session.seconds))
+            if not session.finished:
+                break
+            session.release()
+    return found
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[RunDirectory]:
+    directory = RunDirectory.open(path)
+    with RunDirectory.lock(path):
+        yield directory
 
 
 # --------------------------------------------------------------------------- plan
@@ -414,7 +472,8 @@ def plan(
     assert isinstance(batch, int) and isinstance(dim, int) and isinstance(draws, int), "the configuration is resolved"
     device = find_device(resolved.training.device)
     precision = find_precision(resolved.training.precision, device, shape.num_labels)
-    flops, rate = measure_speed(batch, min(draws, shape.num_labels), min(dim, 4096), precision, device)
+    size = min(batch, shape.num_instances, 4096), min(draws, shape.num_labels, 8192), min(dim, 4096)
+    flops, rate = measure_speed(*size, precision, device)
     speed = Speed(flops=flops, bytes=rate, rounds_slopes=rounds_slopes(device))
     return Plan(
         forecast=forecast(resolved, data, cuda=device.type == "cuda", speed=speed),
@@ -499,7 +558,9 @@ def _free_disk(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def _train_result(session: TrainingSession, dataset: XmcDataset, data: str | Path, test: str | None) -> TrainResult:
+def _train_result(
+    session: TrainingSession, others: Sequence[_Member], dataset: XmcDataset, data: str | Path, test: str | None
+) -> TrainResult:
     from xmc_midx.device import peak_memory_bytes
     from xmc_midx.predictor import Predictor
 
@@ -508,12 +569,11 @@ def _train_result(session: TrainingSession, dataset: XmcDataset, data: str | Pat
     report = None
     is_there = dataset.test is not None and dataset.test.num_instances > 0
     # An older release began runs with a test file of nothing.
-    if test is not None and session.finished and is_there:
+    if test is not None and run.finished_members == run.members and session.finished and is_there:
         assert dataset.test is not None
         session.release()
         predictor = Predictor.load(run.path, device=run.config.training.device)
-        k = _k_with_ignored(dataset.test, max(DEFAULT_KS))
-        top = predictor.predict(dataset.test.features, k=k, reporter=session.reporter)
+        top = _predicted(predictor, dataset.test, max(DEFAULT_KS), session.reporter)
         report = evaluate_topk(
             *without_ignored(top, dataset.test.labels, dataset.test.ignored),
             ks=DEFAULT_KS,
@@ -525,11 +585,12 @@ def _train_result(session: TrainingSession, dataset: XmcDataset, data: str | Pat
         report = _with_ignored(report, dataset.test)
     return TrainResult(
         run=str(run.path),
-        finished=session.finished,
+        num_models=1 + len(run.members),
+        finished=session.finished and len(others) == len(run.members) and all(one.finished for one in others),
         best=str(best),
         epochs=len(session.history),
         best_epoch=session.best_epoch,
-        seconds=session.seconds,
+        seconds=session.seconds + sum(one.seconds for one in others),
         loss=session.loss,
         validation=session.validation,
         test=report,
@@ -599,7 +660,7 @@ def evaluate(
             raise UsageError("There is nothing to evaluate: expected a run directory or a predictions file.")
         _check_labels(predictor, dataset, max(cuts))
         started = time.perf_counter()
-        top = predictor.predict(split.features, k=_k_with_ignored(split, max(cuts)), reporter=reporter)
+        top = _predicted(predictor, split, max(cuts), reporter)
         seconds = time.perf_counter() - started
     counts = (top.label_ids >= 0).sum(axis=1)
     top, labels = without_ignored(top, split.labels, split.ignored)
@@ -624,10 +685,20 @@ def _with_ignored(report: MetricReport, split: Split) -> MetricReport:
     return report if split.ignored is None else replace(report, num_ignored=split.ignored.nnz)
 
 
-def _k_with_ignored(split: Split, k: int) -> int:
-    """Labels to predict of each instance so that k are left without those that are passed over."""
-    most = 0 if split.ignored is None else int(np.diff(split.ignored.indptr).max(initial=0))
-    return min(k + most, int(split.labels.shape[1]))
+def _predicted(predictor: Predictor, split: Split, k: int, reporter: Reporter | None) -> TopK:
+    """The k best labels of each instance that are not passed over."""
+    num_instances, num_labels = split.labels.shape
+    if split.ignored is None:
+        return predictor.predict(split.features, k=min(k, num_labels), reporter=reporter)
+    found = TopK.empty(num_instances, min(k, num_labels))
+    # As many more as an instance needs, or up to twice as many: one with thousands must not cost all others theirs.
+    more_N = 2 ** np.ceil(np.log2(np.diff(split.ignored.indptr) + 1)).astype(np.int64) - 1
+    for more in np.unique(more_N).tolist():
+        rows = np.flatnonzero(more_N == more)
+        top = predictor.predict(split.features[rows], k=min(k + more, num_labels), reporter=reporter)
+        top, _ = without_ignored(top, split.labels[rows], split.ignored[rows])
+        found.label_ids[rows], found.scores[rows] = top.label_ids[:, :k], top.scores[:, :k]
+    return found
 
 
 def _training_frequencies(
@@ -637,6 +708,9 @@ def _training_frequencies(
     if predictor is not None and predictor.label_frequencies is not None:
         return predictor.label_frequencies, predictor.num_train
     if dataset.train is not None and dataset.test is not None:
+        for kind, fault in training_faults(dataset.train):
+            if kind == "gaps":
+                raise fault
         return dataset.label_frequencies(), dataset.train.labels.shape[0]
     return None, None
 
@@ -651,7 +725,7 @@ def _propensity(
         raise UsageError("Propensity: A and B go together; only one of them was given.")
     spec = dataset.spec
     if spec is None and num_train is not None:
-        spec = match_spec(dataset.num_features, dataset.num_labels, num_train)
+        spec = match_spec(None if dataset.vocabulary else dataset.num_features, dataset.num_labels, num_train)
     if spec is not None:
         return spec.propensity_a, spec.propensity_b, f"registry: {spec.name}"
     return (*DEFAULT_PROPENSITY, "default")
@@ -960,7 +1034,7 @@ def _read_label_ids(path: Path, predictor: Predictor) -> list[int]:
     """The labels of a list: an id or a name a line. Digits are an id, and a name may belong to several labels."""
     try:
         # As `labels.txt` is read: a name may hold what else Python takes for the end of a line.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as text: {error}.") from None
     num_labels, names = predictor.num_labels, predictor.label_names
@@ -1073,6 +1147,7 @@ def export(
     with sealed_directory(target) as directory:
         reporter.start("load", None)
         source = ExportSource.load(run)
+        _say_which(source.directory, reporter)
         reporter.start("read", None)
         features, measured_on = _instances_to_measure(source, data)
         reporter.start("export", None)
@@ -1089,6 +1164,11 @@ def export(
         validation=_validation_of(source.directory),
         seconds=time.perf_counter() - started,
     )
+
+
+def _say_which(run: RunDirectory, reporter: Reporter) -> None:
+    if run.members:
+        reporter.message(f"{run.path} is an ensemble of {1 + len(run.members)}; this is of its first model alone")
 
 
 def _validation_of(run: RunDirectory) -> tuple[Mapping[str, float], Mapping[str, float]] | None:
@@ -1189,6 +1269,7 @@ def diagnose(
     from xmc_midx.device import find_device
     from xmc_midx.diagnostics import Instances, TrainedModel, choose_instances, diagnose_samplers
 
+    _say_which(directory, reporter)
     reporter.start("read", None)
     model = TrainedModel.load(directory, find_device(device))
     config = model.config

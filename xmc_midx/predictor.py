@@ -6,6 +6,7 @@ Before it: checkpoints and index; after it: metrics and the command line.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,7 +28,7 @@ from xmc_midx.quantization import StoredTable
 from xmc_midx.ranker import LinearRanker
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.threads import in_threads
-from xmc_midx.topk import concatenate_topk
+from xmc_midx.topk import concatenate_topk, mean_of
 from xmc_midx.types import LabelIndex, Reporter, SilentReporter, TopK
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Predictor:
     label_frequencies, num_train : (L,) int64 and N of the training split; None where unknown.
     interpolation, neighbors, ranker : what is added to the model's scores (`xmc_midx.interpolation`); None: nothing.
     calibration : what makes probabilities of the scores; None where no instances were held out.
+    members : further models of the same data, whose scores are averaged with this one's.
     """
 
     def __init__(
@@ -72,12 +74,13 @@ class Predictor:
         neighbors: NeighborIndex | None = None,
         ranker: LinearRanker | None = None,
         calibration: Calibration | None = None,
+        members: Sequence[Predictor] = (),
     ) -> None:
         self.encoder, self.index, self.scaling = encoder.eval(), index, scaling or FeatureScaling()
         self.label_names, self.vocabulary = label_names, vocabulary
         self.label_frequencies, self.num_train = label_frequencies, num_train
         self.interpolation, self.neighbors, self.ranker = interpolation or Interpolation(), neighbors, ranker
-        self.calibration = calibration
+        self.calibration, self.members = calibration, members
 
     @classmethod
     def load(
@@ -109,7 +112,15 @@ class Predictor:
         directory = RunDirectory.open(run)
         model, source, is_finished = map_model(directory, checkpoint, verify=verify)
         with refuse_misfits(source):
-            return cls._build(directory, model, find_device(device), verify=verify, exact=exact, cells=is_finished)
+            found = cls._build(directory, model, find_device(device), verify=verify, exact=exact, cells=is_finished)
+        if is_finished:
+            found.members = [
+                cls.load(path, device=device, verify=verify, exact=exact) for path in directory.finished_members
+            ]
+        for one, path in zip(found.members, directory.finished_members, strict=False):
+            if (one.num_features, one.num_labels) != (found.num_features, found.num_labels):
+                raise DataError(f"{path}: is of other features or labels than {directory.path}.", hint="It was edited.")
+        return found
 
     @classmethod
     def _build(
@@ -177,7 +188,8 @@ class Predictor:
         instances : (N, F) feature rows (SciPy sparse or a NumPy array), one row or a sequence of rows as dictionaries
             `{feature: value}` or lists of pairs, one raw text or a sequence of them (with a vocabulary).
         k : results an instance, >= 1; rows are padded with -1 where fewer labels may be returned.
-        scores : `"logits"`, or the scores of `interpolation` where it is fitted; or `"probabilities"`.
+        scores : `"logits"`, or the scores of `interpolation` where it is fitted, or of an ensemble; or
+            `"probabilities"`.
         threshold : labels with a lower score are left out.
         allow, deny : label ids that alone may, or may not, be returned.
 
@@ -190,28 +202,33 @@ class Predictor:
         features = self._features(instances)
         if k < 1:
             raise UsageError(f"k is {k}; expected at least 1.")
+        if threshold is not None and math.isnan(threshold):
+            raise UsageError(f"threshold is {threshold}; expected a number.")
         if scores not in ("logits", "probabilities"):
             raise UsageError(f"scores is {scores!r}; expected 'logits' or 'probabilities'.")
         if scores == "probabilities":
-            self.require_calibration()
+            for one in (self, *self.members):
+                one.require_calibration()
         allowed, denied = self._label_ids("allow", allow), self._label_ids("deny", deny)
         reporter.start("predict", features.shape[0])
         with without_autocast(self.encoder.bias.device.type):
-            parts = [*self._parts(features, k, scores, threshold, allowed, denied, reporter)]
+            answers = [
+                one._answers(features, max(k, SHORTLIST) if self.members else k, scores, allowed, denied)
+                for one in (self, *self.members)
+            ]
+            parts = []
+            for chunk in zip(*answers, strict=True):
+                top = chunk[0] if len(chunk) == 1 else _mean(chunk, k, scores)
+                parts.append(top if threshold is None else _above(top, threshold))
+                reporter.step(top.label_ids.shape[0])
         if not parts:
             return TopK.empty(0, k)
         return concatenate_topk(parts)
 
-    def _parts(
-        self,
-        features: csr_matrix,
-        k: int,
-        scores: Scores,
-        threshold: float | None,
-        allowed: np.ndarray | None,
-        denied: np.ndarray | None,
-        reporter: Reporter,
+    def _answers(
+        self, features: csr_matrix, k: int, scores: Scores, allowed: np.ndarray | None, denied: np.ndarray | None
     ) -> Iterator[TopK]:
+        """This model's own, for some instances after the other."""
         for rows, query_BD in self.encoder.encode(features):
             chunk = features if rows == slice(0, features.shape[0]) else features[rows]
             _require_finite(np.isfinite(query_BD.cpu().numpy()).all(axis=1), rows.start)
@@ -220,8 +237,7 @@ class Predictor:
             else:
                 top = self._probabilities(query_BD, chunk, k, allowed, denied)
             _require_finite(np.logical_not(np.isnan(top.scores).any(axis=1)), rows.start)
-            yield top if threshold is None else _above(top, threshold)
-            reporter.step(rows.stop - rows.start)
+            yield top
 
     def warm_up(self) -> None:
         """Load what the first prediction would: scikit-learn for texts, compiled code."""
@@ -270,7 +286,7 @@ class Predictor:
         top = self._search(query_BD, features, wide, allow, deny)
         background = None
         if allow is not None or deny is not None:
-            background = self._search(query_BD, features, wide, None, None)
+            background = self._search(query_BD, features, BACKGROUND, None, None)
         top = calibrate(top, settings, background=background)
         return TopK(label_ids=top.label_ids[:, :k], scores=top.scores[:, :k])
 
@@ -434,6 +450,21 @@ def _require_finite(is_finite_B: np.ndarray, first: int) -> None:
             f"Instance {first + int(np.argmin(is_finite_B))}: its scores are not finite, so it has no best labels.",
             hint="Are its feature values of the size of those that the model was trained with?",
         )
+
+
+def _mean(tops: Sequence[TopK], k: int, scores: Scores) -> TopK:
+    """The k best of an ensemble for the same instances: probabilities are averaged as they are, other scores as the
+    logarithms of a model's shares in what it would answer."""
+    return mean_of(tops if scores == "probabilities" else [_log_shares(top) for top in tops], k)
+
+
+def _log_shares(top: TopK) -> TopK:
+    """Less the logarithm of the sum of the exponentials of a row."""
+    peak_N1 = top.scores.max(axis=1, keepdims=True, initial=-np.inf)
+    peak_N1 = np.where(np.isfinite(peak_N1), peak_N1, 0.0)
+    total_N1 = np.exp(top.scores - peak_N1).sum(axis=1, keepdims=True)
+    shares = top.scores - peak_N1 - np.log(np.maximum(total_N1, np.finfo(np.float32).tiny))
+    return TopK(label_ids=top.label_ids, scores=shares.astype(np.float32))
 
 
 def _above(top: TopK, threshold: float) -> TopK:

@@ -10,9 +10,18 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from xmc_midx.config import Config
+from xmc_midx.config import HOST_SAMPLERS, Config, SamplerConfig
+from xmc_midx.errors import UsageError
 
-__all__ = ["CELLS_FROM", "DataShape", "as_started", "auto_num_codewords", "auto_num_draws", "resolve"]
+__all__ = [
+    "CELLS_FROM",
+    "DataShape",
+    "as_started",
+    "auto_num_codewords",
+    "auto_num_draws",
+    "require_estimator",
+    "resolve",
+]
 
 _TARGET_STEPS = 1000
 """Optimiser steps of a whole default training, whatever the number of instances: small sets repeat, large sets take
@@ -47,12 +56,14 @@ class _Effort:
     (EXPERIMENTS.md, "Groups")."""
     num_rivalled: int
     """Training instances whose rivals the linear ranker learns from."""
+    ensemble_size: int
+    """Models that predict together (EXPERIMENTS.md, "Ensembles")."""
 
 
 _PRESETS = {
-    "fast": _Effort(0.3, 256, 512, 1 << 19, 512, 10_000),
-    "default": _Effort(1.0, 512, 2048, 1 << 20, 512, 30_000),
-    "best": _Effort(1.2, 1024, 2048, 1 << 21, 1024, 60_000),
+    "fast": _Effort(0.3, 256, 512, 1 << 19, 512, 10_000, 1),
+    "default": _Effort(1.0, 512, 2048, 1 << 20, 512, 30_000, 1),
+    "best": _Effort(1.2, 1024, 2048, 1 << 21, 1024, 60_000, 3),
 }
 
 
@@ -70,7 +81,13 @@ class DataShape:
 
 
 def resolve(config: Config, shape: DataShape) -> Config:
-    """The configuration with every `"auto"` replaced; values that are given stay as they are."""
+    """The configuration with every `"auto"` replaced; values that are given stay as they are.
+
+    Raises
+    ------
+    UsageError : two values do not go together.
+    """
+    _refuse_what_does_not_go_together(config)
     tree = config.model_dump()
     effort = _PRESETS[config.training.preset]
 
@@ -109,7 +126,24 @@ def resolve(config: Config, shape: DataShape) -> Config:
     derive("training", "label_learning_rate", _label_learning_rate(_share_of_labels(tree, shape), num_steps))
     derive("training", "cuda_graphs", True)
     derive("ranker", "num_instances", effort.num_rivalled)
+    derive("training", "ensemble_size", effort.ensemble_size)
     return Config.model_validate(tree)
+
+
+def require_estimator(sampler: SamplerConfig) -> None:
+    """A UsageError where a sampler does not go with the estimator."""
+    if sampler.name == "in-batch" and sampler.estimator != "pool":
+        raise UsageError("sampler in-batch shares its negatives: it needs sampler.estimator=pool.")
+
+
+def _refuse_what_does_not_go_together(config: Config) -> None:
+    sampler = config.sampler
+    require_estimator(sampler)
+    if config.model.label_memory == "host" and sampler.name not in HOST_SAMPLERS:
+        raise UsageError(
+            f"model.label_memory=host: sampler {sampler.name} reads the label table at each step; expected "
+            f"{', '.join(HOST_SAMPLERS)}."
+        )
 
 
 def as_started(config: Config) -> Config:
@@ -121,6 +155,7 @@ def as_started(config: Config) -> Config:
         ("sampler", "pool_instances", batch_size),
         ("sampler", "gradient_negatives", "all"),
         ("training", "cuda_graphs", False),
+        ("training", "ensemble_size", 1),
     ):
         if tree[section][key] == "auto":
             tree[section][key] = before

@@ -51,9 +51,10 @@ _CELLS = "cells.safetensors"
 _INTERPOLATION = "interpolation.json"
 _NEIGHBORS, _RANKER = "neighbors.safetensors", "ranker.safetensors"
 _LABELS, _VOCABULARY = "labels.txt", "vocabulary.txt"
+_MEMBERS = "members"
 _OURS = {
     *("config.yaml", "run.json", "metrics.jsonl", "checkpoints", "best", "latest", ".lock", _LABELS, _VOCABULARY),
-    *(_MODEL, _MODEL_RECORD, _CELLS, _INTERPOLATION, _NEIGHBORS, _RANKER),
+    *(_MODEL, _MODEL_RECORD, _CELLS, _INTERPOLATION, _NEIGHBORS, _RANKER, _MEMBERS),
 }
 
 
@@ -72,6 +73,18 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def members(self) -> list[Path]:
+        """The run directories of the further models of an ensemble, whether they are there yet or not; the first model
+        is this directory's own."""
+        size = self.config.training.ensemble_size
+        return [self.path / _MEMBERS / str(number) for number in range(2, 1 + (size if isinstance(size, int) else 1))]
+
+    @property
+    def finished_members(self) -> list[Path]:
+        """Those of `members` that can predict."""
+        return [path for path in self.members if (path / _MODEL_RECORD).exists()]
 
     @classmethod
     def open(cls, run: str | Path) -> RunDirectory:
@@ -258,7 +271,7 @@ class RunDirectory:
 
     def seal_model(self) -> None:
         """Note sizes and hashes of what a prediction reads, last of all: from now on the run has a model."""
-        names = (_MODEL, _CELLS, _INTERPOLATION, _LABELS, _VOCABULARY)
+        names = (_MODEL, _CELLS, _INTERPOLATION, _LABELS, _VOCABULARY, "config.yaml")
         paths = [self.path / name for name in names if (self.path / name).exists()]
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
         self.write_json(_MODEL_RECORD, {"format": _MODEL_FORMAT, "files": files})
@@ -305,9 +318,12 @@ class RunDirectory:
 
     @property
     def model_bytes(self) -> int:
-        """Bytes of the finished model and of what is added to it; 0 before the end."""
+        """Bytes of the finished model, of what is added to it, and of its ensemble; 0 before the end."""
         files = [self.path / name for name in (_MODEL, _CELLS, _NEIGHBORS, _RANKER)]
-        return sum(file.stat().st_size for file in files if file.exists()) if self.has_model else 0
+        if not self.has_model:
+            return 0
+        own = sum(file.stat().st_size for file in files if file.exists())
+        return own + sum(RunDirectory.open(path).model_bytes for path in self.finished_members)
 
     def _write_tensors(self, name: str, write: Callable[[Path], str]) -> str:
         """A file of tensors, written beside its name and renamed there; its sha256."""
@@ -374,7 +390,11 @@ class RunDirectory:
         if not (self.path / _INTERPOLATION).exists():
             return None
         values = self.read_json(_INTERPOLATION)
-        settings = Interpolation.from_dict(values)
+        try:
+            settings = Interpolation.from_dict(values)
+        except DataError as error:
+            hint = "It was edited, or an earlier version wrote it: train anew."
+            raise DataError(f"{self.path / _INTERPOLATION}: {error.message}", hint=hint) from None
         read_rows = functools.partial(NeighborIndex.load, idf_power=settings.idf_power)
         neighbors = self._read_added(values, _NEIGHBORS, "neighbors_sha256", read_rows, verify)
         ranker = self._read_added(
@@ -414,7 +434,8 @@ class RunDirectory:
 
     def label_names(self) -> tuple[str, ...] | None:
         path = self.path / _LABELS
-        return tuple(path.read_text(encoding="utf-8").split("\n")[:-1]) if path.exists() else None
+        # Not as text: a carriage return may be part of a name.
+        return tuple(path.read_bytes().decode("utf-8").split("\n")[:-1]) if path.exists() else None
 
     def vocabulary(self) -> Vocabulary | None:
         path = self.path / _VOCABULARY
@@ -440,7 +461,9 @@ def _holds_a_run(path: Path) -> UsageError:
     anew = f"choose another --output, or --force to replace {path}."
     try:
         record = read_json(path / "run.json")
-        data, finished = str(record["data"]), "finished" in record
+        directory = RunDirectory.open(path)
+        data = str(record["data"])
+        finished = "finished" in record and directory.finished_members == directory.members
     except (DataError, LookupError, TypeError):
         data, finished = "DATA", False
     if finished:

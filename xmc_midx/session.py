@@ -193,7 +193,8 @@ class TrainingSession:
 
     def release(self) -> None:
         """Give tables and training rows back: what follows a finished training reads the run directory."""
-        del self.trainer, self._training, self.held_out
+        for name in ("trainer", "_training", "held_out"):
+            self.__dict__.pop(name, None)
         release_freed_memory()
 
     def _run_epochs(self, started: float) -> None:
@@ -281,7 +282,8 @@ class TrainingSession:
             self.reporter.start("neighbours", None)
             if not is_compiled():
                 self.reporter.message("the first training after an installation compiles code, for some 15 s, once")
-            known, count = (self.trainer.stream.features, self.trainer.stream.labels), self.config.neighbors.count
+            known = self.trainer.stream.features, self.trainer.stream.labels
+            count = min(self.config.neighbors.count, self.trainer.stream.num_instances)
             idf_power = choose_idf_power(*known, count, seed=self.config.training.seed)
             neighbors = NeighborIndex(*known, idf_power=idf_power)
             budget = tune_budget(neighbors, features, count)
@@ -545,8 +547,20 @@ class TrainingSession:
             self.reporter.message(f"warning: {fault}")
         if faults:
             self.reporter.message(f"warning: going back to the checkpoint of step {self.trainer.step}")
+        if self.best_step not in (0, self.trainer.step):
+            try:
+                self.store.verify(self.best_step, hashes=verify)
+            except DataError as error:
+                self._forget_best(error)
         self._saved = (self.trainer.step, self._pending is not None)
         self._point_back()
+
+    def _forget_best(self, error: DataError) -> None:
+        """The best checkpoint is damaged: the model goes on without it."""
+        self.reporter.message(f"warning: {error.message}")
+        self.reporter.message(f"warning: going on without the best checkpoint, of epoch {self.best_epoch}")
+        self.best_step, self.best_epoch, self.best_score, self.validation = 0, 0, -1.0, {}
+        self.store.unpoint("best")
 
     def _point_back(self) -> None:
         """Let the pointers name what this checkpoint knows; they may be ahead of it after a kill or a damage."""

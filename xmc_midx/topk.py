@@ -10,7 +10,7 @@ import torch
 from xmc_midx.products import linear
 from xmc_midx.types import TopK
 
-__all__ = ["best_of", "concatenate_topk", "exact_topk", "merge_topk", "rescored_topk"]
+__all__ = ["best_of", "concatenate_topk", "exact_topk", "mean_of", "merge_topk", "rescored_topk"]
 
 _CHUNK_ELEMENTS = 1 << 24
 """Scores held at once (64 MiB in float32)."""
@@ -121,6 +121,33 @@ def best_of(parts: Sequence[TopK], k: int) -> TopK:
     result = TopK.empty(len(ids), k)
     result.label_ids[:, : order.shape[1]] = np.take_along_axis(ids, order, axis=1)
     result.scores[:, : order.shape[1]] = np.take_along_axis(scores, order, axis=1)
+    return result
+
+
+def mean_of(parts: Sequence[TopK], k: int) -> TopK:
+    """The k labels with the largest mean score over several results for the same instances, ties to the smaller id. A
+    label that a result leaves out has the least score there that it gives to any."""
+    least = [np.where(part.label_ids >= 0, part.scores, np.inf).min(axis=1, initial=np.inf) for part in parts]
+    least = [np.where(np.isfinite(one), one, 0.0)[:, None] for one in least]
+    above = [np.where(part.label_ids >= 0, part.scores, one) - one for part, one in zip(parts, least, strict=True)]
+    ids_NW, above_NW = np.concatenate([part.label_ids for part in parts], axis=1), np.concatenate(above, axis=1)
+    result = TopK.empty(len(ids_NW), k)
+    if ids_NW.size == 0:
+        return result
+    order = np.argsort(ids_NW, axis=1, kind="stable")
+    ids_NW, above_NW = (np.take_along_axis(part, order, axis=1) for part in (ids_NW, above_NW))
+    is_first = np.ones(ids_NW.shape, dtype=bool)
+    is_first[:, 1:] = ids_NW[:, 1:] != ids_NW[:, :-1]
+    begins = np.flatnonzero(is_first)
+    rows, ids = begins // ids_NW.shape[1], ids_NW.ravel()[begins]
+    scores = (np.add.reduceat(above_NW.ravel(), begins) + sum(least)[rows, 0]) / len(parts)
+    kept = ids >= 0
+    rows, ids, scores = rows[kept], ids[kept], scores[kept].astype(np.float32)
+    order = np.lexsort((ids, -scores, rows))
+    rows, ids, scores = rows[order], ids[order], scores[order]
+    ranks = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    best = ranks < k
+    result.label_ids[rows[best], ranks[best]], result.scores[rows[best], ranks[best]] = ids[best], scores[best]
     return result
 
 

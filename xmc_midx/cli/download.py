@@ -58,4 +58,6 @@ def download(
         facts.append(("archive's sha256", result.sha256))
     facts.append(("files", ", ".join(result.files)))
     done = "on disk, verified in" if result.was_there else "fetched in"
+    if result.source == "disk":
+        done = "on disk, put there by hand and so not verified, looked at in"
     render.print_facts([*facts, (done, render.duration(result.seconds))])

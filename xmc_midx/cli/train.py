@@ -188,11 +188,10 @@ def _refuse_changes(run: Path, test: str | None, config: str | None, assignments
 
 
 def _place_for(run: Path, *, force: bool) -> AbstractContextManager[None]:
-    """With --force the run that is there is replaced; anything else in the way the pipeline refuses."""
-    if not force:
-        return nullcontext()
+    """With --force the run that is there is replaced; anything else in the way the pipeline refuses. What a killed
+    replacement left is cleared in any case."""
     aside = _aside(run)
-    if not (aside.exists() or (run.is_dir() and any(run.iterdir()))):
+    if not aside.exists() and not (force and run.is_dir() and any(run.iterdir())):
         return nullcontext()
     if run.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise UsageError(f"--force: {run} is the directory you are in.", hint="Leave it first.")
@@ -201,11 +200,14 @@ def _place_for(run: Path, *, force: bool) -> AbstractContextManager[None]:
     if run.exists():
         RunDirectory.require_replaceable(run)
     with RunDirectory.lock(run) if run.exists() else nullcontext():
-        if aside.exists() and not (run / "latest").exists():
-            # A replacement that was killed before its first checkpoint: the old run is the one to keep.
-            shutil.rmtree(run, ignore_errors=True)
-            aside.rename(run)
-        return _replacing(run)
+        if aside.exists():
+            # A replacement was killed: before its first checkpoint, the old run is the one to keep.
+            if (run / "latest").exists():
+                shutil.rmtree(aside)
+            else:
+                shutil.rmtree(run, ignore_errors=True)
+                aside.rename(run)
+        return _replacing(run) if force else nullcontext()
 
 
 def _aside(run: Path) -> Path:
@@ -230,10 +232,12 @@ def _replacing(run: Path) -> Iterator[None]:
 
 
 def _print_summary(result: TrainResult) -> None:
+    size = result.num_models
+    models, of_first = (f"{size} models of ", " of the first model") if size > 1 else ("", "")
     render.print_facts(
         [
             ("run", str(result.run)),
-            ("training", f"{result.epochs} epochs in {render.duration(result.seconds)}"),
+            ("training", f"{models}{result.epochs} epochs in {render.duration(result.seconds)}"),
             ("best epoch", str(result.best_epoch)),
             ("model", render.size(result.model_bytes)),
             ("peak memory", render.size(result.peak_memory_bytes)),
@@ -241,7 +245,7 @@ def _print_summary(result: TrainResult) -> None:
     )
     if result.validation:
         render.print_line()
-        render.print_metrics(result.validation, title="Validation")
+        render.print_metrics(result.validation, title=f"Validation{of_first}")
     if result.test is not None:
         render.print_line()
         render.print_metrics(result.test.metrics, title="Test")

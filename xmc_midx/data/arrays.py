@@ -50,7 +50,9 @@ class ArrayFile:
         self._path, self._archive = path, archive
         self.names = frozenset(name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy"))
 
-    def read(self, name: str, *, kinds: str, shape: tuple[int | None, ...], most: int) -> NDArray[Any]:
+    def read(
+        self, name: str, *, kinds: str, shape: tuple[int | None, ...], most: int, spare: bool = False
+    ) -> NDArray[Any]:
         """An array.
 
         Parameters
@@ -59,6 +61,7 @@ class ArrayFile:
         kinds : letters of the dtypes' kinds: `"iu"`, `"fiu"`, `"fbiu"` or `"SU"`.
         shape : expected sizes; None takes any.
         most : entries that are read at most.
+        spare : whether there may be more of them than expected.
 
         Raises
         ------
@@ -71,7 +74,7 @@ class ArrayFile:
             header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             found, by_columns, dtype = header(stream, max_header_size=_MAX_HEADER_BYTES)
             fits = len(found) == len(shape) and all(
-                want is None or size == want for size, want in zip(found, shape, strict=True)
+                want is None or size == want or (spare and size > want) for size, want in zip(found, shape, strict=True)
             )
             if dtype.kind not in kinds or dtype.hasobject or not fits:
                 raise DataError(

@@ -110,7 +110,7 @@ def page_out(matrices: Matrices) -> None:
 
 def _is_wanted(paths: list[Path]) -> bool:
     """Whether there is a cache, and these are files (no pipes) of some size."""
-    if os.environ.get("XMC_MIDX_NO_CACHE"):
+    if os.environ.get("XMC_MIDX_NO_CACHE", "") not in ("", "0"):
         return False
     facts = [path.stat() for path in paths]
     return all(stat.S_ISREG(fact.st_mode) for fact in facts) and sum(fact.st_size for fact in facts) >= SMALL_BYTES

@@ -90,7 +90,7 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether `load_dataset` and a training take the data."""
+        """Whether `load_dataset` takes the data, and a training what it has of a training split."""
         return self.num_errors == 0
 
     def as_dict(self) -> dict[str, Any]:
@@ -125,6 +125,9 @@ class _Check:
     def run(self) -> CheckReport:
         for role, source in self._sources().items():
             self._read_split(role, source)
+        if self.files.train is None and self.files.test is not None:
+            path = str(self.files.test.features)
+            self._warn("no-training", "there is no training split beside it: it serves for an evaluation.", file=path)
         self._fit_sizes()
         self._check_sizes()
         self._check_training()
@@ -338,7 +341,8 @@ class _Check:
         if train is None or train.num_instances < 3:
             return None
         num_features, num_labels = train.features.shape[1], train.labels.shape[1]
-        spec = self.files.spec or match_spec(num_features, num_labels, train.num_instances)
+        own_features = None if self.files.vocabulary else num_features
+        spec = self.files.spec or match_spec(own_features, num_labels, train.num_instances)
         a, b = (spec.propensity_a, spec.propensity_b) if spec else DEFAULT_PROPENSITY
         _, frequencies = np.unique(train.labels.indices, return_counts=True)
         rarest = int(frequencies.min(initial=train.num_instances)) if len(frequencies) == num_labels else 0

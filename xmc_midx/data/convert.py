@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from xmc_midx.data.dataset import Split, load_dataset
 from xmc_midx.data.files import atomic_write, sync_directory
 from xmc_midx.data.formats import write_xmc
+from xmc_midx.data.ignored import ignored_name, write_ignored
 from xmc_midx.data.npz import write_npz
 from xmc_midx.data.pairs import write_sparse
 from xmc_midx.data.sources import Format, SplitName, file_names
@@ -84,8 +85,13 @@ def convert(data: str | Path, *, output: str | Path, format: Format, test: str |
     return Conversion(directory=str(output), format=format, files=files)
 
 
+_ANOTHER = "Choose another format."
+
+
 def _require_last_ids(name: str, splits: list[Split]) -> None:
     """A format that does not state its sizes needs the last feature and the last label somewhere."""
+    if not all(split.num_instances for split in splits):
+        raise DataError(f"{name}: a split holds no instance, and an empty svmlight file is none.", hint=_ANOTHER)
     for what in ("features", "labels"):
         matrices: list[csr_matrix[Any]] = [getattr(split, what) for split in splits]
         size = matrices[0].shape[1]
@@ -93,7 +99,7 @@ def _require_last_ids(name: str, splits: list[Split]) -> None:
             text = (
                 f"{name}: the last of its {size} {what} never occurs, and svmlight does not state how many there are."
             )
-            raise DataError(text, hint="Choose another format.")
+            raise DataError(text, hint=_ANOTHER)
 
 
 def _write_split(directory: Path, format: Format, name: SplitName, split: Split) -> None:
@@ -107,9 +113,7 @@ def _write_split(directory: Path, format: Format, name: SplitName, split: Split)
         write(features, split.features)
         write(labels, split.labels)
     if split.ignored is not None:
-        pairs = split.ignored.tocoo()
-        lines = (f"{row} {label}" for row, label in zip(pairs.row.tolist(), pairs.col.tolist(), strict=True))
-        _write_lines(directory / f"filter_labels_{name}.txt", lines)
+        write_ignored(directory / ignored_name(name), split.ignored)
 
 
 def _write_lines(path: Path, lines: Iterator[str]) -> None:

@@ -19,7 +19,7 @@ from scipy.sparse import csr_matrix
 from xmc_midx.data.cache import read_cached
 from xmc_midx.data.files import find_variant
 from xmc_midx.data.formats import read_labels
-from xmc_midx.data.ignored import read_ignored
+from xmc_midx.data.ignored import ignored_name, read_ignored
 from xmc_midx.data.manifest import verify_directory
 from xmc_midx.data.problems import Report, raise_error
 from xmc_midx.data.registry import DatasetSpec, find_spec, match_spec
@@ -136,7 +136,10 @@ class XmcDataset:
         Raises
         ------
         DataError : this data set has no such split.
+        UsageError : no data set has one of that name.
         """
+        if name not in (None, "train", "test"):
+            raise UsageError(f"split {name!r}: expected 'train' or 'test'.")
         found = self.train or self.test if name is None else self.train if name == "train" else self.test
         if found is None:
             raise DataError(f"{self.name}: has no {name} split.", hint=f"Is there a {name}.txt?")
@@ -284,7 +287,7 @@ def find_files(data: str | Path, *, test: str | Path | None = None) -> DataFiles
     if not trains and not tests:
         raise _nothing_found(path)
     if own_test is None:
-        ignored_test = find_variant(path, "filter_labels_test.txt")
+        ignored_test = find_variant(path, ignored_name("test"))
     return DataFiles(
         name=spec.name if spec else path.resolve().name,
         train=trains[0] if trains else None,
@@ -293,7 +296,7 @@ def find_files(data: str | Path, *, test: str | Path | None = None) -> DataFiles
         label_maps=tuple(found for name in LABEL_MAPS if (found := find_variant(path, name))),
         feature_map=find_variant(path, FEATURE_MAP),
         vocabulary=find_variant(path, "vocabulary.txt"),
-        ignored_train=find_variant(path, "filter_labels_train.txt"),
+        ignored_train=find_variant(path, ignored_name("train")),
         ignored_test=ignored_test,
         unread=tuple((other, group[0]) for group in (trains, tests) for other in group[1:]),
         spec=spec,
@@ -313,7 +316,7 @@ def _nothing_found(directory: Path) -> DataError:
 def _ignored_beside(path: Path) -> Path | None:
     """The filter file that lies beside the file of a split."""
     split = split_of(path)
-    return find_variant(path.parent, f"filter_labels_{split}.txt") if split else None
+    return find_variant(path.parent, ignored_name(split)) if split else None
 
 
 def _spec_on_disk(name: str) -> DatasetSpec:
@@ -397,7 +400,7 @@ def load_dataset(
         num_labels=num_labels,
         label_names=_label_names(files, num_labels),
         vocabulary=load_vocabulary(files.vocabulary, num_features) if files.vocabulary else None,
-        spec=files.spec or match_spec(num_features, num_labels, num_train),
+        spec=files.spec or match_spec(None if files.vocabulary else num_features, num_labels, num_train),
     )
 
 

@@ -45,8 +45,10 @@ OFFLINE = "XMC_MIDX_OFFLINE"
 
 # What a file of an archive may be called, and what `dataset` calls it. A gzip suffix stays.
 _ROLES = {
-    "train.txt": r"(.*[_-])?train\.txt",
-    "test.txt": r"(.*[_-])?test\.txt",
+    "train.txt": r"(?!filter_labels_)(.*[_-])?train\.txt",
+    "test.txt": r"(?!filter_labels_)(.*[_-])?test\.txt",
+    "filter_labels_train.txt": r"filter_labels_(train|trn)\.txt",
+    "filter_labels_test.txt": r"filter_labels_(test|tst)\.txt",
     "trn_X_Xf.txt": r"(trn|train)_X_Xf\.txt",
     "trn_X_Y.txt": r"(trn|train)_X_Y\.txt",
     "tst_X_Xf.txt": r"(tst|test)_X_Xf\.txt",
@@ -108,6 +110,11 @@ def download(
     reporter = reporter or SilentReporter()
     spec = name if isinstance(name, DatasetSpec) else find_spec(name)
     if spec.embedded:
+        if directory is not None or from_file is not None:
+            raise UsageError(
+                f"{spec.name}: comes with the package, so there is nothing to download.",
+                hint=f"`xmc-midx convert {spec.name} DIRECTORY` writes its files.",
+            )
         return _there(spec, spec.directory, "package", began)
     if not spec.sources(kind) and from_file is None:
         raise UsageError(
@@ -120,7 +127,7 @@ def download(
     with _os_errors(), job.alone():
         job.clean()
         if target.is_dir() and any(target.iterdir()):
-            return job.verify(began)
+            return job.verify(began, None if from_file is None else Path(from_file))
         if from_file is not None:
             return job.install_file(Path(from_file), began)
         return job.install(offline=offline or os.environ.get(OFFLINE, "") not in ("", "0"), began=began)
@@ -173,14 +180,17 @@ class _Job:
             for stray in self.target.parent.glob(f".{self.target.name}.*.unpacking"):
                 shutil.rmtree(stray)
 
-    def verify(self, began: float) -> Download:
-        """What is on disk already."""
+    def verify(self, began: float, archive: Path | None) -> Download:
+        """What is on disk already; of this archive, where one was given."""
         try:
             manifest = read_manifest(self.target)
             verify_directory(self.target, all_bytes=True)
         except DataError as error:
             again = f"Remove {self.target}, then `xmc-midx download {self.spec.name}` fetches it again."
             raise DataError(error.message, hint=again) from None
+        if archive is not None and (manifest is None or manifest["archive_sha256"] != sha256_of(archive)):
+            fact = f"{self.target}: is not empty, and did not come of {archive}."
+            raise UsageError(fact, hint="Remove it, or choose another --dir.")
         if manifest is None:
             return _there(self.spec, self.target, "disk", began)
         if (manifest["name"], manifest["kind"]) != (self.spec.name, self.kind):
@@ -368,7 +378,7 @@ def _arrange(directory: Path, hashes: dict[str, str], source: Mirror | None) -> 
             raise DownloadError(f"the archive holds {shown}, expected {', '.join(stated)}.")
     for path in hashes:
         name = path.rpartition("/")[2]
-        if stated and name not in stated:
+        if stated and name not in stated and not name.startswith("filter_labels_"):
             continue
         suffix = next((s for s in SUFFIXES if s and name.endswith(s)), "")
         for role, pattern in _ROLES.items():

@@ -17,7 +17,7 @@ import uuid
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from io import BufferedIOBase
+from io import BufferedIOBase, BufferedReader, RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -178,22 +178,58 @@ def _open_read(path: Path) -> BufferedIOBase:
         return path.open("rb")  # a pipe: its first bytes can be read only once
     with path.open("rb") as file:
         head = file.read(6)
+    if head.startswith(b"PK\x03\x04"):
+        raise DataError("is a zip archive, expected text or one compressed file.", hint="Unpack it first.")
     suffix = path.suffix if path.suffix in _MAGIC else ""
     actual = next((name for name, magic in _MAGIC.items() if head.startswith(magic)), "")
     if suffix and not head:
         raise DataError(f"is empty, expected a {suffix} stream.", hint="Was the file cut?")
     if suffix != actual:
-        name = path.name.removesuffix(suffix) + actual
+        is_upper = not suffix and path.suffix.lower() == actual != ""
+        name = path.stem + actual if is_upper else path.name.removesuffix(suffix) + actual
         expected = f"a {suffix} stream" if suffix else "text"
         found = f"a {actual} stream" if actual else "something else"
         raise DataError(f"is {found}, expected {expected}.", hint=f"Is its right name {name}?")
     if suffix == ".gz":
         return gzip.open(path, "rb")
-    if suffix == ".bz2":
-        return bz2.open(path, "rb")
-    if suffix == ".xz":
-        return lzma.open(path, "rb")
+    if suffix:
+        return BufferedReader(_Streams(path, bz2.BZ2Decompressor if suffix == ".bz2" else lzma.LZMADecompressor))
     return path.open("rb")
+
+
+class _Streams(RawIOBase):
+    """The bytes of all streams of a .bz2 or .xz file. Python's own readers take what is no stream, behind the first,
+    for the end of the file: of a file of several, one wrong bit would cut the rest off."""
+
+    def __init__(self, path: Path, decompressor: type[bz2.BZ2Decompressor | lzma.LZMADecompressor]) -> None:
+        self._file, self._decompressor = path.open("rb"), decompressor
+        self._stream = decompressor()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            piece = b""
+            if self._stream.eof:
+                piece = self._stream.unused_data
+                while not piece.lstrip(b"\0"):  # xz pads its streams with zeros
+                    piece = self._file.read(CHUNK_BYTES)
+                    if not piece:
+                        return 0
+                piece = piece.lstrip(b"\0")
+                self._stream = self._decompressor()
+            elif self._stream.needs_input:
+                piece = self._file.read(CHUNK_BYTES)
+                if not piece:
+                    raise EOFError("the file ended before its last stream did")
+            if found := self._stream.decompress(piece, len(buffer)):
+                buffer[: len(found)] = found
+                return len(found)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def plain_name(path: Path) -> str:

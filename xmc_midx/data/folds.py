@@ -43,8 +43,11 @@ def divide_folds(data: Path, rows_of: dict[Path, Path]) -> None:
     DataError : a row number is none, is out of range, or occurs twice in a split or in both.
     """
     header, *lines = data.read_bytes().splitlines() or [b""]
-    numbers = header.split()
-    if len(numbers) != 3 or not all(number.isdigit() for number in numbers) or int(numbers[0]) != len(lines):
+    numbers = header.removeprefix(b"\xef\xbb\xbf").split()
+    while lines and not lines[-1].strip():
+        lines.pop()
+    is_header = len(numbers) == 3 and all(re.fullmatch(rb"\d{1,18}", number) for number in numbers)
+    if not is_header or int(numbers[0]) != len(lines):
         raise DataError(f"{data.name}:1: expected a header of three numbers, the first of them {len(lines)} instances.")
     seen: dict[int, str] = {}
     for target, source in rows_of.items():
@@ -53,7 +56,7 @@ def divide_folds(data: Path, rows_of: dict[Path, Path]) -> None:
             fields = line.split()
             if not fields:
                 continue
-            row = int(fields[0]) if fields[0].isdigit() else 0
+            row = int(fields[0]) if re.fullmatch(rb"\d{1,18}", fields[0]) else 0
             if not 1 <= row <= len(lines):
                 shown = fields[0].decode(errors="replace")
                 raise DataError(f"{source.name}:{place}: row {shown}, expected a number from 1 to {len(lines)}.")

@@ -7,6 +7,7 @@ pass with bounded memory beyond the result, whatever its header says, and every 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ __all__ = [
 ]
 
 _WRITE_ROWS = 4096
+_NUMBERED = re.compile(rb"[ ]*(\d{1,18})[ ]*\t[ ]*[^ \t]")
+"""A line of label names that begins with a number."""
 
 
 def read_xmc(path: str | Path) -> tuple[csr_matrix[Any], csr_matrix[Any]]:
@@ -158,22 +161,35 @@ def read_labels(path: str | Path, num_labels: int | None = None, *, report: Repo
     """
     path = Path(path)
     names: list[str] = []
+    numbers: list[int] = []
     lines = LineChunks(path, report)
     num_used = 0
     for _, text in lines:
         for line in text.removesuffix(b"\n").split(b"\n"):
             names.append(_label_name(path, line, len(names), report))
+            if match := _NUMBERED.match(line):
+                numbers.append(int(match[1]))
             if line.strip():
                 num_used = len(names)
-    if num_labels is not None and lines.complete:
+    if lines.complete:
         # Blank lines after the last label are no labels.
-        del names[max(num_labels, num_used) :]
-        if len(names) != num_labels:
+        del names[max(num_labels or 0, num_used) :]
+        is_numbered = len(numbers) == len(names) and sorted(numbers) in _countings(len(names))
+        if is_numbered and numbers != sorted(numbers):
+            label = next(label for label, number in enumerate(numbers) if number != min(numbers) + label)
+            fact = f"the line begins with {numbers[label]}, but names label {label}: names go by their lines alone."
+            report(Problem(kind="rows", file=str(path), line=label + 1, text=fact, hint="Sort the file: sort -n."))
+        if num_labels is not None and len(names) != num_labels:
             fact = f"the file holds {len(names)} names, expected one for each of {num_labels} labels."
             line_number = min(len(names), num_labels + 1)
             hint = "Are these the labels of another data set?"
             report(Problem(kind="rows", file=str(path), line=line_number, text=fact, hint=hint))
     return tuple(names)
+
+
+def _countings(size: int) -> tuple[list[int], list[int]]:
+    """0 to `size` - 1, and 1 to `size`."""
+    return list(range(size)), list(range(1, size + 1))
 
 
 def _label_name(path: Path, line: bytes, label: int, report: Report) -> str:

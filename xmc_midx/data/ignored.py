@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from xmc_midx.data.files import LineChunks
+from xmc_midx.data.files import LineChunks, atomic_write
 from xmc_midx.data.problems import Problem, Report, excerpt, raise_error
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["read_ignored"]
+__all__ = ["ignored_name", "read_ignored", "write_ignored"]
 
 _PAIR = re.compile(rb"[ \t]*(\d{1,18})[ \t]+(\d{1,18})[ \t]*\r?")
 _PAIRS = re.compile(rb"(?:\d{1,18} \d{1,18}\n)*")
@@ -58,6 +58,24 @@ def read_ignored(
     matrix.sum_duplicates()
     matrix.data[:] = 1.0
     return matrix
+
+
+def write_ignored(path: Path, ignored: csr_matrix[Any]) -> None:
+    """The file that `read_ignored` reads back.
+
+    Raises
+    ------
+    ResourceError : it cannot be written.
+    """
+    pairs = ignored.tocoo()
+    with atomic_write(path) as file:
+        for row, label in zip(pairs.row.tolist(), pairs.col.tolist(), strict=True):
+            file.write(b"%d %d\n" % (row, label))
+
+
+def ignored_name(split: str) -> str:
+    """What the filter file of a split is called, uncompressed."""
+    return f"filter_labels_{split}.txt"
 
 
 def _read_lines(text: bytes, first_line: int, path: Path, sizes: tuple[int, int], report: Report) -> NDArray[np.int64]:

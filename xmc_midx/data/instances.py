@@ -22,6 +22,7 @@ from scipy.sparse import csr_matrix
 from xmc_midx.data.files import LineChunks, plain_name
 from xmc_midx.data.parser import Rules, parse_chunk, parse_lines
 from xmc_midx.data.problems import excerpt, raise_error
+from xmc_midx.data.raw import form_of
 from xmc_midx.data.table import SHORT_BYTES, rows_matrix
 from xmc_midx.errors import DataError
 
@@ -40,8 +41,8 @@ _LOOK_BYTES = 65536
 _NUMBERS = re.compile(rb"[\d\s.,+-]*")
 _FEATURE = re.compile(rb"\d+:(?:[\d.+-].*|nan|inf(?:inity)?)?", re.IGNORECASE)
 _HEADER = re.compile(rb"[ \t]*\d+[ \t]+\d+(?:[ \t]+\d+)?[ \t]*\r?")
-_LABELLED = {".tsv": b"\t", ".csv": b",", ".jsonl": b"{", ".json": b"{"}
-"""Names of files of texts with their labels, and what a line of one holds."""
+_LABELLED = {"tsv": b"\t", "csv": b",", "jsonl": b"{"}
+"""Forms of files of texts with their labels, and what a line of one holds."""
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
 """How gzip, bzip2 and xz streams begin."""
 
@@ -206,8 +207,11 @@ class InstanceReader:
         if self.is_text is None and (start := text.lstrip()):
             line = start.partition(b"\n")[0][:_LOOK_BYTES]
             self.is_text = looks_like_text(line)
-            name = plain_name(self._lines.path).lower()
-            if self.is_text and any(name.endswith(end) and sign in line for end, sign in _LABELLED.items()):
+            form = form_of(self._lines.path)
+            # In texts of any name there may be tabs; of two columns the first are labels.
+            num_marks = line.count(_LABELLED[form]) if form is not None else 0
+            is_table = num_marks == 1 if plain_name(self._lines.path).lower().endswith(".txt") else num_marks > 0
+            if self.is_text and is_table:
                 raise DataError(
                     f"{self._lines.path}: looks like texts with their labels, as `prepare` reads them; expected texts "
                     "alone, a line each.",

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from xmc_midx.data.files import SUFFIXES
+from xmc_midx.data.files import plain_name
 from xmc_midx.data.formats import read_labels
 from xmc_midx.data.raw import read_names
 from xmc_midx.errors import DataError
@@ -206,8 +206,8 @@ def read_label_names(path: str | Path) -> NameList:
     DataError : the file is missing, empty, or not what its name says.
     """
     path = Path(path)
-    plain = path.with_suffix("") if path.suffix in SUFFIXES else path
-    names = tuple(read_names(path)) if plain.suffix.lower() in (".json", ".jsonl") else read_labels(path)
+    is_json = Path(plain_name(path)).suffix.lower() in (".json", ".jsonl")
+    names = tuple(read_names(path)) if is_json else read_labels(path)
     if not names:
         raise DataError(f"{path}: is empty, expected a label's name on each line.")
     return NameList(path=path, names=names)

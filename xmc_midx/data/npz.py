@@ -81,9 +81,10 @@ def _read_csr(path: Path, arrays: ArrayFile) -> tuple[NDArray[Any], NDArray[Any]
     num_entries = int(offsets[-1])
     if offsets[0] != 0 or (offsets[1:] < offsets[:-1]).any():
         raise DataError(f"{path}: its offsets do not rise from 0, so it is not known where the rows are.")
-    ids = arrays.read("indices", kinds="iu", shape=(num_entries,), most=_MANY)
-    values = arrays.read("data", kinds="fbiu", shape=(num_entries,), most=_MANY)
-    return values, ids, offsets.astype(np.int64), (num_rows, num_columns)
+    # There may be room for more behind the last entry, as SciPy allows.
+    ids = arrays.read("indices", kinds="iu", shape=(num_entries,), most=_MANY, spare=True)
+    values = arrays.read("data", kinds="fbiu", shape=(num_entries,), most=_MANY, spare=True)
+    return values[:num_entries], ids[:num_entries], offsets.astype(np.int64), (num_rows, num_columns)
 
 
 def _checked(

@@ -75,6 +75,10 @@ def parse_chunk(text: bytes, rules: Rules) -> Rows | None:
     # Imported here: short files do without numba.
     from xmc_midx.data.kernels import scan_rows
 
+    if rules.svmlight:
+        # Lines of a comment alone remain: they are no rows.
+        text = _COMMENT.sub(b"", text) if b"#" in text else text
+        text = _QUERY_ID_FIRST.sub(rb"\1", text) if b"qid:" in text else text
     # As many as the text can hold: `0,` `0:1 ` and a newline.
     num_rows, num_pairs = text.count(b"\n"), len(text) // 4 + 1
     label_ids = np.empty(len(text) // 2 + 1, dtype=np.int32)
@@ -124,6 +128,8 @@ _FLOAT = re.compile(rb"[+-]?+(?:\d++(?:\.\d*+)?+|\.\d++)(?:[eE][+-]?+\d++)?+")
 _NOT_FINITE = re.compile(rb"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
 _TOKEN = re.compile(rb"[^ \t]+")
 _QUERY_ID = re.compile(rb"qid:\d+")
+_QUERY_ID_FIRST = re.compile(rb"^([^ \t\n#]*)[ \t]+qid:\d+(?=[ \t\r\n])", re.MULTILINE)
+_COMMENT = re.compile(rb"(?<=[^\s])[ \t]*#[^\n]*")
 _HUGE = 2**63
 """Stands for every integer beyond int64."""
 
@@ -239,10 +245,12 @@ class _Line:
     def _id(self, text: bytes, kind: str, name: str, limit: int, source: str) -> int | None:
         if not _INTEGER.fullmatch(text):
             what = f"{excerpt(text)} is not an integer, expected a {name}" if text else f"a {name} is missing"
-            self._fault(f"{kind}-value", f"{what}.")
+            hint = "Ids are whole numbers from 0: write +1 and -1 as 0 and 1." if text[:1] == b"+" else None
+            self._fault(f"{kind}-value", f"{what}.", hint)
             return None
         # int() refuses thousands of digits, and takes long over hundreds.
-        value = int(text) if len(text.lstrip(b"-0")) < 19 else _HUGE
+        digits = text.lstrip(b"-0")
+        value = int(digits or b"0") if len(digits) < 19 else _HUGE
         if 0 <= value < limit and not text.startswith(b"-"):
             return value
         fact = f"{name} {excerpt(text)[1:-1]} is outside 0..{limit - 1} ({source})."

@@ -192,29 +192,41 @@ def _read_text(
 # ------------------------------------------------------------------------- TSV
 
 
+def _lines(chunks: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+    """Numbers and lines without their ends; blank ones after the last that holds something are left out."""
+    blank: list[tuple[int, bytes]] = []
+    for first, chunk in chunks:
+        for number, line in enumerate(chunk[:-1].split(b"\n"), start=first):
+            if line.strip():
+                yield from blank
+                blank.clear()
+                yield number, line
+            else:
+                blank.append((number, line))
+
+
 def _read_table(
     path: Path, chunks: Iterable[tuple[int, bytes]], num_labels: int, num_instances: int | None
 ) -> _Entries:
     columns: Mapping[str, int] | None = None
     num_columns = 0
     numbers, scores = array("q"), array("f")  # instance, rank, label, line of each entry; their scores
-    for first, chunk in chunks:
-        for number, line in enumerate(chunk[:-1].split(b"\n"), start=first):
-            fields = line.removesuffix(b"\r").split(b"\t")
-            place = f"{path}:{number}"
-            if columns is None:
-                columns, is_head = _table_columns(fields, place)
-                num_columns = len(fields)
-                if is_head:
-                    continue
-            if len(fields) != num_columns:
-                raise DataError(f"{place}: has {len(fields)} columns, expected {num_columns} as the first line has.")
-            most = MAX_ENTRIES if num_instances is None else num_instances
-            instance = _whole(fields, columns, "instance", most, place)
-            label = _whole(fields, columns, "label", num_labels, place)
-            rank = _whole(fields, columns, "rank", 2**31, place) if "rank" in columns else 0
-            scores.append(_score(fields[columns["score"]], label, place))
-            numbers.extend((instance, rank, label, number))
+    for number, line in _lines(chunks):
+        fields = line.removesuffix(b"\r").split(b"\t")
+        place = f"{path}:{number}"
+        if columns is None:
+            columns, is_head = _table_columns(fields, place)
+            num_columns = len(fields)
+            if is_head:
+                continue
+        if len(fields) != num_columns:
+            raise DataError(f"{place}: has {len(fields)} columns, expected {num_columns} as the first line has.")
+        most = MAX_ENTRIES if num_instances is None else num_instances
+        instance = _whole(fields, columns, "instance", most, place)
+        label = _whole(fields, columns, "label", num_labels, place)
+        rank = _whole(fields, columns, "rank", 2**31, place) if "rank" in columns else 0
+        scores.append(_score(fields[columns["score"]], label, place))
+        numbers.extend((instance, rank, label, number))
     rows, ranks, ids, lines = np.frombuffer(numbers, dtype=np.int64).reshape(-1, 4).T
     if num_instances is None:
         num_instances = int(rows.max(initial=-1)) + 1
@@ -235,25 +247,24 @@ def _read_objects(
     most = MAX_ENTRIES if num_instances is None else num_instances
     place_of: dict[int, int] = {}  # instance -> line
     numbers, scores = array("q"), array("f")  # instance, rank, label of each entry; their scores
-    for first, chunk in chunks:
-        for number, line in enumerate(chunk[:-1].split(b"\n"), start=first):
-            place = f"{path}:{number}"
-            record = _object(line, place)
-            instance = _count(record, "instance", most, place)
-            if instance in place_of:
-                raise DataError(f"{place}: instance {instance} stands in line {place_of[instance]} too, expected once.")
-            place_of[instance] = number
-            labels = record.get("labels")
-            if not isinstance(labels, list):
-                raise DataError(f'{place}: "labels" is {json_kind(labels)}, expected a list of objects.')
-            for rank, entry in enumerate(labels):
-                if not isinstance(entry, dict):
-                    raise DataError(f'{place}: "labels" holds {json_kind(entry)}, expected objects.')
-                label, score = _count(entry, "label", num_labels, place), entry.get("score")
-                if isinstance(score, bool) or not isinstance(score, int | float):
-                    raise DataError(f"{place}: the score of label {label} is {json_kind(score)}, expected a number.")
-                scores.append(_score(str(score).encode(), label, place))
-                numbers.extend((instance, rank, label))
+    for number, line in _lines(chunks):
+        place = f"{path}:{number}"
+        record = _object(line, place)
+        instance = _count(record, "instance", most, place)
+        if instance in place_of:
+            raise DataError(f"{place}: instance {instance} stands in line {place_of[instance]} too, expected once.")
+        place_of[instance] = number
+        labels = record.get("labels")
+        if not isinstance(labels, list):
+            raise DataError(f'{place}: "labels" is {json_kind(labels)}, expected a list of objects.')
+        for rank, entry in enumerate(labels):
+            if not isinstance(entry, dict):
+                raise DataError(f'{place}: "labels" holds {json_kind(entry)}, expected objects.')
+            label, score = _count(entry, "label", num_labels, place), entry.get("score")
+            if isinstance(score, bool) or not isinstance(score, int | float):
+                raise DataError(f"{place}: the score of label {label} is {json_kind(score)}, expected a number.")
+            scores.append(_score(str(score).encode(), label, place))
+            numbers.extend((instance, rank, label))
     rows, ranks, ids = np.frombuffer(numbers, dtype=np.int64).reshape(-1, 3).T
     values = np.frombuffer(scores, dtype=np.float32)
     _refuse_twice(rows, ids, lambda one: f"{path}:{place_of[int(rows[one])]}: label {ids[one]}")

@@ -25,8 +25,9 @@ from filelock import FileLock, Timeout
 from scipy.sparse import csr_matrix, vstack
 
 from xmc_midx.crash import crash_point
-from xmc_midx.data.files import SUFFIXES, atomic_write, sync_directory
+from xmc_midx.data.files import SUFFIXES, atomic_write, find_variant, sync_directory
 from xmc_midx.data.formats import write_xmc
+from xmc_midx.data.ignored import ignored_name, read_ignored, write_ignored
 from xmc_midx.data.labelset import LabelKind, LabelRows, LabelSet, RawLabels, read_label_names
 from xmc_midx.data.raw import TextLayout, TextRecord, read_texts
 from xmc_midx.data.vocabulary import Vocabulary
@@ -35,7 +36,12 @@ from xmc_midx.types import Reporter, SilentReporter
 
 __all__ = ["Preparation", "PreparedSplit", "prepare"]
 
-_OURS = {f"{name}.txt{suffix}" for name in ("train", "test", "labels", "vocabulary") for suffix in SUFFIXES}
+_SPLITS = "train", "test"
+_OURS = {
+    f"{name}{suffix}"
+    for name in ("labels.txt", "vocabulary.txt", *(f"{split}.txt" for split in _SPLITS), *map(ignored_name, _SPLITS))
+    for suffix in SUFFIXES
+}
 """All that a directory may hold which is replaced."""
 
 _TEXTS_AT_ONCE = 4096
@@ -123,6 +129,10 @@ def prepare(
     if test_fraction is not None and not 0 < test_fraction < 1:
         raise UsageError(f"Test fraction {test_fraction:g}: expected a share between 0 and 1.")
     layout = layout or TextLayout()
+    for given in (text, test, label_names):
+        if given is not None and Path(output).resolve() in Path(given).resolve().parents:
+            hint = "Choose a directory that holds none of the inputs."
+            raise UsageError(f"{given}: lies in {output}, which is made or replaced as a whole.", hint=hint)
     with _place_for(Path(output).resolve(), force=force) as staging:
         names = None if label_names is None else read_label_names(label_names)
         found = RawLabels()
@@ -153,6 +163,14 @@ def prepare(
         for remark in found.remarks(labels, train.labels):
             reporter.message(f"warning: {remark}")
         reporter.start("write", None)
+        is_kept = labels.kind == "ids" and test_fraction is None
+        for name, split in splits.items():
+            source = find_variant(split.path.parent, ignored_name(name))
+            if source is not None and is_kept:
+                ignored = read_ignored(source, len(split.labels.counts), labels.num_labels)
+                write_ignored(staging / ignored_name(name), ignored)
+            elif source is not None:
+                reporter.message(f"warning: {source} is left out: it is of other ids or rows than these splits.")
         files = _write(staging, splits, labels, vocabulary, compress=compress)
     unseen = set() if held_out is None else set(held_out.labels.numbers) - set(train.labels.numbers)
     return Preparation(
@@ -221,12 +239,17 @@ def _hold_out(
     records: Iterator[TextRecord], held_out: _Split, texts: list[str], fraction: float, seed: int
 ) -> Iterator[TextRecord]:
     """Pass the training records on, put the texts of the others into `texts`."""
+    num_kept = 0
     for record in records:
         digest = hashlib.blake2b(f"{seed}\n{record.text}".encode(errors="surrogatepass"), digest_size=8).digest()
         if int.from_bytes(digest, "big") < fraction * 2**64:
             texts.append(held_out.take(record))
         else:
+            num_kept += 1
             yield record
+    if not num_kept:
+        fact = f"{held_out.path}: no instance is left to train on when {fraction:g} of them are the test split"
+        raise DataError(f"{fact}.", hint="Lower --test-fraction.")
     if not texts:
         fact = f"{held_out.path}: no instance was held out as the test split ({fraction:g} of them)"
         raise DataError(f"{fact}, expected some.", hint="Raise --test-fraction, or try another --seed.")

@@ -18,16 +18,17 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from xmc_midx.data.files import MAX_LINE_BYTES, SUFFIXES, LineChunks
+from xmc_midx.data.files import MAX_LINE_BYTES, LineChunks, plain_name
 from xmc_midx.data.problems import excerpt, json_kind, raise_error, shown
 from xmc_midx.errors import DataError, UsageError
 
-__all__ = ["TextForm", "TextLayout", "TextRecord", "read_names", "read_texts", "text_form"]
+__all__ = ["TextForm", "TextLayout", "TextRecord", "form_of", "read_names", "read_texts", "text_form"]
 
 TextForm = Literal["tsv", "csv", "jsonl"]
 
@@ -91,6 +92,11 @@ class TextRecord:
     """Ids or names, each once, without blanks around them; may be empty."""
 
 
+def form_of(path: Path) -> TextForm | None:
+    """The form that a file's name tells, if it does."""
+    return _FORMS.get(Path(plain_name(path)).suffix.lower())
+
+
 def text_form(path: Path) -> TextForm:
     """The form that a file's name tells.
 
@@ -98,8 +104,7 @@ def text_form(path: Path) -> TextForm:
     ------
     UsageError : it tells none.
     """
-    name = path.with_suffix("") if path.suffix in SUFFIXES else path
-    form = _FORMS.get(name.suffix.lower())
+    form = form_of(path)
     if form is None:
         raise UsageError(
             f"{path}: the name does not say what it is; expected .tsv, .csv or .jsonl (perhaps .gz, .bz2, .xz).",
@@ -321,7 +326,7 @@ def _checked_labels(labels: Sequence[str], place: str) -> tuple[str, ...]:
         raise DataError(f"{place}: has {len(labels):,} labels, expected at most {MAX_LABELS:,}.")
     checked = tuple(_checked_label(label, place) for label in labels)
     if len(set(checked)) != len(checked):
-        twice = next(label for label in checked if checked.count(label) > 1)
+        twice = Counter(checked).most_common(1)[0][0]
         raise DataError(f"{place}: the label {shown(twice)} stands there twice, expected each once.")
     return checked
 

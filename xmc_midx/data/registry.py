@@ -190,16 +190,17 @@ def find_spec(name: str) -> DatasetSpec:
     raise UsageError(f"{name}: no such data set in the registry.", hint=hint)
 
 
-def match_spec(num_features: int, num_labels: int, num_train: int | None = None) -> DatasetSpec | None:
+def match_spec(num_features: int | None, num_labels: int, num_train: int | None = None) -> DatasetSpec | None:
     """The entry with exactly these sizes, to choose A and B for a directory; None if there is none.
 
     Parameters
     ----------
+    num_features : None leaves them out of the comparison, as those of raw text are ours; the rows must then be given.
     num_train : rows of the training split; None (no training split) leaves it out of the comparison.
     """
     for spec in load_registry():
-        known = (spec.num_features, spec.num_labels) == (num_features, num_labels)
-        if known and num_train in (None, spec.num_train):
+        known = spec.num_labels == num_labels and num_features in (None, spec.num_features)
+        if known and num_train in ((spec.num_train,) if num_features is None else (None, spec.num_train)):
             return spec
     return None
 

@@ -99,7 +99,7 @@ class RowTable:
             pool.shutdown(cancel_futures=True)
         if lines.complete and self._wanted is not None and self.num_rows < self._wanted:
             fact = f"the file ends after {self.num_rows} instances, {self._source}."
-            late.append(self._fault(lines.num_lines, fact, "Is the file cut?"))
+            late.append(self._fault(max(lines.num_lines, 1), fact, "Is the file cut?"))
         for problem in late:
             self._report(problem)
 

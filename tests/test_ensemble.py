@@ -1,0 +1,231 @@
+"""Ensembles: models of their own that a run holds together, trained one after the other, averaged at prediction."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.special import logsumexp
+
+from xmc_midx import Predictor, evaluate, load_config, resume, train
+from xmc_midx.cli import app
+from xmc_midx.config import Config
+from xmc_midx.data.dataset import load_dataset
+from xmc_midx.errors import DataError
+from xmc_midx.pipeline import TrainResult, plan
+from xmc_midx.recipe import DataShape, resolve
+from xmc_midx.session import TrainingSession
+from xmc_midx.topk import mean_of
+from xmc_midx.types import SilentReporter, TopK
+
+OPTIONS = (
+    "model.dim=16",
+    "training.epochs=2",
+    "training.batch_size=32",
+    "training.label_learning_rate=0.05",
+    "training.encoder_learning_rate=0.2",
+    "training.seed=5",
+    "sampler.num_draws=8",
+    "data.validation_fraction=0.2",
+)
+L = 23
+
+
+def make_config(*assignments: str) -> Config:
+    return load_config(assignments=[*OPTIONS, *assignments])
+
+
+@pytest.fixture(scope="module")
+def trained(topic_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """An ensemble of three. Read only."""
+    output = tmp_path_factory.mktemp("runs") / "three"
+    return train(topic_dir, output=output, config=make_config("training.ensemble_size=3"), test=topic_dir / "test.txt")
+
+
+def members_of(run: str | Path) -> list[Path]:
+    return [Path(run), Path(run) / "members" / "2", Path(run) / "members" / "3"]
+
+
+def dense(top: TopK) -> np.ndarray:
+    """(N, L) scores; -inf where a label is not in the result."""
+    found = np.full((len(top.label_ids), L), -np.inf)
+    rows, places = np.nonzero(top.label_ids >= 0)
+    found[rows, top.label_ids[rows, places]] = top.scores[rows, places]
+    return found
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_mean_of_rankings_is_that_of_dense_scores(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    num_rows, num_labels, width, k = (int(n) for n in rng.integers(1, [9, 14, 9, 12]))
+    parts, wholes = [], []
+    for _ in range(int(rng.integers(1, 5))):
+        ids = np.full((num_rows, width), -1)
+        scores = np.full((num_rows, width), -np.inf, dtype=np.float32)
+        whole = np.full((num_rows, num_labels), np.nan)
+        for row in range(num_rows):
+            count = int(rng.integers(0, min(width, num_labels) + 1))
+            ids[row, :count] = rng.permutation(num_labels)[:count]
+            scores[row, :count] = np.sort(rng.integers(-3, 4, count) / 2)[::-1]
+            whole[row, ids[row, :count]] = scores[row, :count]
+        parts.append(TopK(label_ids=ids, scores=scores))
+        wholes.append(whole)
+    found = mean_of(parts, k)
+    for row in range(num_rows):
+        least = [0.0 if np.isnan(whole[row]).all() else np.nanmin(whole[row]) for whole in wholes]
+        filled = [np.where(np.isnan(whole[row]), one, whole[row]) for whole, one in zip(wholes, least, strict=True)]
+        mean = np.mean(filled, axis=0)
+        known = np.flatnonzero(~np.isnan(np.array([whole[row] for whole in wholes])).all(axis=0))
+        best = sorted(known.tolist(), key=lambda label, mean=mean: (-mean[label], label))[:k]  # type: ignore[misc]
+        assert found.label_ids[row].tolist() == best + [-1] * (k - len(best))
+        np.testing.assert_allclose(found.scores[row, : len(best)], mean[best], atol=1e-6)
+        assert np.isneginf(found.scores[row, len(best) :]).all()
+
+
+def test_each_model_is_the_run_of_its_seed(trained: TrainResult, topic_dir: Path, tmp_path: Path) -> None:
+    assert (trained.num_models, trained.finished) == (3, True)
+    for number, path in enumerate(members_of(trained.run)):
+        alone = tmp_path / str(number)
+        train(topic_dir, output=alone, config=make_config(f"training.seed={5 + number}", "training.ensemble_size=1"))
+        for name in ("model.safetensors", "interpolation.json", "metrics.jsonl"):
+            if name == "metrics.jsonl":
+                lines = [[json.loads(line) for line in (p / name).read_text().splitlines()] for p in (path, alone)]
+                assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
+            else:
+                assert (path / name).read_bytes() == (alone / name).read_bytes()
+    sizes = [
+        sum(
+            (path / f"{name}.safetensors").stat().st_size
+            for name in ("model", "neighbors", "ranker")
+            if (path / f"{name}.safetensors").exists()
+        )
+        for path in members_of(trained.run)
+    ]
+    assert trained.model_bytes == sum(sizes)
+
+
+def test_scores_are_averaged_as_shares_and_probabilities_as_they_are(trained: TrainResult, topic_dir: Path) -> None:
+    rows = load_dataset(topic_dir).split("test").features
+    whole = Predictor.load(trained.run)
+    singles = [Predictor.load(path) for path in members_of(trained.run)]
+    singles[0].members = ()
+    assert len(whole.members) == 2
+    logits = [dense(one.predict(rows, k=L)) for one in singles]
+    shares = np.mean([one - logsumexp(one, axis=1, keepdims=True) for one in logits], axis=0)
+    chances = np.mean([dense(one.predict(rows, k=L, scores="probabilities")) for one in singles], axis=0)
+    for scores, expected in (("logits", shares), ("probabilities", chances)):
+        for k in (1, 5, L):
+            found = whole.predict(rows, k=k, scores=scores)  # type: ignore[arg-type]
+            best = np.sort(expected, axis=1)[:, ::-1][:, :k]
+            np.testing.assert_allclose(found.scores, best, atol=1e-5)
+            np.testing.assert_allclose(np.take_along_axis(expected, found.label_ids, axis=1), best, atol=1e-5)
+    allowed = whole.predict(rows, k=4, allow=[3, 1, 7])
+    assert set(np.unique(allowed.label_ids)) <= {-1, 1, 3, 7} and (allowed.label_ids[:, 3] == -1).all()
+    above = whole.predict(rows, k=5, scores="probabilities", threshold=0.4)
+    assert (above.scores[above.label_ids >= 0] >= 0.4).all() and (above.label_ids == -1).any()
+    one = whole.predict(rows[7], k=3)
+    np.testing.assert_array_equal(one.label_ids[0], whole.predict(rows, k=3).label_ids[7])
+    assert trained.test is not None
+    assert evaluate(trained.run, data=topic_dir).report.metrics == pytest.approx(trained.test.metrics)
+    assert (
+        evaluate(trained.run, data=topic_dir).report.metrics
+        != evaluate(members_of(trained.run)[1], data=topic_dir).report.metrics
+    )
+
+
+@pytest.mark.parametrize("stopped_at", [2, 3])
+def test_an_interrupted_ensemble_goes_on_and_predicts_with_what_is_there(
+    trained: TrainResult, topic_dir: Path, tmp_path: Path, stopped_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, begun = tmp_path / "run", []
+    original = TrainingSession._end_epoch
+
+    def stop(self: TrainingSession, *arguments: Any) -> None:
+        original(self, *arguments)
+        if self.run_directory.path not in begun:
+            begun.append(self.run_directory.path)
+            if len(begun) == stopped_at:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingSession, "_end_epoch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(topic_dir, output=run, config=make_config("training.ensemble_size=3"))
+    assert len(Predictor.load(run).members) == stopped_at - 2
+    assert app.run(["train", str(topic_dir), "--output", str(run)]) == 2, "an unfinished run is not begun anew"
+    messages: list[str] = []
+
+    class Listener(SilentReporter):
+        def message(self, text: str) -> None:
+            messages.append(text)
+
+    result = resume(run, reporter=Listener())
+    assert result.finished and result.num_models == 3 and "the run is finished already" not in messages
+    for mine, whole in zip(members_of(run), members_of(trained.run), strict=True):
+        assert (mine / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    again = resume(run, reporter=Listener())
+    assert "the run is finished already" in messages and again.model_bytes == trained.model_bytes
+    assert len(Predictor.load(run).members) == 2
+
+
+def test_a_time_limit_between_two_models_is_obeyed(topic_dir: Path, tmp_path: Path) -> None:
+    result = train(topic_dir, output=tmp_path / "run", config=make_config("training.ensemble_size=2"), max_seconds=1e-3)
+    assert not result.finished and not (tmp_path / "run" / "members").exists()
+    assert resume(tmp_path / "run").finished
+
+
+def test_a_member_of_other_data_and_a_damaged_one_are_refused(
+    trained: TrainResult, topic_dir: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained.run, run)
+    path = run / "members" / "3" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"model\.safetensors: is not what model\.json says"):
+        Predictor.load(run)
+    (tmp_path / "other.txt").write_text("4 3 2\n0 0:1\n1 1:1\n0 2:1\n1 1:2\n")
+    shutil.rmtree(run / "members" / "3")
+    train(
+        tmp_path / "other.txt",
+        output=run / "members" / "3",
+        config=load_config(assignments=["training.ensemble_size=1"]),
+    )
+    with pytest.raises(DataError, match="is of other features or labels"):
+        Predictor.load(run)
+
+
+def test_what_takes_one_model_says_which(trained: TrainResult, topic_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    assert app.run(["export", trained.run, str(tmp_path / "out")]) == 0
+    assert "its first model alone" in " ".join(capsys.readouterr().err.split())
+    assert app.run(["diagnose", trained.run, str(topic_dir), "--num-draws", "4", "--samplers", "uniform"]) == 0
+    assert "its first model alone" in " ".join(capsys.readouterr().err.split())
+
+
+def test_force_replaces_an_ensemble(trained: TrainResult, topic_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained.run, run)
+    options = [word for option in (*OPTIONS, "training.ensemble_size=1") for word in ("--set", option)]
+    assert app.run(["train", str(topic_dir), "--output", str(run), "--force", *options]) == 0
+    assert not (run / "members").exists()
+    assert "models of" not in capsys.readouterr().out
+
+
+def test_the_forecast_counts_every_model(topic_dir: Path) -> None:
+    one, three = (plan(topic_dir, config=make_config(f"training.ensemble_size={size}")).forecast for size in (1, 3))
+    assert three.disk_bytes == 3 * one.disk_bytes and three.host_bytes == one.host_bytes
+    assert one.finish_seconds is not None and three.finish_seconds == pytest.approx(3 * one.finish_seconds)
+
+
+def test_best_is_an_ensemble() -> None:
+    def size(num_instances: int, *assignments: str) -> object:
+        shape = DataShape(num_instances=num_instances, num_features=9, num_labels=9, num_positives=num_instances)
+        return resolve(load_config(assignments=assignments), shape).training.ensemble_size
+
+    assert size(10**6, "training.preset=best") == 3
+    assert size(10**6) == size(10**6, "training.preset=fast") == 1

@@ -53,6 +53,15 @@ def test_a_known_law_is_found_and_its_probabilities_are_honest() -> None:
         assert positive[chosen].mean() == pytest.approx(stated.scores[chosen].mean(), abs=0.03)
 
 
+def test_a_probability_does_not_depend_on_how_many_are_asked_for() -> None:
+    rng = np.random.default_rng(3)
+    scores = -np.sort(-rng.normal(size=(40, L)) * 3, axis=1).astype(np.float32)
+    ids = np.stack([rng.permutation(L) for _ in range(40)])
+    whole = calibrate(TopK(label_ids=ids, scores=scores), LAW)
+    best = calibrate(TopK(label_ids=ids[:, :K], scores=scores[:, :K]), LAW)
+    np.testing.assert_array_equal(whole.scores[:, :K], best.scores)
+
+
 def test_the_fit_is_the_logistic_regression_over_the_twenty_best() -> None:
     top, labels = scores_and_labels(2, 400)
     fitted = fit_calibration(top, labels)

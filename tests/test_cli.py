@@ -785,6 +785,23 @@ def test_force_puts_an_old_run_back_that_a_killed_replacement_left_aside(
     assert [path.name for path in tmp_path.iterdir()] == ["r"]
 
 
+@pytest.mark.parametrize("options", [(), ("--resume",)])
+@pytest.mark.parametrize("has_checkpoint", [True, False])
+def test_what_a_killed_replacement_left_is_cleared_without_force_too(
+    options: tuple[str, ...], has_checkpoint: bool, cli: Any, pipeline: Any, tmp_path: Path
+) -> None:
+    (tmp_path / ".r.replaced").mkdir()
+    (tmp_path / ".r.replaced" / "config.yaml").write_text("old")
+    (tmp_path / "r").mkdir()
+    for name in ("config.yaml", "run.json", *(["latest"] if has_checkpoint else [])):
+        (tmp_path / "r" / name).write_text("{}")
+    pipeline.failure = DataError("No such dataset.")
+    assert cli("train", "d", "--output", tmp_path / "r", *options).code == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
+    if options:  # else the stand-in for a training has written its own
+        assert (tmp_path / "r" / "config.yaml").read_text() == ("{}" if has_checkpoint else "old")
+
+
 @pytest.mark.parametrize("beside", [[], ["config.yaml"], ["config.yaml", "run.json"]])
 def test_force_deletes_nothing_that_is_not_of_a_run(beside: list[str], cli: Any, pipeline: Any, tmp_path: Path) -> None:
     """Other programs have a config.yaml too, and predictions may lie in a run directory."""

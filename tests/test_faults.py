@@ -39,6 +39,8 @@ from xmc_midx.packing import pack_rows
 from xmc_midx.pipeline import evaluate, resume, train
 from xmc_midx.predictor import Predictor
 from xmc_midx.rundir import RunDirectory
+from xmc_midx.session import TrainingSession
+from xmc_midx.types import SilentReporter
 
 GOLDEN = Path(__file__).parent / "golden"
 OPTIONS = [
@@ -799,7 +801,7 @@ def test_each_of_200_flipped_bits_of_a_finished_model_is_found(whole: Path, tmp_
     run, rng = tmp_path / "run", np.random.default_rng(6)
     shutil.copytree(whole, run, ignore=shutil.ignore_patterns("checkpoints"))
     candidates = ("labels.txt", "vocabulary.txt", "neighbors.safetensors", "ranker.safetensors")
-    names = ["model.safetensors", "model.json", "interpolation.json"]
+    names = ["model.safetensors", "model.json", "interpolation.json", "config.yaml"]
     names += [name for name in candidates if (run / name).exists()]
     Predictor.load(run)
     for number in range(200):
@@ -812,6 +814,37 @@ def test_each_of_200_flipped_bits_of_a_finished_model_is_found(whole: Path, tmp_
         with pytest.raises(DataError):
             Predictor.load(run)
         path.write_bytes(sound)
+
+
+@pytest.mark.fault("R6")
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_a_damaged_best_checkpoint_is_gone_on_without(topic_dir: Path, tmp_path: Path, is_gone: bool) -> None:
+    run, messages = tmp_path / "run", list[str]()
+
+    class Listener(SilentReporter):
+        def message(self, text: str) -> None:
+            messages.append(text)
+
+    options = [*OPTIONS, "training.epochs=6", "training.keep_checkpoints=9", "training.save_every_steps=5"]
+    falling = iter(range(9, 0, -1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("xmc_midx.session._score", lambda _: next(falling) / 10)
+        patch.setattr(TrainingSession, "_build_cells", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(topic_dir, output=run, config=load_config(assignments=options))
+    store = CheckpointStore(run / "checkpoints")
+    best = store.step_of("best")
+    assert best is not None and best != store.step_of("latest")
+    path = store.path_of("best")
+    if is_gone:
+        shutil.rmtree(path)
+    else:
+        content = bytearray((path / "model.safetensors").read_bytes())
+        content[-1] ^= 1
+        (path / "model.safetensors").write_bytes(content)
+    result = resume(run, reporter=Listener())
+    assert result.finished and any("going on without the best checkpoint" in one for one in messages)
+    assert Predictor.load(run).num_labels > 0
 
 
 @pytest.mark.fault("R6")

@@ -12,7 +12,7 @@ from xmc_midx.build import build_encoder, build_softmax
 from xmc_midx.cli import app
 from xmc_midx.config import load_config
 from xmc_midx.data.dataset import load_dataset
-from xmc_midx.forecast import Speed, TrainingData, _rows_of_a_batch, cheaper_options, forecast
+from xmc_midx.forecast import Forecast, Speed, TrainingData, _rows_of_a_batch, cheaper_options, forecast
 from xmc_midx.pipeline import plan, train
 from xmc_midx.recipe import DataShape, resolve
 
@@ -180,6 +180,20 @@ def test_plan_takes_a_shape_for_data_that_is_not_there(capsys: pytest.CaptureFix
 def test_a_shape_that_is_none_is_refused(capsys: pytest.CaptureFixture[str], shape: str) -> None:
     assert app.run(["plan", "--shape", shape]) == 2
     assert "expected five numbers" in capsys.readouterr().err
+
+
+def test_what_cannot_be_used_is_not_counted() -> None:
+    data = TrainingData.of_shape(1000, 1000, 300, values=10, positives=2)
+
+    def needs(*options: str) -> Forecast:
+        return plan(data, config=load_config(assignments=["model.dim=8", *options])).forecast
+
+    assert needs("training.keep_checkpoints=100000000").disk_bytes < 600 * needs().checkpoint_bytes + 10**9
+    assert needs("training.batch_size=1000000000").seconds is not None, "the products of a billion are not timed"
+    shape = DataShape(num_instances=1000, num_features=1000, num_labels=300, num_positives=data.num_positives)
+    config = resolve(load_config(assignments=["model.dim=8", "sampler.num_codewords=50000"]), shape)
+    (best, _), *_ = cheaper_options(config, data)
+    assert best == "sampler.num_codewords=22"
 
 
 def test_plan_names_memory_where_it_does_not_fit() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -124,6 +126,34 @@ def test_neighbours_that_know_the_answer_get_weight_and_useless_ones_none() -> N
     assert chosen.needs_neighbors and chosen.mixture + chosen.votes > 0.5
     right = shortlist_of(20.0 * labels.toarray())
     assert not fit(right, rows, labels[rng.permutation(num_rows)], rows, labels).needs_neighbors
+
+
+@pytest.mark.parametrize("frequency", [-0.4, 0.3])
+@pytest.mark.parametrize("is_voted", [True, False])
+def test_the_first_results_do_not_depend_on_how_many_are_asked_for(frequency: float, is_voted: bool) -> None:
+    rng = np.random.default_rng(15)
+    num_rows, num_labels, listed = 20, 300, 100
+    settings = replace(SETTINGS, frequency=frequency)
+    frequencies = np.where(rng.random(num_labels) < 0.5, 0, rng.integers(1, 10**6, num_labels))
+    margins = rng.normal(size=(num_rows, num_labels)).astype(np.float32)
+    votes = sp.csr_matrix(rng.random((num_rows, num_labels)) * (rng.random((num_rows, num_labels)) < 0.05) * is_voted)
+    full = shortlist_of(rng.normal(size=(num_rows, num_labels)) / 2)
+    reference = TopK(label_ids=full.label_ids[:, :listed], scores=full.scores[:, :listed])
+
+    def ranked(top: TopK, k: int) -> TopK:
+        return interpolate(
+            top, votes, frequencies, settings, k, margin_of=lambda row, label: margins[row, label], reference=reference
+        )
+
+    few, all_of_them = ranked(reference, listed), ranked(full, num_labels)
+    np.testing.assert_array_equal(all_of_them.label_ids[:, :listed], few.label_ids)
+    np.testing.assert_array_equal(all_of_them.scores[:, :listed], few.scores)
+    assert (np.sort(all_of_them.label_ids, axis=1) == np.arange(num_labels)).all()
+    for row in range(num_rows):
+        scored = set(reference.label_ids[row]) | set(votes[row].indices)
+        behind = [label for label in full.label_ids[row].tolist() if label not in scored]
+        assert all_of_them.label_ids[row, len(scored) :].tolist() == behind, "the rest as the model ranks them"
+    assert (np.diff(all_of_them.scores) <= 0).all() and np.isfinite(all_of_them.scores).all()
 
 
 def test_a_choice_of_labels_filters_the_ranking_of_all() -> None:

@@ -22,12 +22,12 @@ from xmc_midx.data import formats
 from xmc_midx.data.dataset import load_dataset, load_split
 from xmc_midx.data.features import IDF
 from xmc_midx.errors import DataError, DivergedError, ResourceError, UsageError
-from xmc_midx.metrics import evaluate_topk
+from xmc_midx.metrics import evaluate_topk, without_ignored
 from xmc_midx.pipeline import TrainResult, evaluate, export, plan, predict, resume, train
 from xmc_midx.predictor import Predictor
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.session import TrainingSession
-from xmc_midx.types import SilentReporter
+from xmc_midx.types import SilentReporter, TopK
 
 OPTIONS = (
     "model.dim=16",
@@ -623,6 +623,70 @@ def test_a_divergent_training_stops_and_keeps_a_finite_checkpoint(topic_dir: Pat
     if store.step_of("latest") is not None:
         for tensor in store.load("latest", ["model"]).parts["model"].values():
             assert torch.isfinite(tensor).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("sampler.name=in-batch", "sampler.estimator=instance"),
+        ("model.label_memory=host", "sampler.name=lsh"),
+    ],
+)
+def test_values_that_do_not_go_together_leave_nothing_behind(
+    topic_dir: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    with pytest.raises(UsageError):
+        train(topic_dir, output=tmp_path / "run", config=load_config(assignments=options))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UsageError):
+        plan(topic_dir, config=load_config(assignments=options))
+
+
+def test_a_carriage_return_in_a_name_is_part_of_it(topic_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(topic_dir, tmp_path / "data")
+    num_labels = load_dataset(topic_dir).num_labels
+    names = [f"topic {label}" for label in range(num_labels)]
+    names[4] = "to\rpic"
+    (tmp_path / "data" / "labels.txt").write_bytes("".join(f"{name}\n" for name in names).encode())
+    train(tmp_path / "data", output=tmp_path / "run", config=make_config("training.epochs=1"))
+    predictor = Predictor.load(tmp_path / "run")
+    assert predictor.label_names == tuple(names)
+    (tmp_path / "allow.txt").write_bytes(b"to\rpic\n")
+    found = predict(tmp_path / "run", input=topic_dir / "test.txt", k=1, allow=tmp_path / "allow.txt")
+    assert set(np.unique(found.top.label_ids)) == {4}
+
+
+def test_a_threshold_is_a_number(trained: TrainResult) -> None:
+    with pytest.raises(UsageError, match="threshold is nan"):
+        Predictor.load(trained.run).predict({0: 1.0}, threshold=float("nan"))
+
+
+def test_more_neighbours_than_instances_are_all_of_them(topic_dir: Path, tmp_path: Path) -> None:
+    config = make_config("neighbors.enabled=true", "neighbors.count=100000000000", "training.epochs=1")
+    train(topic_dir, output=tmp_path / "run", config=config)
+    assert json.loads((tmp_path / "run" / "interpolation.json").read_text())["count"] <= 320
+
+
+def test_one_filter_line_of_very_many_pairs_costs_the_others_nothing(
+    trained: TrainResult, topic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(topic_dir, tmp_path / "data")
+    pairs = [(3, label) for label in range(22)] + [(7, 1), (9, 2), (9, 4)]
+    (tmp_path / "data" / "filter_labels_test.txt").write_text("".join(f"{row} {label}\n" for row, label in pairs))
+    asked: list[tuple[int, int]] = []
+    original = Predictor.predict
+
+    def noted(self: Predictor, instances: Any, k: int = 5, **options: Any) -> TopK:
+        asked.append((instances.shape[0], k))
+        return original(self, instances, k, **options)
+
+    monkeypatch.setattr(Predictor, "predict", noted)
+    found = evaluate(trained.run, data=tmp_path / "data").report
+    assert sorted(asked) == [(1, 6), (1, 8), (1, 23), (147, 5)]
+    split = load_dataset(tmp_path / "data").split("test")
+    top = original(Predictor.load(trained.run), split.features, k=23)
+    expected = evaluate_topk(*without_ignored(top, split.labels, split.ignored), ks=(1, 3, 5))
+    assert found.metrics["P@5"] == pytest.approx(expected.metrics["P@5"], abs=1e-12)
 
 
 def test_a_divergence_after_good_epochs_keeps_the_model_of_those(

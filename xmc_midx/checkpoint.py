@@ -299,8 +299,8 @@ class CheckpointStore:
         )
 
     def verify(self, step: int, *, hashes: bool) -> None:
-        """A DataError where the checkpoint of a step is missing or is not what its manifest says."""
-        _verify(self.directory / str(step), [], hashes=hashes)
+        """A DataError where the model of the checkpoint of a step is missing or is not what its manifest says."""
+        _verify(self.directory / str(step), ["model.safetensors"], hashes=hashes)
 
     def _load(self, path: Path, parts: list[str], verify: bool) -> Checkpoint:
         wanted = [f"{part}.safetensors" for part in parts]

@@ -560,7 +560,10 @@ class TrainingSession:
         self.reporter.message(f"warning: {error.message}")
         self.reporter.message(f"warning: going on without the best checkpoint, of epoch {self.best_epoch}")
         self.best_step, self.best_epoch, self.best_score, self.validation = 0, 0, -1.0, {}
-        self.store.unpoint("best")
+        if self.history and self.history[-1]["step"] == self.trainer.step:
+            self.best_step, self.best_epoch = self.trainer.step, len(self.history)
+            self.validation = dict(self.history[-1]["validation"])
+            self.best_score = _score(self.validation) or -1.0
 
     def _point_back(self) -> None:
         """Let the pointers name what this checkpoint knows; they may be ahead of it after a kill or a damage."""

@@ -193,16 +193,17 @@ def _place_for(run: Path, *, force: bool) -> AbstractContextManager[None]:
     aside = _aside(run)
     if not aside.exists() and not (force and run.is_dir() and any(run.iterdir())):
         return nullcontext()
-    if run.resolve() in (Path.cwd(), *Path.cwd().parents):
+    has_checkpoint = (run / "latest").exists()
+    if (force or not has_checkpoint) and run.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise UsageError(f"--force: {run} is the directory you are in.", hint="Leave it first.")
     from xmc_midx.rundir import RunDirectory
 
-    if run.exists():
+    if run.exists() and (force or not has_checkpoint):
         RunDirectory.require_replaceable(run)
     with RunDirectory.lock(run) if run.exists() else nullcontext():
         if aside.exists():
             # A replacement was killed: before its first checkpoint, the old run is the one to keep.
-            if (run / "latest").exists():
+            if has_checkpoint:
                 shutil.rmtree(aside)
             else:
                 shutil.rmtree(run, ignore_errors=True)

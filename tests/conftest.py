@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix, random_array
 
+from xmc_midx import recipe
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -37,6 +39,9 @@ if not any(Path("/dev").glob("nvidia[0-9]*")) and shutil.which("nvidia-smi") is 
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # The tests leave the user's cache alone; those of the cache have their own.
 os.environ["XMC_MIDX_NO_CACHE"] = "1"
+
+# Of so few instances the default is an ensemble: the same test five times. test_ensemble.py is about those.
+recipe._ENSEMBLED_INSTANCES = 0
 
 SHARED_DATA = ROOT.parent / "shared" / "data"
 

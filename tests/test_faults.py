@@ -51,6 +51,7 @@ OPTIONS = [
     "sampler.num_draws=8",
     "data.validation_fraction=0.1",
     "training.save_every_steps=1",
+    "training.ensemble_size=1",
 ]
 """288 training instances: 9 steps an epoch, 27 in all, each of them saved, and neighbours at the end."""
 STEPS, TOTAL = 9, 27
@@ -960,6 +961,22 @@ def test_a_model_that_is_not_finite_is_never_saved(
 # --------------------------------------------------------------------------- R12: memory
 
 
+@pytest.mark.fault("R1")
+@pytest.mark.parametrize("point", ["run.begun:2", "step.done:40", "model.unsealed:2"])
+def test_a_kill_in_a_further_model_of_an_ensemble_loses_nothing(
+    topic_dir: Path, whole: Path, tmp_path: Path, processes: Any, point: str
+) -> None:
+    run, options = tmp_path / "run", [*OPTIONS, "training.ensemble_size=2"]
+    assert run_child(processes, victims.work, str(topic_dir), str(run), options, point, None, 0) == -signal.SIGKILL
+    assert (run / "members" / "2").exists() and weights(run) == weights(whole)
+    assert Predictor.load(run).members == []
+    assert run_child(processes, victims.work, str(topic_dir), str(run), options, None, None, 0) == 0
+    assert strays(run) == [] and len(Predictor.load(run).members) == 1
+    alone = tmp_path / "alone"
+    train(topic_dir, output=alone, config=load_config(assignments=[*OPTIONS, "training.seed=1"]))
+    assert weights(run / "members" / "2") == weights(alone)
+
+
 @pytest.mark.fault("R12")
 @pytest.mark.parametrize("blind", [False, True], ids=["forecast", "allocation"])
 def test_too_little_memory_names_three_options_that_lower_it(
@@ -967,6 +984,7 @@ def test_too_little_memory_names_three_options_that_lower_it(
 ) -> None:
     log = tmp_path / "log"
     words = ["train", str(topic_dir), "--output", str(tmp_path / "run"), "--set", "model.dim=4000000"]
+    words += ["--set", "training.ensemble_size=1"]
     code = run_child(processes, victims.starve, words, 600_000_000, str(log), blind)
     text = " ".join(log.read_text().split())
     assert code == 4, text

@@ -40,6 +40,11 @@ _ROUNDED_FROM = 512
 """Labels from which that pays."""
 
 
+_ENSEMBLED_INSTANCES, _MOST_MODELS = 8192, 5
+"""Of few instances, what is learned depends much on the seed and on which are held out: several models, as many as see
+so many instances in all, at most five (EXPERIMENTS.md, "Ensembles")."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Effort:
     """What a preset scales."""
@@ -126,7 +131,8 @@ def resolve(config: Config, shape: DataShape) -> Config:
     derive("training", "label_learning_rate", _label_learning_rate(_share_of_labels(tree, shape), num_steps))
     derive("training", "cuda_graphs", True)
     derive("ranker", "num_instances", effort.num_rivalled)
-    derive("training", "ensemble_size", effort.ensemble_size)
+    of_few = min(_MOST_MODELS, _ENSEMBLED_INSTANCES // max(shape.num_instances, 1))
+    derive("training", "ensemble_size", max(effort.ensemble_size, of_few if config.training.preset != "fast" else 1))
     return Config.model_validate(tree)
 
 

@@ -93,8 +93,11 @@ def _print_plan(result: Plan) -> None:
         ("disk at the fullest", f"{render.size(needs.disk_bytes)} of {render.size(result.available_disk)} free"),
     ]
     if needs.seconds is not None and needs.finish_seconds is not None:
-        after = f"{render.duration(needs.finish_seconds)} of them after the {training.epochs} epochs"
-        facts.append(("time", f"roughly {render.duration(needs.seconds)}, {after}"))
+        models = f"{training.ensemble_size} models of " if training.ensemble_size != 1 else ""
+        after = f"{render.duration(needs.finish_seconds)} of it after them"
+        facts.append(
+            ("time", f"roughly {render.duration(needs.seconds)} for {models}{training.epochs} epochs, {after}")
+        )
         stages = ", ".join(f"{1e3 * seconds:.1f} ms {part}" for part, seconds in needs.step.items())
         facts.append(("a step", f"{1e3 * sum(needs.step.values()):.1f} ms: {stages}"))
     if result.bound is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import MOST_MODELS
 from scipy.special import logsumexp
 
 from xmc_midx import Predictor, evaluate, load_config, recipe, resume, train
@@ -33,8 +34,6 @@ OPTIONS = (
     "data.validation_fraction=0.2",
 )
 L = 23
-MANY = 8192
-"""Instances that the models of a small set see in all."""
 
 
 def make_config(*assignments: str) -> Config:
@@ -225,7 +224,7 @@ def test_the_forecast_counts_every_model(topic_dir: Path) -> None:
 
 
 def test_best_and_few_instances_make_an_ensemble(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "_ENSEMBLED_INSTANCES", MANY)
+    monkeypatch.setattr(recipe, "_MOST_MODELS", MOST_MODELS)
 
     def size(num_instances: int, *assignments: str) -> object:
         shape = DataShape(num_instances=num_instances, num_features=9, num_labels=9, num_positives=num_instances)
@@ -234,5 +233,5 @@ def test_best_and_few_instances_make_an_ensemble(monkeypatch: pytest.MonkeyPatch
     assert size(10**6, "training.preset=best") == 3
     assert size(10**6) == size(10**6, "training.preset=fast") == 1
     assert [size(n) for n in (1, 1000, 1638, 1639, 2048, 2730, 4096, 4097)] == [5, 5, 5, 4, 4, 3, 2, 1]
-    assert [size(n, "training.preset=best") for n in (1000, 2048, 4096)] == [5, 4, 3]
+    assert [size(n, "training.preset=best") for n in (1000, 13_107, 13_108, 16_385)] == [5, 5, 4, 3]
     assert size(10, "training.preset=fast") == 1 and size(10, "training.ensemble_size=2") == 2

@@ -40,9 +40,7 @@ _ROUNDED_FROM = 512
 """Labels from which that pays."""
 
 
-_ENSEMBLED_INSTANCES, _MOST_MODELS = 8192, 5
-"""Of few instances, what is learned depends much on the seed and on which are held out: several models, as many as see
-so many instances in all, at most five (EXPERIMENTS.md, "Ensembles")."""
+_MOST_MODELS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +60,16 @@ class _Effort:
     num_rivalled: int
     """Training instances whose rivals the linear ranker learns from."""
     ensemble_size: int
-    """Models that predict together (EXPERIMENTS.md, "Ensembles")."""
+    """Models that predict together, at least (EXPERIMENTS.md, "Ensembles")."""
+    ensembled: int
+    """Of few instances, what is learned depends much on the seed and on which are held out: as many models as see so
+    many instances in all, at most five."""
 
 
 _PRESETS = {
-    "fast": _Effort(0.3, 256, 512, 1 << 19, 512, 10_000, 1),
-    "default": _Effort(1.0, 512, 2048, 1 << 20, 512, 30_000, 1),
-    "best": _Effort(1.2, 1024, 2048, 1 << 21, 1024, 60_000, 3),
+    "fast": _Effort(0.3, 256, 512, 1 << 19, 512, 10_000, 1, 0),
+    "default": _Effort(1.0, 512, 2048, 1 << 20, 512, 30_000, 1, 1 << 13),
+    "best": _Effort(1.2, 1024, 2048, 1 << 21, 1024, 60_000, 3, 1 << 16),
 }
 
 
@@ -131,8 +132,8 @@ def resolve(config: Config, shape: DataShape) -> Config:
     derive("training", "label_learning_rate", _label_learning_rate(_share_of_labels(tree, shape), num_steps))
     derive("training", "cuda_graphs", True)
     derive("ranker", "num_instances", effort.num_rivalled)
-    of_few = min(_MOST_MODELS, _ENSEMBLED_INSTANCES // max(shape.num_instances, 1))
-    derive("training", "ensemble_size", max(effort.ensemble_size, of_few if config.training.preset != "fast" else 1))
+    of_few = min(_MOST_MODELS, effort.ensembled // max(shape.num_instances, 1))
+    derive("training", "ensemble_size", max(effort.ensemble_size, of_few))
     return Config.model_validate(tree)
 
 

@@ -10,6 +10,7 @@ import fileinput
 import hashlib
 import json
 import re
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -52,7 +53,7 @@ class Model:
     def encode(self, row: dict[int, float]) -> np.ndarray:
         """Features -> query (D,): an embedding bag, an activation, hidden layers."""
         ids, values = np.array([*row], int), np.array([*row.values()], np.float32)
-        if self.facts["weighting"] == "tf-idf":
+        if "features.idf" in self.tensors:
             size = np.minimum(np.abs(values), 1) + np.log(np.maximum(np.abs(values), 1))
             values = np.sign(values) * size * self.tensors["features.idf"][ids]
         length = np.linalg.norm(values) if self.facts["normalize"] == "l2" else 1
@@ -81,11 +82,16 @@ class Model:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] in ([], ["-h"], ["--help"]):
+        sys.exit(__doc__)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    place = f"{sys.argv[1]} is no sound midx export"
     try:
-        model = Model(Path(*sys.argv[1:2]))
+        model = Model(Path(sys.argv[1]))
+        with fileinput.input(sys.argv[2:], encoding="utf-8") as lines:
+            for line in lines:
+                place = f"{lines.filename()}:{lines.filelineno()}"
+                if not lines.isfirstline() or not re.fullmatch(r"\s*\d+\s+\d+(\s+\d+)?\s*", line):
+                    print(*(f"{label}:{score:.7g}" for label, score in model.predict(line.strip())))
     except (LookupError, OSError, TypeError, ValueError) as error:
-        sys.exit(f"{Path(*sys.argv[1:2])} is no sound midx export: {error}")
-    with fileinput.input(sys.argv[2:], encoding="utf-8") as lines:
-        for line in lines:
-            if not lines.isfirstline() or not re.fullmatch(r"\s*\d+\s+\d+(\s+\d+)?\s*", line):
-                print(*(f"{label}:{score:.7g}" for label, score in model.predict(line.strip())))
+        sys.exit(f"{place}: {error}")

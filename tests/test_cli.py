@@ -44,6 +44,7 @@ class FakeTraining:
     run: str
     finished: bool = True
     num_models: int = 1
+    num_finished: int = 1
     epochs: int = 3
     seconds: float = 16.2
     best_epoch: int = 2

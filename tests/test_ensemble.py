@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import MOST_MODELS
+from scipy.sparse import csr_matrix
 from scipy.special import logsumexp
 
 from xmc_midx import Predictor, evaluate, load_config, recipe, resume, train
@@ -17,7 +18,7 @@ from xmc_midx.cli import app
 from xmc_midx.config import Config
 from xmc_midx.data.dataset import load_dataset
 from xmc_midx.errors import DataError
-from xmc_midx.pipeline import TrainResult, plan
+from xmc_midx.pipeline import TrainResult, _model_digest, plan
 from xmc_midx.recipe import DataShape, resolve
 from xmc_midx.session import TrainingSession
 from xmc_midx.topk import mean_of
@@ -136,6 +137,90 @@ def test_scores_are_averaged_as_shares_and_probabilities_as_they_are(trained: Tr
         evaluate(trained.run, data=topic_dir).report.metrics
         != evaluate(members_of(trained.run)[1], data=topic_dir).report.metrics
     )
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Predictor, csr_matrix]:
+    """Three models of 300 labels, and rows."""
+    rng, directory = np.random.default_rng(8), tmp_path_factory.mktemp("many")
+    lines = [
+        f"{','.join(map(str, sorted({i % 300, int(rng.integers(300))})))} {i % 50}:1 {50 + i % 7}:0.5"
+        for i in range(600)
+    ]
+    (directory / "train.txt").write_text("\n".join(["600 57 300", *lines]) + "\n")
+    options = ["model.dim=8", "training.epochs=2", "training.ensemble_size=3", "data.validation_fraction=0.2"]
+    train(directory, output=directory / "run", config=load_config(assignments=options))
+    return Predictor.load(directory / "run"), csr_matrix(
+        rng.random((40, 57)) * (rng.random((40, 57)) < 0.1), dtype=np.float32
+    )
+
+
+@pytest.mark.parametrize("scores", ["logits", "probabilities"])
+def test_an_ensemble_ranks_alike_whatever_is_asked_for(many: tuple[Predictor, csr_matrix], scores: Any) -> None:
+    predictor, rows = many
+    whole = predictor.predict(rows, k=300, scores=scores)
+    assert (np.sort(whole.label_ids, axis=1) == np.arange(300)).all() and (np.diff(whole.scores) <= 0).all()
+    if scores == "probabilities":
+        assert whole.scores.min() >= 0 and whole.scores.max() <= 1
+    for k in (1, 20, 100, 101):
+        found = predictor.predict(rows, k=k, scores=scores)
+        np.testing.assert_array_equal(found.label_ids, whole.label_ids[:, :k])
+        np.testing.assert_allclose(found.scores, whole.scores[:, :k], rtol=1e-5, atol=1e-7)
+    rng = np.random.default_rng(3)
+    for size in (1, 7, 150):
+        chosen = rng.choice(300, size, replace=False)
+        others = np.setdiff1d(np.arange(300), chosen)
+        for options in ({"allow": chosen}, {"deny": others}):
+            found = predictor.predict(rows, k=5, scores=scores, **options)
+            for row in range(len(found.label_ids)):
+                kept = np.isin(whole.label_ids[row], chosen)
+                expected = whole.label_ids[row, kept][:5]
+                assert found.label_ids[row, : len(expected)].tolist() == expected.tolist()
+                np.testing.assert_allclose(
+                    found.scores[row, : len(expected)], whole.scores[row, kept][:5], rtol=1e-5, atol=1e-7
+                )
+
+
+def test_what_is_finished_needs_no_checkpoint_and_what_is_damaged_can_be_trained_again(
+    trained: TrainResult, topic_dir: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run, messages = tmp_path / "run", list[str]()
+
+    class Listener(SilentReporter):
+        def message(self, text: str) -> None:
+            messages.append(text)
+
+    shutil.copytree(trained.run, run)
+    shutil.rmtree(run / "members" / "3" / "checkpoints")
+    again = resume(run, max_seconds=1e-6, reporter=Listener())
+    assert again.finished and messages[-1] == "the run is finished already"
+    assert again.seconds == pytest.approx(trained.seconds, abs=2) and again.num_finished == 3
+    (run / "members" / "3" / "model.json").unlink()
+    evaluate(run, data=topic_dir, reporter=Listener())
+    assert "2 of the 3 models" in messages[-1]
+    (run / "members" / "3" / "config.yaml").write_text("nonsense: 1\n")
+    with pytest.raises(DataError) as refused:
+        resume(run)
+    assert refused.value.hint == f"Remove {run / 'members' / '3'}: --resume trains that model anew."
+    shutil.rmtree(run / "members" / "3")
+    assert resume(run).finished
+    for name in ("model.safetensors", "interpolation.json"):
+        assert (run / "members/3" / name).read_bytes() == (Path(trained.run) / "members/3" / name).read_bytes()
+
+
+def test_an_ensemble_of_fewer_models_is_another_one(trained: TrainResult, tmp_path: Path) -> None:
+    """So a prediction that was begun with it is not gone on with."""
+    run = tmp_path / "run"
+    shutil.copytree(trained.run, run)
+    model = _model_digest(run)
+    (run / "members" / "2" / "model.json").unlink()
+    assert _model_digest(run) != model
+
+
+def test_the_summary_says_how_far_an_ensemble_is(topic_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    words = ["train", str(topic_dir), "--output", str(tmp_path / "run"), "--set", "training.ensemble_size=3"]
+    assert app.run([*words, "--max-time", "0.001s", *(w for o in OPTIONS for w in ("--set", o))]) == 0
+    assert "model 1 of 3; the first: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stopped_at", [2, 3])

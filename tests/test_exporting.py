@@ -225,6 +225,23 @@ def test_the_reader_passes_over_a_header(exported: Path, data: Path, tmp_path: P
         assert read_alone(exported, tmp_path / "headed.txt") == expected
 
 
+def test_the_reader_is_a_filter_that_speaks_in_sentences(exported: Path, data: Path, tmp_path: Path) -> None:
+    lines = (data / "test.txt").read_bytes().partition(b"\n")[2]
+    (tmp_path / "many.txt").write_bytes(lines * 200)
+    command = f"{sys.executable} {READER} {exported} {tmp_path / 'many.txt'} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert (done.stderr, len(done.stdout.splitlines())) == ("", 1)
+    (tmp_path / "rows.txt").write_bytes(lines.splitlines()[0] + b"\n1 999999:1\n")
+    code, found, errors = read_alone(exported, tmp_path / "rows.txt")
+    assert (
+        (code, len(found)) == (1, 1) and errors.startswith(f"{tmp_path / 'rows.txt'}:2: ") and "Traceback" not in errors
+    )
+    code, _, errors = read_alone(exported, tmp_path / "none.txt")
+    assert code == 1 and "No such file" in errors and "Traceback" not in errors
+    done = subprocess.run([sys.executable, READER, "--help"], capture_output=True, text=True, timeout=120)
+    assert "read_midx.py OUT [INPUT]" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("num_labels", "dim", "num_candidates"), [(700, 12, 40), (700, 12, 1), (300, 1, 77), (1, 3, 1)]
 )

@@ -70,6 +70,14 @@ def test_a_ranking_without_the_pairs_is_the_ranking_of_the_other_labels(seed: in
     assert report.metrics["P@3"] == pytest.approx(np.mean(hits) / 3, abs=1e-12)
 
 
+@pytest.mark.parametrize("mark", [-1.0, 0.5, 2.0])
+def test_any_mark_but_0_passes_a_label_over(mark: float) -> None:
+    top = TopK(label_ids=np.array([[0, 2]]), scores=np.array([[1.0, 0.0]], dtype=np.float32))
+    ignored = csr_matrix((np.array([mark, 0.0]), np.array([0, 2]), np.array([0, 2])), shape=(1, 3))
+    found, truth = without_ignored(top, csr_matrix([[1.0, 0.0, 1.0]]), ignored)
+    assert truth.toarray().tolist() == [[0.0, 0.0, 1.0]] and found.label_ids.tolist() == [[2, -1]]
+
+
 def test_pairs_of_other_sizes_are_refused_and_none_change_nothing() -> None:
     top = TopK(label_ids=np.array([[1]]), scores=np.array([[0.0]], dtype=np.float32))
     labels = csr_matrix([[0.0, 1.0]])

@@ -156,6 +156,22 @@ def test_the_first_results_do_not_depend_on_how_many_are_asked_for(frequency: fl
     assert (np.diff(all_of_them.scores) <= 0).all() and np.isfinite(all_of_them.scores).all()
 
 
+def test_ties_at_the_end_of_the_shortlist_do_not_depend_on_how_many_are_asked_for() -> None:
+    rng = np.random.default_rng(16)
+    num_labels, listed = 300, 100
+    settings = replace(SETTINGS, outside=-3.0)
+    frequencies = rng.integers(1, 9, num_labels)
+    votes = sp.csr_matrix(rng.random((20, num_labels)) * (rng.random((20, num_labels)) < 0.3))
+    full = shortlist_of(rng.integers(0, 4, (20, num_labels)) / 4.0)
+    reference = TopK(label_ids=full.label_ids[:, :listed], scores=full.scores[:, :listed])
+    few, more = (
+        interpolate(top, votes, frequencies, settings, 20, margin_of=no_margin, reference=reference)
+        for top in (reference, full)
+    )
+    np.testing.assert_array_equal(few.label_ids, more.label_ids)
+    np.testing.assert_array_equal(few.scores, more.scores)
+
+
 def test_a_choice_of_labels_filters_the_ranking_of_all() -> None:
     rng = np.random.default_rng(14)
     num_labels = 60

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -382,3 +383,24 @@ def test_a_closure_gives_its_loss_and_kinds_of_gradients_do_not_mix() -> None:
         table.grad = second
         with pytest.raises(ValueError, match="dense gradients at one step and row-sparse ones at another"):
             optimizer.step()
+
+
+@pytest.mark.parametrize("moment", ["mean", "sum"])
+def test_a_half_precision_table_takes_row_sparse_steps(moment: str) -> None:
+    table = torch.nn.Parameter(torch.ones(5, 3, dtype=torch.float16))
+    optimizer = RowAdam([table], lr=0.5, moment=moment)
+    table.grad = torch.sparse_coo_tensor(
+        torch.tensor([[1, 4]]), torch.ones(2, 3, dtype=torch.float16), (5, 3), check_invariants=True
+    )
+    optimizer.step()
+    assert table.dtype == torch.float16 and (table[[0, 2, 3]] == 1).all() and (table[[1, 4]] < 0.7).all()
+
+
+@pytest.mark.parametrize(
+    "options", [{"moment": "Sum"}, {"lr": -1.0}, {"lr": float("nan")}, {"eps": -1e-8}, {"betas": (0.9, 1.0)}]
+)
+def test_options_that_are_none_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        RowAdam([torch.nn.Parameter(torch.ones(2, 2))], **options)
+    with pytest.raises(ValueError, match="expected"):
+        RowAdam([{"params": [torch.nn.Parameter(torch.ones(2, 2))], **options}])

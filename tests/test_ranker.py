@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from scipy.sparse import csr_matrix
 from sklearn.svm import LinearSVC
 
 from xmc_midx import ranker
@@ -130,3 +131,16 @@ def test_arrays_are_read_back_equal_and_lies_are_refused() -> None:
             LinearRanker.from_arrays(arrays | lie)
     with pytest.raises(LookupError):
         LinearRanker.from_arrays({name: array for name, array in arrays.items() if name != "bias"})
+
+
+def test_a_rival_that_is_stored_twice_is_a_rival() -> None:
+    features = csr_matrix(np.eye(4, dtype=np.float32))
+    labels = csr_matrix(np.array([[1.0], [0], [0], [0]]))
+    once = csr_matrix((np.ones(1), np.array([0]), np.array([0, 0, 1, 1, 1])), shape=(4, 1))
+    twice = csr_matrix((np.ones(2), np.array([0, 0]), np.array([0, 0, 2, 2, 2])), shape=(4, 1))
+    margins = [
+        LinearRanker.fit(features, labels, rivals).margins(features, np.arange(4), np.zeros(4, dtype=np.int64))
+        for rivals in (once, twice)
+    ]
+    assert margins[0][1] < 0
+    np.testing.assert_array_equal(margins[0], margins[1])

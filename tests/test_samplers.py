@@ -24,6 +24,7 @@ from xmc_midx.samplers.midx import _SCORE_RANGE, MidxSampler
 from xmc_midx.samplers.order import CellOrder
 from xmc_midx.samplers.pools import two_samples
 from xmc_midx.samplers.static import FrequencySampler, InBatchSampler, UniformSampler
+from xmc_midx.softmax import LabelSoftmax
 from xmc_midx.types import LabelSample, Sampler
 
 MIDX = [f"midx-{quantizer}-{prior}" for quantizer in ("pq", "rq") for prior in ("uniform", "frequency", "bias")]
@@ -938,3 +939,12 @@ def test_codebooks_of_another_size_are_refused_and_none_are_forgotten() -> None:
         other.load_state_dict(state, case.bias)
     case.sampler.load_state_dict({}, case.bias)
     assert not case.sampler.fitted
+
+
+def test_random_features_of_a_table_that_is_not_finite_draw_labels_that_are_there() -> None:
+    softmax = LabelSoftmax(60, 6, sampler=RandomFeatureSampler(num_features=8), num_draws=10)
+    with torch.no_grad():
+        softmax.weight[11] = float("nan")
+    generator = torch.Generator().manual_seed(0)
+    loss = softmax(torch.randn(5, 6, generator=generator), torch.arange(5))
+    assert not torch.isfinite(loss)

@@ -1234,6 +1234,12 @@ def test_a_restored_module_goes_on_draw_for_draw(name: str, into: str) -> None:
     assert go_on(other, first_step=10, refresh_at=12) == expected and len(set(expected)) == 4
 
 
+@pytest.mark.parametrize("options", [{"num_codewords": "64"}, {"num_draws": "all"}, {"num_codewords": "foo"}])
+def test_a_word_that_is_not_auto_is_no_number(options: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="expected a number or auto"):
+        MIDXSoftmax(40, D, **options)
+
+
 def test_the_state_is_table_generator_and_what_the_last_refresh_made() -> None:
     softmax = MIDXSoftmax(40, D, num_draws=6, num_codewords=3, prior="bias")
     assert set(softmax.state_dict()) == {"weight", "bias", "generator"}
@@ -1253,18 +1259,28 @@ def test_a_state_of_before_the_first_refresh_is_one_too(name: str) -> None:
     assert go_on(other) == go_on(softmax)
 
 
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_state_of_before_the_first_refresh_makes_a_used_module_a_fresh_one(name: str) -> None:
+    softmax, other = make_fresh(name, seed=1), make_fresh(name, seed=1)
+    with torch.no_grad():
+        other.weight.mul_(-2.0)
+    for _ in range(2):
+        other.refresh()
+        go_on(other)
+    other.load_state_dict(from_disk(softmax.state_dict()))
+    assert go_on(other) == go_on(softmax)
+
+
 @pytest.mark.parametrize("keys", [("weight", "bias"), ("weight", "bias", "generator")])
 def test_a_table_without_a_state_of_the_sampler_is_fitted_at_the_first_use(keys: tuple[str, ...]) -> None:
     softmax, other = (MIDXSoftmax(40, D, num_draws=6, num_codewords=3, seed=seed) for seed in (1, 2))
     go_on(other)
-    old = other.sampler.state_dict()  # type: ignore[union-attr]
     state = {key: tensor for key, tensor in softmax.state_dict().items() if key in keys}
     assert other.load_state_dict(state, strict=True) == ([], [])
     assert not {key for key in other.state_dict() if key.startswith("sampler.")}, (
         "another table's codes are not its own"
     )
-    fitted = MidxSampler(quantizer="pq", num_codewords=3, prior="uniform")
-    fitted.load_state_dict(old, softmax.bias)
+    fitted = MidxSampler(quantizer="pq", num_codewords=3, prior="uniform", seed=2)
     fitted.refresh(softmax.weight, softmax.bias)
     other(make_queries(), offsets_of(RAGGED))
     for key, tensor in fitted.state_dict().items():

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save
+from safetensors.numpy import load_file, save
 from safetensors.torch import save as save_torch
 
 from xmc_midx import tensorfile
@@ -54,3 +54,9 @@ def test_half_precision_of_torch_is_kept(tmp_path: Path) -> None:
 def test_no_tensors_are_a_file_too(tmp_path: Path) -> None:
     write_arrays(tmp_path / "file", {})
     assert (tmp_path / "file").read_bytes() == save({})
+
+
+def test_arrays_of_another_byte_order_are_stored_as_all_are(tmp_path: Path) -> None:
+    write_arrays(tmp_path / "a", {"a": np.arange(3, dtype=">f4"), "b": np.arange(3, dtype="<i8")})
+    found = load_file(tmp_path / "a")
+    assert found["a"].tolist() == [0, 1, 2] and found["b"].tolist() == [0, 1, 2]

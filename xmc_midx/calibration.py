@@ -5,8 +5,10 @@ loss sets each positive against the negatives alone. With an instance's scores s
 
     P(label applies) = sigmoid(score s_i + total log sum_j exp(s_j) + tail log sum_(j >= 10) exp(s_j) + offset),
 
-where the two sums tell a sure instance from an unsure one. The four coefficients are the logistic regression over the
-20 best labels of each held-out instance (Platt scaling with two more terms); `score` is positive, so the ranking stays.
+where the two sums tell a sure instance from an unsure one (the tail's has one more term, e^-1 times the exponential of
+the least of the hundred scores: a row of ten labels has a tail too). The four coefficients are the logistic regression
+over the 20 best labels of each held-out instance (Platt scaling with two more terms); `score` is positive, so the
+ranking stays.
 Source: ours; the figures, and the terms that were tried, are in EXPERIMENTS.md, "Probabilities".
 """
 

@@ -218,10 +218,12 @@ def _score(
         begin, end = vote_offsets[row], vote_offsets[row + 1]
         for entry in range(begin, end):
             vote_of[vote_ids[entry]] += vote_values[entry]
-        peak, smallest = -np.inf, np.inf
+        # Of labels with the least logit, those with the smallest ids are in the reference.
+        peak, smallest, last_tied = -np.inf, np.inf, -1
         for place in range(reference_BS.shape[1]):
-            logit = np.float64(reference_logit_BS[row, place])
-            if reference_BS[row, place] >= 0 and logit > -np.inf:
+            label, logit = reference_BS[row, place], np.float64(reference_logit_BS[row, place])
+            if label >= 0 and logit > -np.inf:
+                last_tied = label if logit < smallest else max(last_tied, label) if logit == smallest else last_tied
                 peak, smallest = max(peak, logit), min(smallest, logit)
         mass = 0.0
         for place in range(reference_BS.shape[1]):
@@ -239,7 +241,7 @@ def _score(
             if label < 0 or (not listed and vote_of[label] < 0.0):
                 continue
             logit = np.float64(logit_BS[row, place] if listed else 0.0)
-            inside = listed and logit >= smallest
+            inside = listed and (logit > smallest or (logit == smallest and label <= last_tied))
             vote = max(vote_of[label], 0.0)
             vote_of[label] = -1.0
             log_p = logit - shift if inside else floor

@@ -193,7 +193,8 @@ def without_ignored(top: TopK, labels: csr_matrix, ignored: csr_matrix | None) -
     order = np.argsort(is_out, axis=1, kind="stable")
     ids = np.take_along_axis(np.where(is_out, -1, top.label_ids), order, axis=1)
     scores = np.take_along_axis(np.where(is_out, -np.inf, top.scores), order, axis=1).astype(np.float32)
-    kept = csr_matrix(labels - labels.multiply(ignored))
+    passed = csr_matrix((ignored.data != 0, ignored.indices, ignored.indptr), shape=ignored.shape)
+    kept = csr_matrix(labels - labels.multiply(passed))
     kept.eliminate_zeros()
     return TopK(label_ids=ids, scores=scores), kept
 

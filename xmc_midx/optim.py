@@ -8,6 +8,7 @@ costs what its rows cost, whatever the size of the table.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -73,6 +74,13 @@ class RowAdam(torch.optim.Optimizer):
         padded: bool = False,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "moment": moment, "padded": padded})
+        for group in self.param_groups:
+            if group["moment"] not in ("mean", "sum"):
+                raise ValueError(f"moment {group['moment']!r}: expected 'mean' or 'sum'")
+            if not (0.0 <= float(group["lr"]) < math.inf and 0.0 <= group["eps"] < math.inf):
+                raise ValueError(f"lr {group['lr']}, eps {group['eps']}: expected numbers that are not negative")
+            if not all(0.0 <= beta < 1.0 for beta in group["betas"]):
+                raise ValueError(f"betas {group['betas']}: expected numbers in [0, 1)")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -329,9 +337,13 @@ def _add_scaled(table: Any, row_ids: Any, rows: Any, scale: Any, begin: int, end
 
 
 def add_to_rows(table: torch.Tensor, row_ids: torch.Tensor, updates: torch.Tensor, seed: int = 0) -> None:
-    """`table[row_ids] += updates` for distinct ids; a bfloat16 table is rounded at random, by a seed of this call."""
-    if table.dtype != torch.bfloat16:
+    """`table[row_ids] += updates` for distinct ids; a bfloat16 table is rounded at random, by a seed of this call, one
+    of another dtype than the updates' to the nearest."""
+    if table.dtype == updates.dtype:
         table.index_add_(0, row_ids, updates)
+        return
+    if table.dtype != torch.bfloat16:
+        table[row_ids] = (table[row_ids].to(updates.dtype) + updates).to(table.dtype)
         return
     generator = torch.Generator(table.device).manual_seed(seed)
     table[row_ids] = round_at_random(table[row_ids].float().add_(updates), generator)

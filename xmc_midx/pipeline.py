@@ -90,6 +90,8 @@ class TrainResult:
     """False where the time limit came first: the run can be resumed."""
     num_models: int
     """Of the ensemble; 1 where there is one model alone."""
+    num_finished: int
+    """Of them, those that are trained to the end."""
     best: str
     """Directory of the best checkpoint; of the latest, where no epoch has ended."""
     epochs: int
@@ -118,6 +120,7 @@ class TrainResult:
             "run": self.run,
             "finished": self.finished,
             "num_models": self.num_models,
+            "num_finished": self.num_finished,
             "best": self.best,
             "epochs": self.epochs,
             "best_epoch": self.best_epoch,
@@ -130,6 +133,10 @@ class TrainResult:
             "peak_memory_bytes": self.peak_memory_bytes,
             "config": self.config.model_dump(),
         }
+
+
+_AT_THE_END = "finished", "seconds"
+"""What `run.json` says when the training is over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -393,31 +400,32 @@ def _train_members(first: TrainingSession, training: Split, *, verify: bool) -> 
         return found
     first.release()
     for number, path in enumerate(run.members, start=2):
+        if path in run.finished_members:
+            seconds = RunDirectory.open(path).read_json("run.json").get("seconds", 0.0)
+            found.append(_Member(finished=True, seconds=float(seconds)))
+            continue
         if first.deadline is not None and time.monotonic() >= first.deadline:
-            found.append(_Member(finished=False, seconds=0.0))
             break
         tree = run.config.model_dump()
         tree["training"] |= {"seed": (run.config.training.seed + number - 1) % 2**63, "ensemble_size": 1}
+        provenance = {key: value for key, value in run.read_json("run.json").items() if key not in _AT_THE_END}
+        first.reporter.message(f"model {number} of {1 + len(run.members)}")
         is_there = (path / "config.yaml").exists()
-        provenance = run.read_json("run.json")
-        provenance.pop("finished", None)
-        if path not in run.finished_members:
-            first.reporter.message(f"model {number} of {1 + len(run.members)}")
-        with (
-            _opened(path)
-            if is_there
-            else RunDirectory.create(path, Config.model_validate(tree), provenance=provenance) as directory
-        ):
-            session = TrainingSession(
-                directory, training, first.reporter, deadline=first.deadline, propensity=first.propensity
-            )
-            if is_there:
-                session.load(verify=verify)
-            session.run()
-            found.append(_Member(finished=session.finished, seconds=session.seconds))
-            if not session.finished:
-                break
-            session.release()
+        try:
+            made = RunDirectory.create(path, Config.model_validate(tree), provenance=provenance)
+            with _opened(path) if is_there else made as directory:
+                session = TrainingSession(
+                    directory, training, first.reporter, deadline=first.deadline, propensity=first.propensity
+                )
+                if is_there:
+                    session.load(verify=verify)
+                session.run()
+        except (DataError, UsageError) as error:
+            raise DataError(error.message, hint=f"Remove {path}: --resume trains that model anew.") from error
+        found.append(_Member(finished=session.finished, seconds=session.seconds))
+        if not session.finished:
+            break
+        session.release()
     return found
 
 
@@ -565,6 +573,7 @@ def _train_result(
     from xmc_midx.predictor import Predictor
 
     run = session.run_directory
+    num_finished = session.finished + sum(one.finished for one in others)
     best = session.store.path_of("best" if session.best_step else "latest")
     report = None
     is_there = dataset.test is not None and dataset.test.num_instances > 0
@@ -586,7 +595,8 @@ def _train_result(
     return TrainResult(
         run=str(run.path),
         num_models=1 + len(run.members),
-        finished=session.finished and len(others) == len(run.members) and all(one.finished for one in others),
+        num_finished=num_finished,
+        finished=num_finished == 1 + len(run.members),
         best=str(best),
         epochs=len(session.history),
         best_epoch=session.best_epoch,
@@ -645,6 +655,7 @@ def evaluate(
         from xmc_midx.predictor import Predictor
 
         predictor = Predictor.load(run, device=device, verify=verify)
+        _say_what_is_missing(run, reporter)
     dataset = load_dataset(data, sizes=None if predictor is None else (predictor.num_features, predictor.num_labels))
     split = dataset.test if dataset.test is not None else dataset.train
     assert split is not None, "a dataset has a split"
@@ -824,6 +835,7 @@ def predict_stream(
     reporter = reporter or SilentReporter()
     reporter.start("load", None)
     predictor = Predictor.load(run, device=device, verify=verify, exact=exact)
+    _say_what_is_missing(run, reporter)
     _check_k(k, predictor.num_labels)
     if scores == "probabilities":
         predictor.require_calibration()
@@ -1023,6 +1035,8 @@ def _model_digest(run: Path) -> str:
         manifest = CheckpointStore(run / "checkpoints").path_of("best") / "manifest.json"
     for path in (manifest, run / "interpolation.json", run / "vocabulary.txt"):
         digest.update(path.read_bytes() if path.exists() else b"-")
+    for member in RunDirectory.open(run).finished_members if manifest.name == "model.json" else ():
+        digest.update(_model_digest(member).encode())
     return digest.hexdigest()
 
 
@@ -1164,6 +1178,13 @@ def export(
         validation=_validation_of(source.directory),
         seconds=time.perf_counter() - started,
     )
+
+
+def _say_what_is_missing(run: str | Path, reporter: Reporter | None) -> None:
+    directory = RunDirectory.open(run)
+    there, size = 1 + len(directory.finished_members), 1 + len(directory.members)
+    if reporter is not None and there < size and directory.has_model:
+        reporter.message(f"warning: {there} of the {size} models of {directory.path} are there; this is of those")
 
 
 def _say_which(run: RunDirectory, reporter: Reporter) -> None:

@@ -28,7 +28,7 @@ from xmc_midx.quantization import StoredTable
 from xmc_midx.ranker import LinearRanker
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.threads import in_threads
-from xmc_midx.topk import concatenate_topk, mean_of
+from xmc_midx.topk import best_of, concatenate_topk, mean_of
 from xmc_midx.types import LabelIndex, Reporter, SilentReporter, TopK
 
 if TYPE_CHECKING:
@@ -212,13 +212,8 @@ class Predictor:
         allowed, denied = self._label_ids("allow", allow), self._label_ids("deny", deny)
         reporter.start("predict", features.shape[0])
         with without_autocast(self.encoder.bias.device.type):
-            answers = [
-                one._answers(features, max(k, SHORTLIST) if self.members else k, scores, allowed, denied)
-                for one in (self, *self.members)
-            ]
             parts = []
-            for chunk in zip(*answers, strict=True):
-                top = chunk[0] if len(chunk) == 1 else _mean(chunk, k, scores)
+            for top in (self._mean if self.members else self._answers)(features, k, scores, allowed, denied):
                 parts.append(top if threshold is None else _above(top, threshold))
                 reporter.step(top.label_ids.shape[0])
         if not parts:
@@ -238,6 +233,42 @@ class Predictor:
                 top = self._probabilities(query_BD, chunk, k, allowed, denied)
             _require_finite(np.logical_not(np.isnan(top.scores).any(axis=1)), rows.start)
             yield top
+
+    def _mean(
+        self, features: csr_matrix, k: int, scores: Scores, allowed: np.ndarray | None, denied: np.ndarray | None
+    ) -> Iterator[TopK]:
+        """The ensemble's: probabilities are averaged as they are, other scores as the logarithms of a label's share in
+        a model's hundred best, which are the same for any k and any choice of labels. Behind the labels that are among
+        some model's hundred best stand those of the first model, in its order."""
+        is_logits = scores == "logits"
+        best = zip(
+            *(one._answers(features, SHORTLIST, scores, None, None) for one in (self, *self.members)), strict=True
+        )
+        deep = None
+        if k > SHORTLIST or allowed is not None or denied is not None:
+            deep = self._answers(features, k, scores, allowed, denied)
+        for answers in best:
+            norm_N1 = _log_sum(answers[0]) if is_logits else np.zeros((len(answers[0].label_ids), 1))
+            tops = [_less(top, _log_sum(top)) if is_logits else top for top in answers]
+            mean = mean_of(tops, sum(top.label_ids.shape[1] for top in tops))
+            if deep is None:
+                yield TopK(label_ids=mean.label_ids[:, :k], scores=mean.scores[:, :k])
+                continue
+            rest = _less(next(deep), norm_N1)
+            floor_N1 = np.mean([_least(top) for top in tops], axis=0)
+            own_N1 = _least(tops[0])
+            if is_logits:
+                behind = floor_N1 + np.minimum(rest.scores - own_N1, 0.0)
+            else:
+                behind = floor_N1 * np.minimum(rest.scores / np.maximum(own_N1, np.finfo(np.float32).tiny), 1.0)
+            is_behind = (rest.label_ids >= 0) & ~_holds(mean, rest.label_ids, self.num_labels)
+            is_kept = mean.label_ids >= 0
+            if allowed is not None:
+                is_kept &= np.isin(mean.label_ids, allowed)
+            if denied is not None:
+                is_kept &= ~np.isin(mean.label_ids, denied)
+            others = TopK(label_ids=rest.label_ids, scores=behind.astype(np.float32))
+            yield best_of([_where(is_kept, mean), _where(is_behind, others)], k)
 
     def warm_up(self) -> None:
         """Load what the first prediction would: scikit-learn for texts, compiled code."""
@@ -452,21 +483,35 @@ def _require_finite(is_finite_B: np.ndarray, first: int) -> None:
         )
 
 
-def _mean(tops: Sequence[TopK], k: int, scores: Scores) -> TopK:
-    """The k best of an ensemble for the same instances: probabilities are averaged as they are, other scores as the
-    logarithms of a model's shares in what it would answer."""
-    return mean_of(tops if scores == "probabilities" else [_log_shares(top) for top in tops], k)
-
-
-def _log_shares(top: TopK) -> TopK:
-    """Less the logarithm of the sum of the exponentials of a row."""
-    peak_N1 = top.scores.max(axis=1, keepdims=True, initial=-np.inf)
-    peak_N1 = np.where(np.isfinite(peak_N1), peak_N1, 0.0)
+def _log_sum(top: TopK) -> np.ndarray:
+    """(N, 1) logarithms of the sums of the exponentials; 0 of a row of pads."""
+    peak_N1 = _finite(top.scores.max(axis=1, keepdims=True, initial=-np.inf))
     total_N1 = np.exp(top.scores - peak_N1).sum(axis=1, keepdims=True)
-    shares = top.scores - peak_N1 - np.log(np.maximum(total_N1, np.finfo(np.float32).tiny))
-    return TopK(label_ids=top.label_ids, scores=shares.astype(np.float32))
+    return peak_N1 + np.log(np.where(total_N1 > 0.0, total_N1, 1.0))
+
+
+def _less(top: TopK, norm_N1: np.ndarray) -> TopK:
+    return TopK(label_ids=top.label_ids, scores=(top.scores - norm_N1).astype(np.float32))
+
+
+def _least(top: TopK) -> np.ndarray:
+    """(N, 1) smallest scores; 0 of a row of pads."""
+    return _finite(np.where(top.label_ids >= 0, top.scores, np.inf).min(axis=1, keepdims=True, initial=np.inf))
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(values), values, 0.0)
+
+
+def _holds(top: TopK, label_ids: np.ndarray, num_labels: int) -> np.ndarray:
+    """(N, K): whether a row's result holds a label."""
+    first_N1 = np.arange(len(label_ids))[:, None] * num_labels
+    return np.isin(first_N1 + label_ids, (first_N1 + top.label_ids)[top.label_ids >= 0])
+
+
+def _where(kept: np.ndarray, top: TopK) -> TopK:
+    return TopK(label_ids=np.where(kept, top.label_ids, -1), scores=np.where(kept, top.scores, -np.inf))
 
 
 def _above(top: TopK, threshold: float) -> TopK:
-    kept = top.scores >= threshold
-    return TopK(label_ids=np.where(kept, top.label_ids, -1), scores=np.where(kept, top.scores, -np.inf))
+    return _where(top.scores >= threshold, top)

@@ -85,6 +85,9 @@ class LinearRanker:
         num_features, num_labels = features.shape[1], labels.shape[1]
         signs = csr_matrix((np.full(labels.nnz, 2, dtype=np.int8), labels.indices, labels.indptr), shape=labels.shape)
         others = csr_matrix((np.ones(rivals.nnz, dtype=np.int8), rivals.indices, rivals.indptr), shape=rivals.shape)
+        if not others.has_canonical_format:
+            others.sum_duplicates()
+            others.data[:] = 1
         pairs = (signs + others).tocsc()
         pairs.sort_indices()
         counts = np.diff(features.indptr).astype(np.int64)

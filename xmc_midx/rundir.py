@@ -95,13 +95,17 @@ class RunDirectory:
         DataError : there is no such directory, or it is not one that `train` wrote.
         """
         path = Path(run)
+        aside = aside_of(path)
+        hint = None
+        if aside.exists():
+            hint = f"A replacement was killed: the run is in {aside}, and `xmc-midx train` puts it back."
         if not path.is_dir():
             raise DataError(
                 f"{path}: there is no such run directory.",
-                hint="Train one: xmc-midx train DATA --output RUN.",
+                hint=hint or "Train one: xmc-midx train DATA --output RUN.",
             )
         if not (path / "config.yaml").is_file():
-            raise DataError(f"{path}: is no run directory: it has no config.yaml.", hint="Is this a dataset?")
+            raise DataError(f"{path}: is no run directory: it has no config.yaml.", hint=hint or "Is this a dataset?")
         try:
             return cls(path, load_config(path / "config.yaml"))
         except UsageError as error:
@@ -235,11 +239,12 @@ class RunDirectory:
             raise DataError(f"{self.path / name}: expected a JSON object.")
         return value
 
-    def finish(self) -> None:
-        """Note in `run.json` that the training has come to its end; a second note changes nothing."""
+    def finish(self, seconds: float) -> None:
+        """Note in `run.json` that the training has come to its end, after so long; a second note changes nothing."""
         record = self.read_json("run.json")
         if "finished" not in record:
-            self.write_json("run.json", record | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+            now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            self.write_json("run.json", record | {"finished": now, "seconds": round(seconds, 3)})
 
     # ------------------------------------------------------------ finished model
 
@@ -470,6 +475,12 @@ def _holds_a_run(path: Path) -> UsageError:
         return UsageError(f"{path}: holds a run already, a finished one.", hint=anew[0].upper() + anew[1:])
     go_on = shlex.join(["xmc-midx", "train", data, "--output", str(path), "--resume"])
     return UsageError(f"{path}: holds a run already, an unfinished one.", hint=f"Go on with: {go_on}; or {anew}")
+
+
+def aside_of(run: Path) -> Path:
+    """Where a run waits while another replaces it."""
+    run = run.absolute()
+    return run.with_name(f".{run.name}.replaced")
 
 
 def _is_run(path: Path) -> bool:

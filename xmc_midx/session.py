@@ -189,11 +189,11 @@ class TrainingSession:
         self._conclude(started)
         self.run_directory.write_metrics(self.history)
         self.finished = True
-        self.run_directory.finish()
+        self.run_directory.finish(self.seconds)
 
     def release(self) -> None:
         """Give tables and training rows back: what follows a finished training reads the run directory."""
-        for name in ("trainer", "_training", "held_out"):
+        for name in ("trainer", "_training", "held_out", "_stored"):
             self.__dict__.pop(name, None)
         release_freed_memory()
 
@@ -317,11 +317,10 @@ class TrainingSession:
         if not chosen.is_identity:
             top = interpolate(shortlist, votes, self.frequencies, chosen, BACKGROUND, margin_of=margin_of)
         self.validation = self._metrics(top)
+        before = self.history[self.best_epoch - 1]["validation"]["P@1"]
         self.reporter.message(
-            f"neighbours: {'used' if chosen.needs_neighbors else 'not used'}, linear ranker: "
-            f"{'used' if chosen.needs_ranker else 'not used'}, frequency {chosen.frequency:+.2f}; "
-            f"validation P@1 {100 * self.history[self.best_epoch - 1]['validation']['P@1']:.2f}% -> "
-            f"{100 * self.validation['P@1']:.2f}%"
+            f"used: {'neighbours, ' * chosen.needs_neighbors}{'ranker, ' * chosen.needs_ranker}frequency "
+            f"{chosen.frequency:+.2f}; validation P@1 {100 * before:.2f}% -> {100 * self.validation['P@1']:.2f}%"
         )
         calibration = fit_calibration(top, labels)
         del neighbors, found, votes, shortlist, top
@@ -547,7 +546,7 @@ class TrainingSession:
             self.reporter.message(f"warning: {fault}")
         if faults:
             self.reporter.message(f"warning: going back to the checkpoint of step {self.trainer.step}")
-        if self.best_step not in (0, self.trainer.step):
+        if self.best_step not in (0, self.trainer.step) and not self.run_directory.has_model:
             try:
                 self.store.verify(self.best_step, hashes=verify)
             except DataError as error:
@@ -559,7 +558,7 @@ class TrainingSession:
         """The best checkpoint is damaged: the model goes on without it."""
         self.reporter.message(f"warning: {error.message}")
         self.reporter.message(f"warning: going on without the best checkpoint, of epoch {self.best_epoch}")
-        self.best_step, self.best_epoch, self.best_score, self.validation = 0, 0, -1.0, {}
+        self.best_step, self.best_epoch, self.best_score, self.stale, self.validation = 0, 0, -1.0, 0, {}
         if self.history and self.history[-1]["step"] == self.trainer.step:
             self.best_step, self.best_epoch = self.trainer.step, len(self.history)
             self.validation = dict(self.history[-1]["validation"])

@@ -457,6 +457,9 @@ class LabelSoftmax(nn.Module):
         if f"{prefix}weight" not in state_dict:
             return
         self._outdated = True
+        if self.sampler is not None and not state:
+            # As it is before its first use: what it was fitted to is another table.
+            self.sampler.load_state_dict({}, self.bias.detach())
         if state and self.sampler is not None:
             try:
                 self._restore_sampler(state, self.bias.detach() if bias_L is None else bias_L)
@@ -587,6 +590,8 @@ class MIDXSoftmax(LabelSoftmax):
         dtype: torch.dtype | None = None,
     ) -> None:
         for name, size in (("num_labels", num_labels), ("num_codewords", num_codewords), ("num_draws", num_draws)):
+            if isinstance(size, str) and (size != "auto" or name == "num_labels"):
+                raise ValueError(f"{name} is {size!r}: expected a number{'' if name == 'num_labels' else ' or auto'}")
             if not isinstance(size, str) and size < 1:
                 raise ValueError(f"{name} is {size}: expected at least 1")
         if num_instances is not None and num_instances < 1:

@@ -94,6 +94,7 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> str:
     """`write_tensors` of NumPy's arrays."""
     stored = {}
     for name, array in arrays.items():
+        array = array.astype(array.dtype.newbyteorder("<"), copy=False)
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         stored[name] = StoredTensor(dtype=array.dtype.name, shape=array.shape, data=data)
     return write_tensors(path, stored)

@@ -190,14 +190,17 @@ def _refuse_changes(run: Path, test: str | None, config: str | None, assignments
 def _place_for(run: Path, *, force: bool) -> AbstractContextManager[None]:
     """With --force the run that is there is replaced; anything else in the way the pipeline refuses. What a killed
     replacement left is cleared in any case."""
-    aside = _aside(run)
+    from xmc_midx.rundir import RunDirectory, aside_of
+
+    aside = aside_of(run)
     if not aside.exists() and not (force and run.is_dir() and any(run.iterdir())):
         return nullcontext()
     has_checkpoint = (run / "latest").exists()
     if (force or not has_checkpoint) and run.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise UsageError(f"--force: {run} is the directory you are in.", hint="Leave it first.")
-    from xmc_midx.rundir import RunDirectory
-
+        fact = f"--force: {run} is the directory you are in."
+        if not force:
+            fact = f"{aside}: holds the run that a killed --force put aside, and {run} is the directory you are in."
+        raise UsageError(fact, hint="Leave it first.")
     if run.exists() and (force or not has_checkpoint):
         RunDirectory.require_replaceable(run)
     with RunDirectory.lock(run) if run.exists() else nullcontext():
@@ -211,15 +214,12 @@ def _place_for(run: Path, *, force: bool) -> AbstractContextManager[None]:
         return _replacing(run) if force else nullcontext()
 
 
-def _aside(run: Path) -> Path:
-    run = run.absolute()
-    return run.with_name(f".{run.name}.replaced")
-
-
 @contextmanager
 def _replacing(run: Path) -> Iterator[None]:
     """The old run stands aside until the new one has a checkpoint; without one, the old one comes back."""
-    aside = _aside(run)
+    from xmc_midx.rundir import aside_of
+
+    aside = aside_of(run)
     shutil.rmtree(aside, ignore_errors=True)
     run.rename(aside)
     try:
@@ -233,8 +233,11 @@ def _replacing(run: Path) -> Iterator[None]:
 
 
 def _print_summary(result: TrainResult) -> None:
-    size = result.num_models
-    models, of_first = (f"{size} models of ", " of the first model") if size > 1 else ("", "")
+    size, models, of_first = result.num_models, "", ""
+    if size > 1:
+        done = size if result.finished else min(result.num_finished + 1, size)
+        models = f"{size} models of " if result.finished else f"model {done} of {size}; the first: "
+        of_first = " of the first model"
     render.print_facts(
         [
             ("run", str(result.run)),

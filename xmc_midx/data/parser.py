@@ -128,7 +128,7 @@ _FLOAT = re.compile(rb"[+-]?+(?:\d++(?:\.\d*+)?+|\.\d++)(?:[eE][+-]?+\d++)?+")
 _NOT_FINITE = re.compile(rb"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
 _TOKEN = re.compile(rb"[^ \t]+")
 _QUERY_ID = re.compile(rb"qid:\d+")
-_QUERY_ID_FIRST = re.compile(rb"^([^ \t\n#]*)[ \t]+qid:\d+(?=[ \t\r\n])", re.MULTILINE)
+_QUERY_ID_FIRST = re.compile(rb"^([^ \t\r\n#]*)[ \t]+qid:\d+(?=[ \t\r\n])", re.MULTILINE)
 _COMMENT = re.compile(rb"(?<=[^\s])[ \t]*#[^\n]*")
 _HUGE = 2**63
 """Stands for every integer beyond int64."""

@@ -1,7 +1,7 @@
 """Layer 3. Proposals that are evaluated for every label: the softmax itself, and the base of its kin.
 
 A batch costs O(B L D), as much as the full softmax, so these are references and baselines, not a way to scale. They
-read the label table as it is at each step: `refresh` keeps the table itself, not a copy.
+read the label table as it is at each step: `refresh` keeps the table itself, not a copy (but for half precision).
 """
 
 from __future__ import annotations

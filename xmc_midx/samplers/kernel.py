@@ -79,7 +79,7 @@ class RandomFeatureSampler:
         self.num_features = num_features
         self.sharpness = sharpness
         self.seed = seed
-        self._num_refreshes = 0
+        self._num_refreshes = self._num_labels = 0
         self._features_LR: torch.Tensor | None = None
 
     @property
@@ -107,6 +107,7 @@ class RandomFeatureSampler:
         mass_R = self._block_sums(features_LR).sum(0)
         weights_LR.div_(mass_R.to(dtype))
         self._num_refreshes += 1
+        self._num_labels = num_labels
         self._use(features_LR, omega_DR, peak_R + mass_R.log().to(dtype), length)
 
     def _use(
@@ -194,7 +195,9 @@ class RandomFeatureSampler:
         first = (position - features * self._num_blocks).clamp_(0, self._num_blocks - 1) * _BLOCK
         members = first[:, None] + torch.arange(_BLOCK, device=features.device)
         inside = self._features_LR.flatten()[members * self.num_features + features[:, None]]
-        return first + draw(torch.cumsum(inside, 1, dtype=torch.float64), 1, generator)[:, 0]
+        found = first + draw(torch.cumsum(inside, 1, dtype=torch.float64), 1, generator)[:, 0]
+        # Of a table that is not finite a pad may be drawn.
+        return found.clamp_(max=self._num_labels - 1)
 
     # ------------------------------------------------------------------- state
 
@@ -211,8 +214,9 @@ class RandomFeatureSampler:
         }
 
     def load_state_dict(self, state: dict[str, torch.Tensor], bias_L: torch.Tensor) -> None:
-        """Restore `state_dict()`; the bias is part of the features."""
+        """Restore `state_dict()`; the bias is part of the features. Of nothing: not fitted."""
+        self._features_LR, self._num_refreshes = None, 0
         if state:
-            self._num_refreshes = int(state["num_refreshes"])
+            self._num_refreshes, self._num_labels = int(state["num_refreshes"]), bias_L.shape[0]
             self.num_features = state["omega"].shape[1]
             self._use(state["features"], state["omega"], state["log_mass"], state["length"])

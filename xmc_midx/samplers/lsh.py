@@ -179,7 +179,8 @@ class LshSampler:
         }
 
     def load_state_dict(self, state: dict[str, torch.Tensor], bias_L: torch.Tensor) -> None:
-        """Restore `state_dict()`; the bias is part of the codes."""
+        """Restore `state_dict()`; the bias is part of the codes. Of nothing: not fitted."""
+        self._codes_TL, self._num_refreshes = None, 0
         if state:
             self._num_refreshes = int(state["num_refreshes"])
             self.num_tables = state["codes"].shape[0]

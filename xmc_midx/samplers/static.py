@@ -133,9 +133,10 @@ class InBatchSampler(UniformSampler):
         """(P,) float64 log probability that one of `num_others` random other instances has the label; -inf for a label
         that none has.
 
-        `n log(1 - (B-1) / (N-1 - (n-1)/2))` stands for the logarithm of the quotient of binomials: exact for n = 1,
-        within 2e-3 of the probability elsewhere (1e-5 from 4,000 instances on), and without the cancellation of large
-        logarithms.
+        `n log(1 - (B-1) / (N-1 - (n-1)/2))` stands for the logarithm of the quotient of binomials: exact for n = 1, and
+        without the cancellation of large logarithms. How near it is elsewhere depends on B: within 2e-3 of the
+        probability for B = 8 and most n (where nearly every instance has a label and B is 2, it may be 0.1 off),
+        1e-4 for 32, 1e-5 for 128.
         """
         frequency_P = self.label_frequencies[label_ids].double()
         left_P = (self.num_instances - 1 - (frequency_P - 1.0) / 2).clamp_(min=max(num_others, 1))

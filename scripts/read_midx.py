@@ -1,4 +1,4 @@
-"""Predict with NumPy alone what the model predicts that `xmc-midx export RUN OUT --format midx` wrote.
+"""Predict, with NumPy alone, from what `xmc-midx export RUN OUT --format midx` wrote.
 
     python scripts/read_midx.py OUT [INPUT]
 
@@ -23,7 +23,9 @@ class Model:
         lines = (directory / "SHA256SUMS").read_bytes()[:-1].decode("ascii").split("\n")
         sums = {"export.json": "", "model.safetensors": ""} | dict(line.split("  ")[::-1] for line in lines if line)
         for name, expected in sums.items():
-            if hashlib.sha256((directory / name).read_bytes()).hexdigest() != expected:
+            with (directory / name).open("rb") as file:
+                actual = hashlib.file_digest(file, "sha256").hexdigest()
+            if actual != expected:
                 raise ValueError(f"{name} has another sha256 than SHA256SUMS says")
         document, self.words = json.loads((directory / "export.json").read_bytes()), {}
         if document["kind"] != "midx" or document["version"] not in (1, 2):

@@ -170,6 +170,22 @@ def kill_at_random(
 
 
 @pytest.mark.fault("R1")
+@pytest.mark.parametrize("point", ["run.begun:2", "step.done:40", "model.unsealed:2"])
+def test_a_kill_in_a_further_model_of_an_ensemble_loses_nothing(
+    topic_dir: Path, whole: Path, tmp_path: Path, processes: Any, point: str
+) -> None:
+    run, options = tmp_path / "run", [*OPTIONS, "training.ensemble_size=2"]
+    assert run_child(processes, victims.work, str(topic_dir), str(run), options, point, None, 0) == -signal.SIGKILL
+    assert (run / "members" / "2").exists() and weights(run) == weights(whole)
+    assert Predictor.load(run).members == []
+    assert run_child(processes, victims.work, str(topic_dir), str(run), options, None, None, 0) == 0
+    assert strays(run) == [] and len(Predictor.load(run).members) == 1
+    alone = tmp_path / "alone"
+    train(topic_dir, output=alone, config=load_config(assignments=[*OPTIONS, "training.seed=1"]))
+    assert weights(run / "members" / "2") == weights(alone)
+
+
+@pytest.mark.fault("R1")
 def test_kills_at_random_moments_lose_nothing(
     topic_dir: Path, whole: Path, processes: Any, tmp_path: Path, record_property: Fault
 ) -> None:
@@ -959,22 +975,6 @@ def test_a_model_that_is_not_finite_is_never_saved(
 
 
 # --------------------------------------------------------------------------- R12: memory
-
-
-@pytest.mark.fault("R1")
-@pytest.mark.parametrize("point", ["run.begun:2", "step.done:40", "model.unsealed:2"])
-def test_a_kill_in_a_further_model_of_an_ensemble_loses_nothing(
-    topic_dir: Path, whole: Path, tmp_path: Path, processes: Any, point: str
-) -> None:
-    run, options = tmp_path / "run", [*OPTIONS, "training.ensemble_size=2"]
-    assert run_child(processes, victims.work, str(topic_dir), str(run), options, point, None, 0) == -signal.SIGKILL
-    assert (run / "members" / "2").exists() and weights(run) == weights(whole)
-    assert Predictor.load(run).members == []
-    assert run_child(processes, victims.work, str(topic_dir), str(run), options, None, None, 0) == 0
-    assert strays(run) == [] and len(Predictor.load(run).members) == 1
-    alone = tmp_path / "alone"
-    train(topic_dir, output=alone, config=load_config(assignments=[*OPTIONS, "training.seed=1"]))
-    assert weights(run / "members" / "2") == weights(alone)
 
 
 @pytest.mark.fault("R12")

@@ -69,13 +69,15 @@ _POINTS_PER_CODEWORD = 1024
 _ENCODE_CHUNK = 4096
 _SCORES_AT_ONCE, _LOGITS_AT_ONCE_CUDA = 1 << 24, 1 << 25
 _CLOCKED_SAVES = 500
+"""Saves by the clock, at most, that are counted for `keep_checkpoints`: small models are saved more often than every
+ten minutes, and take little."""
 _LARGEST = 1.25
 """An epoch's largest batch, rounded up, over the mean one."""
 _STEP_OVERHEAD = 4e-3
 """Seconds of a step that do no arithmetic."""
 _FINISH, _FINISH_CELLS, _FINISH_LABEL, _FINISH_HELD_OUT = 1.5, 2.0, 6e-5, 1.2e-3
-"""Seconds after the epochs: of any training; of one with label cells, and of each label there; of an instance that the
-last step is fitted on."""
+"""Seconds after the epochs (EXPERIMENTS.md, "Forecast"): of any training; of one with label cells, and of each label
+there; of an instance that the last step is fitted on."""
 _FINISH_RANKED, _FINISH_VALUE = 6e-5, 2e-6
 """Of an instance that the linear ranker is trained on, and of each of its values."""
 
@@ -245,7 +247,7 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     size = _number(training.ensemble_size)
     step = {} if speed is None else _step(config, data, rows + labels, pool, speed)
     steps = -(-data.num_instances * kept // batch)
-    # No more are kept than are made: one an epoch, and those of some days of ten minutes each.
+    # No more are kept than are made.
     num_saves = _number(training.epochs) * (1 + steps // (training.save_every_steps or steps + 1)) + _CLOCKED_SAVES
     keep = min(training.keep_checkpoints, int(num_saves))
     finish = None if speed is None else _finish(config, data, held_out)

@@ -7,7 +7,8 @@ the linear ranker (`xmc_midx.ranker`), cut to -1..1, the score of a label with n
     model log p + mixture log(p + v) + votes log(v + 1e-3) + frequency log(n + 1) + outside [not in the shortlist]
     + margin m,
 
-where p of a label outside the shortlist is 1/e of the shortlist's smallest. The encoder generalises, the neighbours
+where p of a label outside the shortlist is 1/e of the shortlist's smallest. (A label outside of it that no neighbour
+votes for has a score below all others, in the order of the logits.) The encoder generalises, the neighbours
 remember, the ranker sees each feature as it is; a negative frequency term moves mass to the tail (a logit adjustment).
 The six coefficients minimise, on held-out training instances, the loss of the training itself, each positive weighted
 by a power of its inverse propensity so that the tail counts; terms that do not pay stay 0. Source: ours, after kNN-LM

@@ -28,7 +28,7 @@ from xmc_midx.config import SAMPLER_NAMES, Config
 from xmc_midx.data.dataset import Split, XmcDataset, find_files, load_dataset, load_features, training_faults
 from xmc_midx.data.predictions import read_predictions
 from xmc_midx.data.registry import match_spec
-from xmc_midx.errors import DataError, ResourceError, UsageError
+from xmc_midx.errors import DataError, DivergedError, ResourceError, UsageError
 from xmc_midx.metrics import (
     BREAKDOWNS,
     FREQUENCY_GROUPS,
@@ -135,8 +135,8 @@ class TrainResult:
         }
 
 
-_AT_THE_END = "finished", "seconds"
-"""What `run.json` says when the training is over."""
+_OF_ITS_OWN = "started", "finished", "seconds"
+"""What `run.json` says of one training alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -384,7 +384,7 @@ def resume(
             a_and_b = _propensity(None, None, dataset, training.num_instances)[:2]
             session = TrainingSession(directory, training, reporter, deadline=deadline, propensity=a_and_b)
             session.load(verify=verify)
-            if directory.has_model and directory.finished_members == directory.members:
+            if directory.is_complete:
                 reporter.message("the run is finished already")
             session.run()
             others = _train_members(session, training, verify=verify)
@@ -408,20 +408,21 @@ def _train_members(first: TrainingSession, training: Split, *, verify: bool) -> 
             break
         tree = run.config.model_dump()
         tree["training"] |= {"seed": (run.config.training.seed + number - 1) % 2**63, "ensemble_size": 1}
-        provenance = {key: value for key, value in run.read_json("run.json").items() if key not in _AT_THE_END}
+        provenance = {key: value for key, value in run.read_json("run.json").items() if key not in _OF_ITS_OWN}
+        provenance["started"] = _now()
         first.reporter.message(f"model {number} of {1 + len(run.members)}")
-        is_there = (path / "config.yaml").exists()
+        is_there, config = (path / "config.yaml").exists(), Config.model_validate(tree)
         try:
-            made = RunDirectory.create(path, Config.model_validate(tree), provenance=provenance)
-            with _opened(path) if is_there else made as directory:
+            with _opened(path) if is_there else RunDirectory.create(path, config, provenance=provenance) as directory:
                 session = TrainingSession(
                     directory, training, first.reporter, deadline=first.deadline, propensity=first.propensity
                 )
                 if is_there:
                     session.load(verify=verify)
                 session.run()
-        except (DataError, UsageError) as error:
-            raise DataError(error.message, hint=f"Remove {path}: --resume trains that model anew.") from error
+        except (DataError, UsageError, DivergedError) as error:
+            error.hint = f"Remove {path}: --resume trains that model anew, and until then the others predict."
+            raise
         found.append(_Member(finished=session.finished, seconds=session.seconds))
         if not session.finished:
             break
@@ -578,7 +579,7 @@ def _train_result(
     report = None
     is_there = dataset.test is not None and dataset.test.num_instances > 0
     # An older release began runs with a test file of nothing.
-    if test is not None and run.finished_members == run.members and session.finished and is_there:
+    if test is not None and run.is_complete and session.finished and is_there:
         assert dataset.test is not None
         session.release()
         predictor = Predictor.load(run.path, device=run.config.training.device)
@@ -1184,7 +1185,11 @@ def _say_what_is_missing(run: str | Path, reporter: Reporter | None) -> None:
     directory = RunDirectory.open(run)
     there, size = 1 + len(directory.finished_members), 1 + len(directory.members)
     if reporter is not None and there < size and directory.has_model:
-        reporter.message(f"warning: {there} of the {size} models of {directory.path} are there; this is of those")
+        reporter.message(
+            f"warning: {directory.path} is an ensemble of {size} models, of which {there} can predict: results are of "
+            f"{'that one' if there == 1 else 'those'}; `xmc-midx train DATA --output {directory.path} --resume` trains "
+            "the others"
+        )
 
 
 def _say_which(run: RunDirectory, reporter: Reporter) -> None:
@@ -1424,6 +1429,10 @@ def _report_dict(report: MetricReport) -> dict[str, Any]:
     }
 
 
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
 def _provenance(dataset: XmcDataset, data: str | Path, test: str | Path | None) -> dict[str, Any]:
     import torch
 
@@ -1433,7 +1442,7 @@ def _provenance(dataset: XmcDataset, data: str | Path, test: str | Path | None) 
         "dataset": dataset.name,
         "fingerprint": dataset.fingerprint(),
         "command": sys.argv,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "started": _now(),
         "versions": {
             "xmc-midx": __version__,
             "python": platform.python_version(),

@@ -28,7 +28,7 @@ from xmc_midx.quantization import StoredTable
 from xmc_midx.ranker import LinearRanker
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.threads import in_threads
-from xmc_midx.topk import best_of, concatenate_topk, mean_of
+from xmc_midx.topk import best_of, concatenate_topk, least_of, mean_of
 from xmc_midx.types import LabelIndex, Reporter, SilentReporter, TopK
 
 if TYPE_CHECKING:
@@ -188,8 +188,8 @@ class Predictor:
         instances : (N, F) feature rows (SciPy sparse or a NumPy array), one row or a sequence of rows as dictionaries
             `{feature: value}` or lists of pairs, one raw text or a sequence of them (with a vocabulary).
         k : results an instance, >= 1; rows are padded with -1 where fewer labels may be returned.
-        scores : `"logits"`, or the scores of `interpolation` where it is fitted, or of an ensemble; or
-            `"probabilities"`.
+        scores : `"logits"`, or the scores of `interpolation` where it is fitted; of an ensemble the mean logarithm, in
+            nats and below 0, of a label's share in each model's hundred best; or `"probabilities"`.
         threshold : labels with a lower score are left out.
         allow, deny : label ids that alone may, or may not, be returned.
 
@@ -255,8 +255,8 @@ class Predictor:
                 yield TopK(label_ids=mean.label_ids[:, :k], scores=mean.scores[:, :k])
                 continue
             rest = _less(next(deep), norm_N1)
-            floor_N1 = np.mean([_least(top) for top in tops], axis=0)
-            own_N1 = _least(tops[0])
+            floor_N1 = np.mean([least_of(top) for top in tops], axis=0)
+            own_N1 = least_of(tops[0])
             if is_logits:
                 behind = floor_N1 + np.minimum(rest.scores - own_N1, 0.0)
             else:
@@ -492,11 +492,6 @@ def _log_sum(top: TopK) -> np.ndarray:
 
 def _less(top: TopK, norm_N1: np.ndarray) -> TopK:
     return TopK(label_ids=top.label_ids, scores=(top.scores - norm_N1).astype(np.float32))
-
-
-def _least(top: TopK) -> np.ndarray:
-    """(N, 1) smallest scores; 0 of a row of pads."""
-    return _finite(np.where(top.label_ids >= 0, top.scores, np.inf).min(axis=1, keepdims=True, initial=np.inf))
 
 
 def _finite(values: np.ndarray) -> np.ndarray:

@@ -41,6 +41,7 @@ _ROUNDED_FROM = 512
 
 
 _MOST_MODELS = 5
+"""Of an ensemble that is not asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +68,36 @@ class _Effort:
 
 
 _PRESETS = {
-    "fast": _Effort(0.3, 256, 512, 1 << 19, 512, 10_000, 1, 0),
-    "default": _Effort(1.0, 512, 2048, 1 << 20, 512, 30_000, 1, 1 << 13),
-    "best": _Effort(1.2, 1024, 2048, 1 << 21, 1024, 60_000, 3, 1 << 16),
+    "fast": _Effort(
+        epochs=0.3,
+        dim=256,
+        num_draws=512,
+        num_pairs=1 << 19,
+        pool_instances=512,
+        num_rivalled=10_000,
+        ensemble_size=1,
+        ensembled=0,
+    ),
+    "default": _Effort(
+        epochs=1.0,
+        dim=512,
+        num_draws=2048,
+        num_pairs=1 << 20,
+        pool_instances=512,
+        num_rivalled=30_000,
+        ensemble_size=1,
+        ensembled=1 << 13,
+    ),
+    "best": _Effort(
+        epochs=1.2,
+        dim=1024,
+        num_draws=2048,
+        num_pairs=1 << 21,
+        pool_instances=1024,
+        num_rivalled=60_000,
+        ensemble_size=3,
+        ensembled=1 << 16,
+    ),
 }
 
 

@@ -5,6 +5,7 @@ checkpoints/<step>/  see `xmc_midx.checkpoint`           metrics.jsonl  one line
 best, latest         each names a checkpoint             labels.txt, vocabulary.txt   where they are known
 model.safetensors    the finished model, quantised       model.json     hashes of what a prediction reads, last
 cells.safetensors    where a search for labels begins (`xmc_midx.cells`), and how far it goes
+members/<n>/         the further models of an ensemble, from 2 on: run directories without names and vocabulary
 interpolation.json   what is added to the model: neighbors.safetensors (training rows), ranker.safetensors, or neither;
                      and what makes probabilities of the scores
 """
@@ -86,6 +87,11 @@ class RunDirectory:
         """Those of `members` that can predict."""
         return [path for path in self.members if (path / _MODEL_RECORD).exists()]
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all its models can predict."""
+        return self.has_model and self.finished_members == self.members
+
     @classmethod
     def open(cls, run: str | Path) -> RunDirectory:
         """An existing run directory.
@@ -98,7 +104,7 @@ class RunDirectory:
         aside = aside_of(path)
         hint = None
         if aside.exists():
-            hint = f"A replacement was killed: the run is in {aside}, and `xmc-midx train` puts it back."
+            hint = f"The run is in {aside}: another replaces it now, or was killed; then `xmc-midx train` puts it back."
         if not path.is_dir():
             raise DataError(
                 f"{path}: there is no such run directory.",
@@ -468,7 +474,7 @@ def _holds_a_run(path: Path) -> UsageError:
         record = read_json(path / "run.json")
         directory = RunDirectory.open(path)
         data = str(record["data"])
-        finished = "finished" in record and directory.finished_members == directory.members
+        finished = "finished" in record and directory.is_complete
     except (DataError, LookupError, TypeError):
         data, finished = "DATA", False
     if finished:

@@ -551,6 +551,9 @@ class TrainingSession:
                 self.store.verify(self.best_step, hashes=verify)
             except DataError as error:
                 self._forget_best(error)
+        if self.run_directory.has_model:
+            # The checkpoints were saved before the end.
+            self.seconds = float(self.run_directory.read_json("run.json").get("seconds", self.seconds))
         self._saved = (self.trainer.step, self._pending is not None)
         self._point_back()
 

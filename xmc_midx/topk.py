@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from xmc_midx.products import linear
 from xmc_midx.types import TopK
 
-__all__ = ["best_of", "concatenate_topk", "exact_topk", "mean_of", "merge_topk", "rescored_topk"]
+__all__ = ["best_of", "concatenate_topk", "exact_topk", "least_of", "mean_of", "merge_topk", "rescored_topk"]
 
 _CHUNK_ELEMENTS = 1 << 24
 """Scores held at once (64 MiB in float32)."""
@@ -127,8 +128,7 @@ def best_of(parts: Sequence[TopK], k: int) -> TopK:
 def mean_of(parts: Sequence[TopK], k: int) -> TopK:
     """The k labels with the largest mean score over several results for the same instances, ties to the smaller id. A
     label that a result leaves out has the least score there that it gives to any."""
-    least = [np.where(part.label_ids >= 0, part.scores, np.inf).min(axis=1, initial=np.inf) for part in parts]
-    least = [np.where(np.isfinite(one), one, 0.0)[:, None] for one in least]
+    least = [least_of(part) for part in parts]
     above = [np.where(part.label_ids >= 0, part.scores, one) - one for part, one in zip(parts, least, strict=True)]
     ids_NW, above_NW = np.concatenate([part.label_ids for part in parts], axis=1), np.concatenate(above, axis=1)
     result = TopK.empty(len(ids_NW), k)
@@ -140,7 +140,7 @@ def mean_of(parts: Sequence[TopK], k: int) -> TopK:
     is_first[:, 1:] = ids_NW[:, 1:] != ids_NW[:, :-1]
     begins = np.flatnonzero(is_first)
     rows, ids = begins // ids_NW.shape[1], ids_NW.ravel()[begins]
-    scores = (np.add.reduceat(above_NW.ravel(), begins) + sum(least)[rows, 0]) / len(parts)
+    scores = (np.add.reduceat(above_NW.ravel(), begins) + np.sum(least, axis=0)[rows, 0]) / len(parts)
     kept = ids >= 0
     rows, ids, scores = rows[kept], ids[kept], scores[kept].astype(np.float32)
     order = np.lexsort((ids, -scores, rows))
@@ -149,6 +149,12 @@ def mean_of(parts: Sequence[TopK], k: int) -> TopK:
     best = ranks < k
     result.label_ids[rows[best], ranks[best]], result.scores[rows[best], ranks[best]] = ids[best], scores[best]
     return result
+
+
+def least_of(top: TopK) -> NDArray[np.float32]:
+    """(N, 1) smallest scores; 0 of a row of pads."""
+    least_N1 = np.where(top.label_ids >= 0, top.scores, np.inf).min(axis=1, keepdims=True, initial=np.inf)
+    return np.where(np.isfinite(least_N1), least_N1, 0.0)
 
 
 def concatenate_topk(parts: Sequence[TopK]) -> TopK:

@@ -59,5 +59,6 @@ def download(
     facts.append(("files", ", ".join(result.files)))
     done = "on disk, verified in" if result.was_there else "fetched in"
     if result.source == "disk":
-        done = "on disk, put there by hand and so not verified, looked at in"
+        facts.append(("verified", "no: put there by hand"))
+        done = "found in"
     render.print_facts([*facts, (done, render.duration(result.seconds))])

@@ -36,7 +36,7 @@ def plan(
     """Forecast memory, disk and time of a training, without training.
 
     Also says what a step is bound by: products, the rows that it moves, or operations that are neither. Memory is
-    good to about 20%; time is rough: a busy machine takes twice as long. `train` refuses to begin what cannot fit.
+    good to about 20%; time is rough, and of an idle machine. `train` refuses to begin what cannot fit.
     """
     from xmc_midx.config import load_config
 

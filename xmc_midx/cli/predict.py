@@ -69,7 +69,12 @@ def predict(
         typer.Option("--format", metavar="NAME", help="tsv, jsonl, xmc or npz; by default as FILE is called, or tsv."),
     ] = None,
     scores: Annotated[
-        Scores, typer.Option("--scores", metavar="NAME", help="logits or probabilities (that the label applies).")
+        Scores,
+        typer.Option(
+            "--scores",
+            metavar="NAME",
+            help="logits (of an ensemble: log shares) or probabilities (that the label applies).",
+        ),
     ] = Scores.LOGITS,
     threshold: Annotated[
         float | None,

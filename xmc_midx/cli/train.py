@@ -203,7 +203,10 @@ def _place_for(run: Path, *, force: bool) -> AbstractContextManager[None]:
         raise UsageError(fact, hint="Leave it first.")
     if run.exists() and (force or not has_checkpoint):
         RunDirectory.require_replaceable(run)
-    with RunDirectory.lock(run) if run.exists() else nullcontext():
+    with (
+        RunDirectory.lock(run) if run.exists() else nullcontext(),
+        RunDirectory.lock(aside) if aside.exists() else nullcontext(),
+    ):
         if aside.exists():
             # A replacement was killed: before its first checkpoint, the old run is the one to keep.
             if has_checkpoint:
@@ -217,32 +220,33 @@ def _place_for(run: Path, *, force: bool) -> AbstractContextManager[None]:
 @contextmanager
 def _replacing(run: Path) -> Iterator[None]:
     """The old run stands aside until the new one has a checkpoint; without one, the old one comes back."""
-    from xmc_midx.rundir import aside_of
+    from xmc_midx.rundir import RunDirectory, aside_of
 
     aside = aside_of(run)
     shutil.rmtree(aside, ignore_errors=True)
     run.rename(aside)
-    try:
-        yield
-    finally:
-        if (run / "latest").exists():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            shutil.rmtree(run, ignore_errors=True)
-            aside.rename(run)
+    # Held to the end: whoever finds it free knows that this process was killed.
+    with RunDirectory.lock(aside):
+        try:
+            yield
+        finally:
+            if (run / "latest").exists():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                shutil.rmtree(run, ignore_errors=True)
+                aside.rename(run)
 
 
 def _print_summary(result: TrainResult) -> None:
-    size, models, of_first = result.num_models, "", ""
+    size, of_first = result.num_models, " of the first model" if result.num_models > 1 else ""
+    done = f"{result.epochs} epochs"
     if size > 1:
-        done = size if result.finished else min(result.num_finished + 1, size)
-        models = f"{size} models of " if result.finished else f"model {done} of {size}; the first: "
-        of_first = " of the first model"
+        done = f"{size} models of {done}" if result.finished else f"{result.num_finished} of {size} models"
     render.print_facts(
         [
             ("run", str(result.run)),
-            ("training", f"{models}{result.epochs} epochs in {render.duration(result.seconds)}"),
-            ("best epoch", str(result.best_epoch)),
+            ("training", f"{done} in {render.duration(result.seconds)}"),
+            (f"best epoch{of_first}", str(result.best_epoch)),
             ("model", render.size(result.model_bytes)),
             ("peak memory", render.size(result.peak_memory_bytes)),
         ]

@@ -803,6 +803,22 @@ def test_what_a_killed_replacement_left_is_cleared_without_force_too(
         assert (tmp_path / "r" / "config.yaml").read_text() == ("{}" if has_checkpoint else "old")
 
 
+def test_a_replacement_that_is_alive_is_left_alone(tmp_path: Path) -> None:
+    from xmc_midx.cli.train import _place_for
+
+    run = tmp_path / "r"
+    run.mkdir()
+    for name in ("config.yaml", "run.json"):
+        (run / name).write_text("{}")
+    with _place_for(run, force=True):
+        assert [path.name for path in tmp_path.iterdir()] == [".r.replaced"]
+        for force in (False, True):
+            with pytest.raises(ResourceError, match="another training is using"):
+                _place_for(run, force=force)
+        assert [path.name for path in tmp_path.iterdir()] == [".r.replaced"]
+    assert [path.name for path in tmp_path.iterdir()] == ["r"] and (run / "config.yaml").read_text() == "{}"
+
+
 @pytest.mark.parametrize("beside", [[], ["config.yaml"], ["config.yaml", "run.json"]])
 def test_force_deletes_nothing_that_is_not_of_a_run(beside: list[str], cli: Any, pipeline: Any, tmp_path: Path) -> None:
     """Other programs have a config.yaml too, and predictions may lie in a run directory."""

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -225,9 +225,10 @@ def _replacing(run: Path) -> Iterator[None]:
     aside = aside_of(run)
     shutil.rmtree(aside, ignore_errors=True)
     run.rename(aside)
-    # Held to the end: whoever finds it free knows that this process was killed.
-    with RunDirectory.lock(aside):
+    with ExitStack() as held:
         try:
+            # To the end: whoever finds it free knows that this process was killed.
+            held.enter_context(RunDirectory.lock(aside))
             yield
         finally:
             if (run / "latest").exists():

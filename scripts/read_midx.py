@@ -31,7 +31,8 @@ class Model:
         if document["kind"] != "midx" or document["version"] not in (1, 2):
             raise ValueError("export.json is of another kind or version")
         self.facts, self.num_candidates = document["model"], document["index"]["num_candidates"]
-        data, types = np.memmap(directory / "model.safetensors", np.uint8, "r"), {"F32": "f4", "I64": "i8", "I32": "i4"}
+        types = {"F32": "<f4", "I64": "<i8", "I32": "<i4"}
+        data = np.memmap(directory / "model.safetensors", np.uint8, "r")
         start = 8 + int.from_bytes(data[:8].tobytes(), "little")
         self.tensors = {
             name: data[start:][slice(*entry["data_offsets"])].view(types[entry["dtype"]]).reshape(entry["shape"])
@@ -40,7 +41,7 @@ class Model:
         self.table, self.bias = self.tensors["labels.weight"], self.tensors["labels.bias"]
         if "vocabulary.txt" in sums:
             rule, *lines = (directory / "vocabulary.txt").read_text("utf-8").splitlines()
-            self.longest = int((re.search(r"tokens 1 to (\d) times", rule) or "11")[1])
+            self.longest = int((re.search(r"tokens 1 to (\d) times", rule) or (0, 1))[1])
             self.words = {word: (f, float(idf)) for f, (word, idf) in enumerate(line.split("\t") for line in lines)}
 
     def read(self, line: str) -> dict[int, float]:

@@ -184,11 +184,18 @@ def test_a_shape_that_is_none_is_refused(capsys: pytest.CaptureFixture[str], sha
 
 def test_what_cannot_be_used_is_not_counted() -> None:
     data = TrainingData.of_shape(1000, 1000, 300, values=10, positives=2)
+    wide = TrainingData.of_shape(100_000, 1000, 300, values=10, positives=2)
+    wide_shape = DataShape(num_instances=100_000, num_features=1000, num_labels=300, num_positives=wide.num_positives)
 
     def needs(*options: str) -> Forecast:
         return plan(data, config=load_config(assignments=["model.dim=8", *options])).forecast
 
     assert needs("training.keep_checkpoints=100000000").disk_bytes < 600 * needs().checkpoint_bytes + 10**9
+    many, few = (
+        forecast(resolve(load_config(assignments=[f"neighbors.count={count}"]), wide_shape), wide).host
+        for count in (10**9, 50)
+    )
+    assert many["neighbours"] - few["neighbours"] >= 10 * (wide.num_instances - 50) * 2000
     assert needs("training.batch_size=1000000000").seconds is not None, "the products of a billion are not timed"
     shape = DataShape(num_instances=1000, num_features=1000, num_labels=300, num_positives=data.num_positives)
     config = resolve(load_config(assignments=["model.dim=8", "sampler.num_codewords=50000"]), shape)

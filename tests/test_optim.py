@@ -404,3 +404,12 @@ def test_options_that_are_none_are_refused(options: dict[str, Any]) -> None:
         RowAdam([torch.nn.Parameter(torch.ones(2, 2))], **options)
     with pytest.raises(ValueError, match="expected"):
         RowAdam([{"params": [torch.nn.Parameter(torch.ones(2, 2))], **options}])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_small_updates_of_a_bfloat16_table_count_in_the_mean(dtype: torch.dtype) -> None:
+    """A quarter of what separates 1 from the next number: rounded to the nearest, nothing would ever change."""
+    table = torch.ones(2000, 4, dtype=torch.bfloat16)
+    add_to_rows(table, torch.arange(2000), torch.full((2000, 4), 2.0**-9, dtype=dtype), seed=3)
+    moved = (table > 1).float().mean()
+    assert 0.2 < moved < 0.3 and set(table.unique().tolist()) == {1.0, 1.0 + 2.0**-7}

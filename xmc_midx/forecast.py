@@ -59,6 +59,8 @@ _MOST_VOTED, _CANDIDATE = 300, 300
 """Voted labels that a held-out instance brings to the fit of the last step, at most, and bytes of each."""
 _PAIR = 24
 """Bytes of a pair of an instance and a label that the linear ranker trains on."""
+_FOUND = 12
+"""Bytes of a neighbour that a held-out instance finds."""
 _RANKER_BLOCKS = 50 * _MB
 _RANKER_LABEL = 200
 """Bytes of a label's linear classifier on disk, packed: debian-deps 63, gnd-tib 94 to 115; of few labels, more."""
@@ -213,11 +215,10 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     if config.neighbors.enabled and held_out:
         scores = min(4 * _SCORES_AT_ONCE, 4 * held_out * num_labels) * _SHORTLIST_CHUNKS // (64 * _MB)
         count = min(config.neighbors.count, data.num_instances)
-        neighbors += 24 * count * min(held_out, _ENCODE_CHUNK)
         voted = min(count * data.num_positives / max(data.num_instances, 1), _MOST_VOTED, num_labels)
         neighbors = 12 * data.num_values + _FEATURE_LEVELS * num_features + 16 * data.num_positives + _NEIGHBOR_CODE
         # The fit of the last step comes when the scores of the shortlist are gone.
-        neighbors += max(scores, round(_CANDIDATE * held_out * voted))
+        neighbors += max(scores, round(_CANDIDATE * held_out * voted)) + _FOUND * count * held_out
     if config.ranker.enabled and held_out:
         rivals = min(data.num_instances, _number(config.ranker.num_instances)) * min(
             config.ranker.num_rivals, num_labels

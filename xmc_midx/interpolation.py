@@ -43,8 +43,9 @@ SHORTLIST = 100
 """Labels of the model that take part."""
 _TEMPERATURES = (0.05, 0.1)
 _NO_VOTES = 1e-3
-_MOST_FREQUENT = math.log1p(2**31)
 """What a label without votes has, so that its logarithm is finite."""
+_MOST_FREQUENT = math.log1p(2**31)
+"""The frequency term of a label that more instances have than there can be."""
 _PROPENSITY_POWERS = {0.5: 0.0, 0.25: 1.0, 0.0: 2.0}
 """Of the inverse propensity, as the weight of a positive: 0 ranks for P@k, 1 for PSP@k at the price of P@k. Half is
 mostly free and a quarter nearly always, so each of the lower ones has to be better in P by more than chance: by so many

@@ -339,14 +339,13 @@ def _add_scaled(table: Any, row_ids: Any, rows: Any, scale: Any, begin: int, end
 def add_to_rows(table: torch.Tensor, row_ids: torch.Tensor, updates: torch.Tensor, seed: int = 0) -> None:
     """`table[row_ids] += updates` for distinct ids; a bfloat16 table is rounded at random, by a seed of this call, one
     of another dtype than the updates' to the nearest."""
-    if table.dtype == updates.dtype:
+    if table.dtype == torch.bfloat16:
+        generator = torch.Generator(table.device).manual_seed(seed)
+        table[row_ids] = round_at_random(table[row_ids].float().add_(updates), generator)
+    elif table.dtype == updates.dtype:
         table.index_add_(0, row_ids, updates)
-        return
-    if table.dtype != torch.bfloat16:
+    else:
         table[row_ids] = (table[row_ids].to(updates.dtype) + updates).to(table.dtype)
-        return
-    generator = torch.Generator(table.device).manual_seed(seed)
-    table[row_ids] = round_at_random(table[row_ids].float().add_(updates), generator)
 
 
 def round_at_random(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

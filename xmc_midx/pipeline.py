@@ -39,7 +39,7 @@ from xmc_midx.metrics import (
     without_ignored,
 )
 from xmc_midx.recipe import DataShape, as_started, resolve
-from xmc_midx.rundir import RunDirectory
+from xmc_midx.rundir import RunDirectory, timestamp
 from xmc_midx.types import (
     DEFAULT_KS,
     DEFAULT_PROPENSITY,
@@ -86,8 +86,6 @@ class TrainResult:
     """What a training left behind."""
 
     run: str
-    finished: bool
-    """False where the time limit came first: the run can be resumed."""
     num_models: int
     """Of the ensemble; 1 where there is one model alone."""
     num_finished: int
@@ -113,6 +111,11 @@ class TrainResult:
     """What prediction reads: the best checkpoint's model, and the training rows where neighbours are used."""
     peak_memory_bytes: int
     config: Config
+
+    @property
+    def finished(self) -> bool:
+        """False where the time limit came first: the run can be resumed."""
+        return self.num_finished == self.num_models
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON document of `train`."""
@@ -409,7 +412,7 @@ def _train_members(first: TrainingSession, training: Split, *, verify: bool) -> 
         tree = run.config.model_dump()
         tree["training"] |= {"seed": (run.config.training.seed + number - 1) % 2**63, "ensemble_size": 1}
         provenance = {key: value for key, value in run.read_json("run.json").items() if key not in _OF_ITS_OWN}
-        provenance["started"] = _now()
+        provenance["started"] = timestamp()
         first.reporter.message(f"model {number} of {1 + len(run.members)}")
         is_there, config = (path / "config.yaml").exists(), Config.model_validate(tree)
         try:
@@ -421,7 +424,8 @@ def _train_members(first: TrainingSession, training: Split, *, verify: bool) -> 
                     session.load(verify=verify)
                 session.run()
         except (DataError, UsageError, DivergedError) as error:
-            error.hint = f"Remove {path}: --resume trains that model anew, and until then the others predict."
+            own = f"{error.hint} " if isinstance(error, DivergedError) and error.hint else ""
+            error.hint = f"{own}Remove {path}: --resume trains that model anew, and until then the others predict."
             raise
         found.append(_Member(finished=session.finished, seconds=session.seconds))
         if not session.finished:
@@ -574,12 +578,11 @@ def _train_result(
     from xmc_midx.predictor import Predictor
 
     run = session.run_directory
-    num_finished = session.finished + sum(one.finished for one in others)
     best = session.store.path_of("best" if session.best_step else "latest")
     report = None
     is_there = dataset.test is not None and dataset.test.num_instances > 0
     # An older release began runs with a test file of nothing.
-    if test is not None and run.is_complete and session.finished and is_there:
+    if test is not None and run.is_complete and is_there:
         assert dataset.test is not None
         session.release()
         predictor = Predictor.load(run.path, device=run.config.training.device)
@@ -596,8 +599,7 @@ def _train_result(
     return TrainResult(
         run=str(run.path),
         num_models=1 + len(run.members),
-        num_finished=num_finished,
-        finished=num_finished == 1 + len(run.members),
+        num_finished=session.finished + sum(one.finished for one in others),
         best=str(best),
         epochs=len(session.history),
         best_epoch=session.best_epoch,
@@ -1429,10 +1431,6 @@ def _report_dict(report: MetricReport) -> dict[str, Any]:
     }
 
 
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
 def _provenance(dataset: XmcDataset, data: str | Path, test: str | Path | None) -> dict[str, Any]:
     import torch
 
@@ -1442,7 +1440,7 @@ def _provenance(dataset: XmcDataset, data: str | Path, test: str | Path | None) 
         "dataset": dataset.name,
         "fingerprint": dataset.fingerprint(),
         "command": sys.argv,
-        "started": _now(),
+        "started": timestamp(),
         "versions": {
             "xmc-midx": __version__,
             "python": platform.python_version(),

@@ -113,13 +113,11 @@ class Predictor:
         model, source, is_finished = map_model(directory, checkpoint, verify=verify)
         with refuse_misfits(source):
             found = cls._build(directory, model, find_device(device), verify=verify, exact=exact, cells=is_finished)
-        if is_finished:
-            found.members = [
-                cls.load(path, device=device, verify=verify, exact=exact) for path in directory.finished_members
-            ]
-        for one, path in zip(found.members, directory.finished_members, strict=False):
+        for path in directory.finished_members if is_finished else ():
+            one = cls.load(path, device=device, verify=verify, exact=exact)
             if (one.num_features, one.num_labels) != (found.num_features, found.num_labels):
                 raise DataError(f"{path}: is of other features or labels than {directory.path}.", hint="It was edited.")
+            found.members = (*found.members, one)
         return found
 
     @classmethod
@@ -207,8 +205,7 @@ class Predictor:
         if scores not in ("logits", "probabilities"):
             raise UsageError(f"scores is {scores!r}; expected 'logits' or 'probabilities'.")
         if scores == "probabilities":
-            for one in (self, *self.members):
-                one.require_calibration()
+            self.require_calibration()
         allowed, denied = self._label_ids("allow", allow), self._label_ids("deny", deny)
         reporter.start("predict", features.shape[0])
         with without_autocast(self.encoder.bias.device.type):
@@ -250,10 +247,10 @@ class Predictor:
         for answers in best:
             norm_N1 = _log_sum(answers[0]) if is_logits else np.zeros((len(answers[0].label_ids), 1))
             tops = [_less(top, _log_sum(top)) if is_logits else top for top in answers]
-            mean = mean_of(tops, sum(top.label_ids.shape[1] for top in tops))
             if deep is None:
-                yield TopK(label_ids=mean.label_ids[:, :k], scores=mean.scores[:, :k])
+                yield mean_of(tops, k)
                 continue
+            mean = mean_of(tops, sum(top.label_ids.shape[1] for top in tops))
             rest = _less(next(deep), norm_N1)
             floor_N1 = np.mean([least_of(top) for top in tops], axis=0)
             own_N1 = least_of(tops[0])
@@ -277,12 +274,14 @@ class Predictor:
             self.predict(self.vocabulary.tokens[0])
 
     def require_calibration(self) -> Calibration:
-        """What makes probabilities of the scores.
+        """What makes probabilities of the scores; the further models of an ensemble have it too.
 
         Raises
         ------
-        UsageError : the run has none.
+        UsageError : one of them has none.
         """
+        for one in self.members:
+            one.require_calibration()
         if self.calibration is None:
             raise UsageError(
                 "The run has no calibration, so its scores are no probabilities: no instances were held out, none of "

@@ -249,8 +249,7 @@ class RunDirectory:
         """Note in `run.json` that the training has come to its end, after so long; a second note changes nothing."""
         record = self.read_json("run.json")
         if "finished" not in record:
-            now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-            self.write_json("run.json", record | {"finished": now, "seconds": round(seconds, 3)})
+            self.write_json("run.json", record | {"finished": timestamp(), "seconds": round(seconds, 3)})
 
     # ------------------------------------------------------------ finished model
 
@@ -481,6 +480,11 @@ def _holds_a_run(path: Path) -> UsageError:
         return UsageError(f"{path}: holds a run already, a finished one.", hint=anew[0].upper() + anew[1:])
     go_on = shlex.join(["xmc-midx", "train", data, "--output", str(path), "--resume"])
     return UsageError(f"{path}: holds a run already, an unfinished one.", hint=f"Go on with: {go_on}; or {anew}")
+
+
+def timestamp() -> str:
+    """Now, as `run.json` says it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def aside_of(run: Path) -> Path:

@@ -223,7 +223,6 @@ def _replacing(run: Path) -> Iterator[None]:
     from xmc_midx.rundir import RunDirectory, aside_of
 
     aside = aside_of(run)
-    shutil.rmtree(aside, ignore_errors=True)
     run.rename(aside)
     with ExitStack() as held:
         try:

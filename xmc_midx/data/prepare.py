@@ -168,7 +168,7 @@ def prepare(
             source = find_variant(split.path.parent, ignored_name(name))
             if source is not None and is_kept:
                 ignored = read_ignored(source, len(split.labels.counts), labels.num_labels)
-                write_ignored(staging / ignored_name(name), ignored)
+                write_ignored(staging / f"{ignored_name(name)}{'.gz' if compress else ''}", ignored)
             elif source is not None:
                 reporter.message(f"warning: {source} is left out: it is of other ids or rows than these splits.")
         files = _write(staging, splits, labels, vocabulary, compress=compress)

@@ -35,7 +35,7 @@ def tables(
     rng = np.random.default_rng(num_labels)
     centers = 2 * rng.normal(size=(max(1, num_labels // 20), dim))
     rows = centers[rng.integers(0, len(centers), num_labels)] + rng.normal(size=(num_labels, dim))
-    stored = quantize({"t": rows.astype(np.float32)}, storage)
+    stored = quantize({"t": rows.astype(np.float32)}, storage, large={"t"})
     near = rng.integers(0, num_labels, 2 * num_queries)
     queries = np.maximum(rows[near] + rng.normal(size=(2 * num_queries, dim)), 0).astype(np.float32)
     fitted, measured = torch.from_numpy(queries).split(num_queries)
@@ -48,7 +48,7 @@ def brute_force(table: StoredTable, bias: np.ndarray, queries: torch.Tensor, k: 
     return np.pad(order, ((0, 0), (0, k - order.shape[1])), constant_values=-1)
 
 
-@pytest.mark.parametrize("storage", ["int8", "float32"])
+@pytest.mark.parametrize("storage", ["int4", "int8", "float32"])
 @pytest.mark.parametrize(("num_labels", "dim"), [(1, 3), (7, 200), (900, 16), (3001, 160)])
 def test_all_cells_are_the_exact_search_bit_for_bit(num_labels: int, dim: int, storage: str) -> None:
     table, bias, fitted, queries = tables(num_labels, dim, storage)

@@ -43,7 +43,7 @@ def test_the_same_seed_drops_the_same() -> None:
     assert torch.equal(*values)
 
 
-@pytest.mark.parametrize("storage", ["int8", "float32"])
+@pytest.mark.parametrize("storage", ["int4", "int8", "float32"])
 @pytest.mark.parametrize("activation", ["relu", "none"])
 @pytest.mark.parametrize(("num_hidden_layers", "residual"), [(0, True), (1, True), (1, False), (3, True), (2, False)])
 def test_few_instances_of_a_stored_model_are_encoded_as_many_are(
@@ -51,13 +51,16 @@ def test_few_instances_of_a_stored_model_are_encoded_as_many_are(
 ) -> None:
     """By compiled code those, by torch these."""
     settings = {"num_hidden_layers": num_hidden_layers, "activation": activation, "residual": residual}
-    encoder = SparseEncoder(60, 33, **settings)
+    dim = 34 if storage == "int4" else 33
+    encoder = SparseEncoder(60, dim, **settings)
     generator = torch.Generator().manual_seed(num_hidden_layers)
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.normal_(0.0, 0.2, generator=generator)
     arrays = {f"encoder.{name}": tensor.numpy() for name, tensor in encoder.state_dict().items()}
-    stored = stored_encoder(quantize(arrays, storage), ModelConfig(dim=33, **settings))
+    kept = quantize(arrays, storage, large={"encoder.embedding"})
+    assert (f"encoder.embedding.{storage}" in kept) == (storage != "float32")
+    stored = stored_encoder(kept, ModelConfig(dim=dim, **settings))
     features = random_rows(40, 60, density=0.2, format="csr", dtype=np.float32, random_state=0)
     features.data -= 0.3
     many = torch.cat([query for _, query in stored.encode(features)])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.sparse
 
 from xmc_midx import quantization
-from xmc_midx.quantization import dequantize, quantize
+from xmc_midx.quantization import StoredTable, dequantize, quantize
 
 
 def arrays() -> dict[str, np.ndarray]:
@@ -67,3 +68,65 @@ def test_codes_without_fitting_scales_are_refused() -> None:
         dequantize({"t.int8": stored["t.int8"]})
     with pytest.raises(ValueError, match="4 rows"):
         dequantize(stored | {"t.scale": stored["t.scale"][:3]})
+
+
+def half_bytes(dim: int = 14) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    table = arrays()["labels.weight"]
+    table = np.concatenate([table, table[:, :1] / 3], axis=1)[:, :dim]
+    return table, quantize({"t": table, "other": table.copy()}, "int4", large={"t"})
+
+
+def test_half_a_byte_is_the_nearest_of_fifteen_numbers() -> None:
+    table, stored = half_bytes()
+    assert {name: (array.dtype.name, array.shape) for name, array in stored.items()} == {
+        "t.int4": ("uint8", (37, 7)),
+        "t.scale": ("float32", (37,)),
+        "other.int8": ("int8", (37, 14)),
+        "other.scale": ("float32", (37,)),
+    }
+    found, scale = dequantize(stored)["t"].astype(np.float64), stored["t.scale"][:, None].astype(np.float64)
+    codes = np.arange(-7, 8)
+    rows = scale[:, 0] > 0
+    assert not rows[5] and not rows[6] and rows.sum() == 35 and not found[~rows].any()
+    nearest = np.abs(table[rows, :, None] / scale[rows, :, None] - codes).min(axis=2)
+    np.testing.assert_allclose(np.abs(table - found)[rows] / scale[rows], nearest, atol=1e-4)
+
+
+def test_the_scale_of_half_a_byte_has_the_least_squared_error_of_all() -> None:
+    table, stored = half_bytes()
+    found = dequantize(stored)["t"].astype(np.float64)
+    for row in np.flatnonzero(stored["t.scale"]):
+        largest = np.abs(table[row]).max()
+        errors = []
+        for share in np.linspace(0.4, 1.0, 13):
+            scale = share * largest / 7
+            errors.append(np.square(np.clip(np.rint(table[row] / scale), -7, 7) * scale - table[row]).sum())
+        assert np.square(found[row] - table[row]).sum() <= min(errors) * (1 + 1e-4)
+    # A large coordinate is cut off where that helps all others.
+    spread = np.append(np.random.default_rng(3).normal(size=255), 4.0).astype(np.float32)[None]
+    scale = quantize({"t": spread}, "int4", large={"t"})["t.scale"]
+    assert scale[0] < np.abs(spread).max() / 7
+
+
+@pytest.mark.parametrize("storage", ["int4", "int8", "float32"])
+def test_products_and_bags_are_those_of_the_rows_in_float32(storage: str) -> None:
+    rng = np.random.default_rng(4)
+    table = StoredTable.take(quantize({"t": rng.normal(size=(50, 38)).astype(np.float32)}, storage, large={"t"}), "t")
+    rows = table.rows().astype(np.float64)
+    assert table.shape == (50, 38) and (table.codes.dtype == np.uint8) == (storage == "int4")
+    np.testing.assert_array_equal(table.rows(slice(7, 20)), rows[7:20].astype(np.float32))
+    query, ids = rng.normal(size=(9, 38)).astype(np.float32), rng.integers(0, 50, (9, 6))
+    expected = np.einsum("bd,bwd->bw", query.astype(np.float64), rows[ids])
+    np.testing.assert_allclose(table.products(query, ids), expected, atol=1e-5)
+    features = scipy.sparse.random(11, 50, 0.2, format="csr", dtype=np.float32, random_state=0)
+    np.testing.assert_allclose(table.bag(features), features.astype(np.float64) @ rows, atol=1e-5)
+
+
+def test_an_odd_dimension_has_no_halves() -> None:
+    assert set(half_bytes(13)[1]) == {"t.int8", "t.scale", "other.int8", "other.scale"}
+
+
+def test_halves_of_another_type_are_refused() -> None:
+    stored = half_bytes()[1]
+    with pytest.raises(ValueError, match="expected uint8 codes"):
+        dequantize(stored | {"t.int4": stored["t.int4"].view(np.int8)})

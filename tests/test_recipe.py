@@ -72,6 +72,7 @@ def test_given_values_stay() -> None:
         "training.encoder_learning_rate": 0.25,
         "model.dim": 9,
         "model.dropout": 0.0,
+        "model.storage": "float16",
         "data.validation_fraction": 0.0,
         "sampler.num_codewords": 3,
         "sampler.num_draws": 5,

@@ -100,8 +100,9 @@ class ModelConfig(_Section):
     label_memory: Literal["device", "host"] = "device"
     """Where the label table lies while it is trained on a GPU: `host` keeps it and its optimiser's state in the
     machine's memory, and moves the rows of each pool."""
-    storage: Literal["int8", "float16", "float32"] = "int8"
-    """Of the finished model's tables on the disk; int8 has a scale for each row."""
+    storage: Literal["int4", "int8", "float16", "float32"] | Auto = "auto"
+    """Of the finished model's tables on the disk; int4 and int8 have a scale for each row. int4 is for the two large
+    ones, of an even `dim`; the others are int8 then."""
 
 
 class SamplerConfig(_Section):

@@ -17,12 +17,12 @@ the positives, `u` and `l` the rows of the two tables that an average batch touc
   - epoch, 12 u D + 16 (l + g p) D + 32 B p + 100 MB + 6 min(L, 4096) C + 4 D min(L, 1024 C) (on a GPU where that is
     below L) + 4 v L, 64 MB at most, + 8 L, v held-out instances, 4,096 at most: gathered rows, their gradients (on a
     CPU those of the features at the first step alone), logits, fragments; refresh; validation
-  - label cells, from 4,096 labels, without tables, optimiser and sampler: the tables in int8 + 4 D (22,000 + 4 x 4,096)
+  - label cells, from 4,096 labels, without tables, optimiser and sampler: the stored tables + 4 D (22,000 + 4 x 4,096)
     + 440 L + 24 D^2 + 100 MB: queries of training instances, sketches, the directions, fragments
   - neighbours, 12 nnz + 164 F + 16 Y + 160 MB + 70 MB: the index, the shortlist (or 300 bytes for each label that is
     voted for, where that is more: instances with many labels), compiled code; and
     24 (Y + 50 x 30,000) + 50 MB for the linear ranker; where there are cells, tables, optimiser and sampler are gone
-    and the int8 ones there
+    and the stored ones there
 
 u is exact in expectation: the sum over the features of 1 - (1 - share of the instances that have it)^B, and likewise l
 and p (of B / g instances), plus the draws. On CUDA, tables, optimiser, sampler and epoch count on the device instead,
@@ -57,6 +57,8 @@ _FEATURE_LEVELS = 164
 _START_POSITIVES = 1 << 16
 _MOST_VOTED, _CANDIDATE = 300, 300
 """Voted labels that a held-out instance brings to the fit of the last step, at most, and bytes of each."""
+_STORED_BITS = {"int4": 4, "int8": 8, "float16": 16, "float32": 32}
+"""Of a coordinate of the finished model's tables."""
 _PAIR = 24
 """Bytes of a pair of an instance and a label that the linear ranker trains on."""
 _FOUND = 12
@@ -178,6 +180,7 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     num_features, num_labels = data.feature_counts.shape[0], data.label_counts.shape[0]
     label_bytes = 2 if model.label_precision == "bfloat16" else 4
     tables = (4 * dim + 4) * num_features + (label_bytes * dim + 4) * num_labels + 4 * model.num_hidden_layers * dim**2
+    stored = tables * _STORED_BITS[model.storage] // 32
     optimizer = 4 * num_features + 16 * num_labels + 8 * model.num_hidden_layers * dim**2
     sampler_state = 24 * num_labels + 28 * codewords**2 + 8 * codewords * dim
     rows, labels, pool, groups = _rows_of_a_batch(config, data)
@@ -236,14 +239,14 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
         stages: dict[str, float] = {"start": start, "epoch": epoch, "neighbours": neighbors}
         if num_labels >= CELLS_FROM:
             queries = sum(_CELL_QUERIES) + 4 * min(data.num_instances, _ENCODE_CHUNK)
-            stages["cells"] = tables // 4 + 4 * dim * (queries + 6 * dim) + _CELL_LABEL * num_labels + _FRAGMENTS
-            stages["neighbours"] += tables // 4
+            stages["cells"] = stored + 4 * dim * (queries + 6 * dim) + _CELL_LABEL * num_labels + _FRAGMENTS
+            stages["neighbours"] += stored
             for stage in ("cells", "neighbours"):
                 stages[stage] -= tables + optimizer + sampler_state
         largest = max(stages, key=lambda stage: stages[stage])
         host[largest] = int(stages[largest])
     checkpoint = tables + optimizer + 16 * num_labels + 4 * codewords * dim
-    finished = tables // 4 + (_RANKER_LABEL * num_labels if config.ranker.enabled else 0)
+    finished = stored + (_RANKER_LABEL * num_labels if config.ranker.enabled else 0)
     rows_kept = 2 * data.num_values + 4 * data.num_positives if config.neighbors.enabled else 0
     size = _number(training.ensemble_size)
     step = {} if speed is None else _step(config, data, rows + labels, pool, speed)

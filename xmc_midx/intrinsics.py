@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numba
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
-__all__ = ["AHEAD", "WORD", "fetch", "fetch_row", "for_compiled_code", "lowest", "reaching"]
+__all__ = ["AHEAD", "WORD", "fetch", "fetch_row", "for_compiled_code", "for_each_type", "lowest", "reaching"]
 
 AHEAD = 4
 """Rows that are asked for while one is read."""
@@ -22,6 +24,22 @@ _LINE, _BEGINNING = 64, 512
 def for_compiled_code(define: Any) -> Any:
     """numba's `intrinsic`: what it makes is called without the context that it defines the call with."""
     return intrinsic(define)
+
+
+def for_each_type(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Of a function that is given types and returns what is compiled for them, with these options of `numba.njit`, what
+    compiled code calls."""
+
+    def decorate(choose: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(choose)
+        def chosen(*arguments: Any) -> Any:
+            raise NotImplementedError(f"{choose.__name__} is for compiled code alone")
+
+        made: Any = {"jit_options": options}
+        overload(chosen, **made)(choose)
+        return chosen
+
+    return decorate
 
 
 @numba.njit(nogil=True, cache=True)

@@ -145,6 +145,8 @@ def resolve(config: Config, shape: DataShape) -> Config:
     # More numbers than 512 gain nothing with few labels.
     derive("model", "dim", effort.dim if shape.num_labels > _FEW_LABELS else min(effort.dim, 512))
     derive("model", "dropout", min(0.6, num_epochs / 20))
+    # What the last step is fitted to is what is stored (EXPERIMENTS.md, "The saved model").
+    derive("model", "storage", "int4" if shape.num_labels >= CELLS_FROM else "int8")
     derive("data", "validation_fraction", _validation_fraction(shape.num_instances))
     derive("sampler", "num_codewords", auto_num_codewords(shape.num_labels))
     num_draws = 64
@@ -187,6 +189,7 @@ def as_started(config: Config) -> Config:
     batch_size = tree["training"]["batch_size"]
     for section, key, before in (
         ("data", "weighting", "none"),
+        ("model", "storage", "int8"),
         ("sampler", "pool_instances", batch_size),
         ("sampler", "gradient_negatives", "all"),
         ("training", "cuda_graphs", False),

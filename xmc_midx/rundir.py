@@ -47,7 +47,10 @@ __all__ = ["RunDirectory"]
 
 _Added = TypeVar("_Added", NeighborIndex, LinearRanker)
 _MODEL, _MODEL_RECORD = "model.safetensors", "model.json"
-_MODEL_FORMAT = 1
+_TABLES = ("encoder.embedding", "labels.weight")
+"""The large ones."""
+_MODEL_FORMAT, _READ_FORMATS = 2, (1, 2)
+"""The second may hold tables in int4."""
 _CELLS = "cells.safetensors"
 _INTERPOLATION = "interpolation.json"
 _NEIGHBORS, _RANKER = "neighbors.safetensors", "ranker.safetensors"
@@ -261,7 +264,7 @@ class RunDirectory:
     def write_model(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Keep the finished model, the tensors of a checkpoint's part `model`, its tables in `model.storage`; returns
         what is stored."""
-        stored = quantize(arrays, self.config.model.storage)
+        stored = quantize(arrays, self.config.model.storage, large=_TABLES)
         self._write_tensors(_MODEL, lambda path: write_arrays(path, stored))
         return stored
 
@@ -306,9 +309,10 @@ class RunDirectory:
         """
         record = self.read_json(_MODEL_RECORD)
         files, form = record.get("files"), record.get("format")
-        if form != _MODEL_FORMAT:
+        if form not in _READ_FORMATS:
             raise DataError(
-                f"{self.path / _MODEL_RECORD}: has model format {form}; this release reads {_MODEL_FORMAT}.",
+                f"{self.path / _MODEL_RECORD}: has model format {form}; this release reads "
+                f"{' and '.join(map(str, _READ_FORMATS))}.",
                 hint="Install a newer xmc-midx, or train anew.",
             )
         if (

@@ -34,7 +34,7 @@ from xmc_midx.interpolation import SHORTLIST, Interpolation, fit_interpolation, 
 from xmc_midx.metrics import evaluate_topk
 from xmc_midx.neighbors import NeighborIndex, choose_idf_power, is_compiled, tune_budget
 from xmc_midx.predictor import Predictor
-from xmc_midx.quantization import StoredTable
+from xmc_midx.quantization import StoredTable, dequantize
 from xmc_midx.ranker import LinearRanker
 from xmc_midx.recipe import CELLS_FROM
 from xmc_midx.rundir import RunDirectory
@@ -228,7 +228,12 @@ class TrainingSession:
             # Into the trainer's own tables: a second model beside them would be the peak of the whole training.
             self.trainer.load_model(self.store.load("best", ["model"]).parts["model"])
         crash_point("model.begun")
-        self._build_cells(run.write_model(self._model_arrays()))
+        stored = run.write_model(self._model_arrays())
+        self._build_cells(stored)
+        if self._stored is None:
+            # What is fitted from now on is fitted to what will predict.
+            self.trainer.load_model({name: torch.from_numpy(array) for name, array in dequantize(stored).items()})
+        del stored
         release_freed_memory()
         if added and chosen is None:
             crash_point("neighbours.begun")

@@ -14,7 +14,7 @@ from xmc_midx.data.features import normalize_rows
 from xmc_midx.encoder import SparseEncoder
 from xmc_midx.errors import DataError
 from xmc_midx.index import ExactIndex
-from xmc_midx.interpolation import Interpolation, fit_interpolation, interpolate, keep_labels
+from xmc_midx.interpolation import Interpolation, fit_interpolation, interpolate
 from xmc_midx.metrics import evaluate_topk, instance_scores
 from xmc_midx.neighbors import NeighborIndex
 from xmc_midx.predictor import Predictor
@@ -90,13 +90,6 @@ def test_by_default_the_ranking_is_the_models() -> None:
     logits = np.random.default_rng(2).normal(size=(6, 5))
     top = interpolate(shortlist_of(logits), None, FREQUENCIES, Interpolation(), 3)
     np.testing.assert_array_equal(top.label_ids, shortlist_of(logits).label_ids[:, :3])
-
-
-def test_denied_labels_lose_their_votes_and_only_allowed_ones_keep_theirs() -> None:
-    votes = sp.csr_matrix(np.array([[0.5, 0.4, 0.3, 0.0, 0.0]]))
-    assert keep_labels(votes, np.array([0, 1]), np.array([1])).toarray().tolist() == [[0.5, 0, 0, 0, 0]]
-    assert keep_labels(votes, None, np.array([0])).toarray().tolist() == [[0, 0.4, 0.3, 0, 0]]
-    assert keep_labels(votes, None, None) is votes
 
 
 def test_the_instance_scores_average_to_the_report() -> None:
@@ -187,9 +180,8 @@ def test_a_choice_of_labels_filters_the_ranking_of_all() -> None:
     chosen = TopK(
         label_ids=np.where(np.isneginf(chosen.scores), -1, chosen.label_ids)[:, :20], scores=chosen.scores[:, :20]
     )
-    found = interpolate(
-        chosen, keep_labels(votes, allowed, None), frequencies, SETTINGS, 3, margin_of=no_margin, reference=reference
-    )
+    allowed_votes = votes.multiply(np.isin(np.arange(num_labels), allowed)).tocsr()
+    found = interpolate(chosen, allowed_votes, frequencies, SETTINGS, 3, margin_of=no_margin, reference=reference)
     for row in range(25):
         score = dict(zip(ranked.label_ids[row].tolist(), ranked.scores[row].tolist(), strict=True))
         for label, value in zip(found.label_ids[row].tolist(), found.scores[row].tolist(), strict=True):

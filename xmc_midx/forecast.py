@@ -17,12 +17,12 @@ the positives, `u` and `l` the rows of the two tables that an average batch touc
   - epoch, 12 u D + 16 (l + g p) D + 32 B p + 100 MB + 6 min(L, 4096) C + 4 D min(L, 1024 C) (on a GPU where that is
     below L) + 4 v L, 64 MB at most, + 8 L, v held-out instances, 4,096 at most: gathered rows, their gradients (on a
     CPU those of the features at the first step alone), logits, fragments; refresh; validation
-  - label cells, from 4,096 labels, without tables, optimiser and sampler: the stored tables + 4 D (22,000 + 4 x 4,096)
-    + 440 L + 24 D^2 + 100 MB: queries of training instances, sketches, the directions, fragments
+  - label cells, from 4,096 labels: 4 D (22,000 + 4 x 4,096) + 440 L + 24 D^2 + 100 MB: queries of training instances,
+    sketches, the directions, fragments
   - neighbours, 12 nnz + 164 F + 16 Y + 160 MB + 70 MB: the index, the shortlist (or 300 bytes for each label that is
     voted for, where that is more: instances with many labels), compiled code; and
-    24 (Y + 50 x 30,000) + 50 MB for the linear ranker; where there are cells, tables, optimiser and sampler are gone
-    and the stored ones there
+    24 (Y + 50 x 30,000) + 50 MB for the linear ranker
+  in the last two the stored tables (`model.storage`) stand for tables, optimiser and sampler
 
 u is exact in expectation: the sum over the features of 1 - (1 - share of the instances that have it)^B, and likewise l
 and p (of B / g instances), plus the draws. On CUDA, tables, optimiser, sampler and epoch count on the device instead,
@@ -239,10 +239,9 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
         stages: dict[str, float] = {"start": start, "epoch": epoch, "neighbours": neighbors}
         if num_labels >= CELLS_FROM:
             queries = sum(_CELL_QUERIES) + 4 * min(data.num_instances, _ENCODE_CHUNK)
-            stages["cells"] = stored + 4 * dim * (queries + 6 * dim) + _CELL_LABEL * num_labels + _FRAGMENTS
-            stages["neighbours"] += stored
-            for stage in ("cells", "neighbours"):
-                stages[stage] -= tables + optimizer + sampler_state
+            stages["cells"] = 4 * dim * (queries + 6 * dim) + _CELL_LABEL * num_labels + _FRAGMENTS
+        for stage in stages.keys() - {"start", "epoch"}:
+            stages[stage] += stored - (tables + optimizer + sampler_state)
         largest = max(stages, key=lambda stage: stages[stage])
         host[largest] = int(stages[largest])
     checkpoint = tables + optimizer + 16 * num_labels + 4 * codewords * dim
@@ -254,14 +253,17 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     # No more are kept than are made.
     num_saves = _number(training.epochs) * (1 + steps // (training.save_every_steps or steps + 1)) + _CLOCKED_SAVES
     keep = min(training.keep_checkpoints, int(num_saves))
-    finish = None if speed is None else _finish(config, data, held_out)
+    finish = None
+    if speed is not None:
+        # The first of an ensemble has the label cells for all.
+        finish = _finish(config, data, held_out) + (size - 1) * _finish(config, data, held_out, is_first=False)
     return Forecast(
         host=host,
         device=device,
         checkpoint_bytes=checkpoint,
-        disk_bytes=size * ((2 * keep + 1) * checkpoint + finished + rows_kept + 10 * _MB),
-        seconds=None if finish is None else size * (_number(training.epochs) * steps * sum(step.values()) + finish),
-        finish_seconds=None if finish is None else size * finish,
+        disk_bytes=size * ((2 * keep + 1) * checkpoint + finished + 10 * _MB) + rows_kept,
+        seconds=None if finish is None else size * _number(training.epochs) * steps * sum(step.values()) + finish,
+        finish_seconds=finish,
         step=step,
     )
 
@@ -369,10 +371,10 @@ def _step(config: Config, data: TrainingData, rows: int, pool: int, speed: Speed
     }
 
 
-def _finish(config: Config, data: TrainingData, held_out: int) -> float:
+def _finish(config: Config, data: TrainingData, held_out: int, *, is_first: bool = True) -> float:
     """Seconds of what follows the epochs, on two cores that nothing else uses."""
     seconds, num_labels = _FINISH, data.label_counts.shape[0]
-    if num_labels >= CELLS_FROM:
+    if num_labels >= CELLS_FROM and is_first:
         seconds += _FINISH_CELLS + _FINISH_LABEL * num_labels
     if config.neighbors.enabled:
         seconds += _FINISH_HELD_OUT * held_out

@@ -5,24 +5,26 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
 
 from xmc_midx.cells import LabelCells
 from xmc_midx.device import multiplies_bfloat16
 from xmc_midx.intrinsics import AHEAD, fetch_row
 from xmc_midx.products import rough_rows
-from xmc_midx.quantization import StoredTable, row_product
+from xmc_midx.quantization import StoredTable, read_only, row_product
 from xmc_midx.scan import list_rough, scan_topk
 from xmc_midx.selection import insert_best
 from xmc_midx.sketches import MULTIPLIES_BYTES
 from xmc_midx.topk import best_of, exact_topk, rescored_topk
 from xmc_midx.types import LabelIndex, TopK
+
+if TYPE_CHECKING:
+    from xmc_midx.types import Logits
 
 __all__ = [
     "CellIndex",
@@ -31,7 +33,9 @@ __all__ = [
     "HalfPrecisionIndex",
     "Reach",
     "ScanIndex",
+    "StoredIndex",
     "build_index",
+    "insert_logits",
     "tune_effort",
 ]
 
@@ -40,6 +44,8 @@ _MIN_LABELS = {"cpu": 4096, "cuda": 16_384}
 measured)."""
 _SLACK = 32
 """Labels beyond those asked for whose exact logits are computed."""
+_GATHERED = 1 << 23
+"""Numbers of rows that are gathered at once."""
 _TARGET_RECALL, _TARGET_K = 0.992, 5
 """Of the held-out instances' best labels, found by the index: what its effort is set to."""
 _FEWEST = (1000, 100)
@@ -100,9 +106,21 @@ class ExactIndex:
         excluded_L = self._excluded(allow, deny)
         return exact_topk(query_BD, self.label_table_LD, self.bias_L, k, excluded_L=excluded_L)
 
-    def add(self, top: TopK, query_BD: torch.Tensor, labels: csr_matrix) -> TopK:
-        """Nothing is missed."""
-        return top
+    def logits(self, query_BD: torch.Tensor) -> Logits | None:
+        """None: nothing is missed."""
+        return None
+
+    def rank(self, query_BD: torch.Tensor, label_ids: NDArray[np.int64]) -> TopK:
+        """The labels (B, K), -1 for none, in the order of their logits."""
+        ids_BK = torch.from_numpy(np.maximum(label_ids, 0)).to(self.bias_L.device)
+        logits = np.empty(label_ids.shape, dtype=np.float32)
+        chunk = max(1, _GATHERED // max(1, label_ids.shape[1] * query_BD.shape[1]))
+        for begin in range(0, len(query_BD), chunk):
+            part = slice(begin, begin + chunk)
+            rows_BKD = self.label_table_LD[ids_BK[part].to(self.label_table_LD.device)].to(query_BD)
+            logits_BK = torch.bmm(rows_BKD, query_BD[part, :, None])[:, :, 0] + self.bias_L[ids_BK[part]]
+            logits[part] = logits_BK.cpu().numpy()
+        return _in_order(label_ids, logits)
 
     def _excluded(self, allow: torch.Tensor | None, deny: torch.Tensor | None) -> torch.Tensor | None:
         excluded_L = _excluded_of(self.num_labels, allow, deny)
@@ -180,14 +198,75 @@ class Effort:
     """Of the five best labels of held-out instances that a search finds."""
 
 
-class CellIndex:
-    """The labels of the cells that a query points to: sketches first, exact logits of the best (`xmc_midx.cells`).
-
-    On the CPU. The table stays as it is stored, int8 or float32, mapped or not; the logits are those of its rows.
+class StoredIndex:
+    """All labels of a table that stays as it is stored, in few bytes or float32, mapped or not; on the CPU. The logits
+    are those of its rows.
 
     Parameters
     ----------
     table, bias : (L, D) and (L,).
+    """
+
+    def __init__(self, table: StoredTable, bias_L: NDArray[np.float32]) -> None:
+        self.table, self.bias_L = table, bias_L
+
+    @property
+    def num_labels(self) -> int:
+        return int(self.bias_L.shape[0])
+
+    def search(
+        self,
+        query_BD: torch.Tensor,
+        k: int,
+        *,
+        allow: torch.Tensor | None = None,
+        deny: torch.Tensor | None = None,
+    ) -> TopK:
+        """As `ScanIndex.search`."""
+        if allow is not None or deny is not None:
+            return self._exact(query_BD, k, _excluded_of(self.num_labels, allow, deny))
+        return self._scan(query_BD, k)
+
+    def logits(self, query_BD: torch.Tensor) -> Logits:
+        """What compiled code computes the logits of labels by that a search may have missed."""
+        return (query_BD.contiguous().numpy(), *self.table.arrays, read_only(self.bias_L))
+
+    def rank(self, query_BD: torch.Tensor, label_ids: NDArray[np.int64]) -> TopK:
+        """The labels (B, K), -1 for none, in the order of their logits."""
+        ids = np.maximum(label_ids, 0)
+        return _in_order(label_ids, self.table.products(query_BD.contiguous().numpy(), ids) + self.bias_L[ids])
+
+    def _scan(self, query_BD: torch.Tensor, k: int) -> TopK:
+        """The k best of all labels, found in bfloat16 where that pays."""
+        if not multiplies_bfloat16(_CPU):
+            return self._exact(query_BD, k)
+        return _scan_rows(query_BD, self.table, self.bias_L, k, self._exact)
+
+    def _exact(self, query_BD: torch.Tensor, k: int, excluded_L: torch.Tensor | None = None) -> TopK:
+        """The k best of all labels that are not excluded, in float32."""
+        best: TopK | None = None
+        for begin in range(0, self.num_labels, _SCAN_ROWS):
+            rows = slice(begin, min(begin + _SCAN_ROWS, self.num_labels))
+            part = exact_topk(
+                query_BD,
+                torch.from_numpy(self.table.rows(rows)),
+                torch.from_numpy(self.bias_L[rows]),
+                k + _SLACK,
+                excluded_L=None if excluded_L is None else excluded_L[rows],
+            )
+            part = TopK(label_ids=np.where(part.label_ids < 0, -1, part.label_ids + begin), scores=part.scores)
+            best = part if best is None else best_of([best, part], k + _SLACK)
+        assert best is not None, "a label table has at least one row"
+        # The same arithmetic as that of a search by cells, so that both rank alike, bit for bit.
+        return best_of([self.rank(query_BD, best.label_ids)], k)
+
+
+class CellIndex(StoredIndex):
+    """The labels of the cells that a query points to: sketches first, exact logits of the best (`xmc_midx.cells`).
+
+    Parameters
+    ----------
+    table, bias : as of `StoredIndex`.
     cells, effort : of this table.
     reach : which labels a search looks at.
     """
@@ -201,7 +280,8 @@ class CellIndex:
         *,
         reach: Reach = "cells",
     ) -> None:
-        self.table, self.bias_L, self.cells, self.effort, self.reach = table, bias_L, cells, effort, reach
+        super().__init__(table, bias_L)
+        self.cells, self.effort, self.reach = cells, effort, reach
 
     def with_reach(self, reach: Reach) -> CellIndex:
         """The same index, that looks at other labels."""
@@ -231,10 +311,6 @@ class CellIndex:
             raise ValueError("an effort is at least one label")
         effort = Effort(depth=depth, width=width, scan_width=scan_width, recall=float(arrays["recall"][0]))
         return cls(table, bias_L, LabelCells.from_arrays(arrays, *table.shape), effort, reach=reach)
-
-    @property
-    def num_labels(self) -> int:
-        return int(self.bias_L.shape[0])
 
     def search(
         self,
@@ -267,39 +343,10 @@ class CellIndex:
             return self.cells.scan(query_BD, self.table, self.bias_L, k, depth=depth, **widths)
         return self.cells.search(query_BD, self.table, self.bias_L, k, depth=depth, width=width)
 
-    def add(self, top: TopK, query_BD: torch.Tensor, labels: csr_matrix) -> TopK:
-        """A search's result with those of other labels, the stored ones of (B, L), that it should have found."""
-        found = TopK(label_ids=top.label_ids.copy(), scores=top.scores.copy())
-        query, others = query_BD.contiguous().numpy(), (labels.indptr, labels.indices)
-        _insert(query, self.table.arrays, self.bias_L, others, found.label_ids, found.scores)
-        return found
 
-    def _scan(self, query_BD: torch.Tensor, k: int) -> TopK:
-        """The k best of all labels, found in bfloat16 where that pays."""
-        if not multiplies_bfloat16(_CPU):
-            return self._exact(query_BD, k)
-        return _scan_rows(query_BD, self.table, self.bias_L, k, self._exact)
-
-    def _exact(self, query_BD: torch.Tensor, k: int, excluded_L: torch.Tensor | None = None) -> TopK:
-        """The k best of all labels that are not excluded, in float32."""
-        best: TopK | None = None
-        for begin in range(0, self.num_labels, _SCAN_ROWS):
-            rows = slice(begin, min(begin + _SCAN_ROWS, self.num_labels))
-            part = exact_topk(
-                query_BD,
-                torch.from_numpy(self.table.rows(rows)),
-                torch.from_numpy(self.bias_L[rows]),
-                k + _SLACK,
-                excluded_L=None if excluded_L is None else excluded_L[rows],
-            )
-            part = TopK(label_ids=np.where(part.label_ids < 0, -1, part.label_ids + begin), scores=part.scores)
-            best = part if best is None else best_of([best, part], k + _SLACK)
-        assert best is not None, "a label table has at least one row"
-        # The same arithmetic as that of a search by cells, so that both rank alike, bit for bit.
-        ids = np.maximum(best.label_ids, 0)
-        logits = self.table.products(query_BD.contiguous().numpy(), ids) + self.bias_L[ids]
-        logits[best.label_ids < 0] = -np.inf
-        return best_of([TopK(label_ids=best.label_ids, scores=logits)], k)
+def _in_order(label_ids: NDArray[np.int64], logits: NDArray[np.float32]) -> TopK:
+    logits[label_ids < 0] = -np.inf
+    return best_of([TopK(label_ids=label_ids, scores=logits)], label_ids.shape[1])
 
 
 def _scan_rows(
@@ -331,22 +378,20 @@ def _scan_rows(
 
 
 @numba.njit(nogil=True, cache=True)
-def _insert(query_BD: Any, table: Any, bias: Any, others: Any, found_BK: Any, score_BK: Any) -> None:
+def insert_logits(query: Any, table: Any, bias: Any, ids: Any, found_K: Any, score_K: Any) -> None:
+    """Give labels that a search should have found their places among the K best, unless they are there."""
     codes, scales = table
-    offsets, ids = others
-    last = found_BK.shape[1] - 1
-    for row in range(found_BK.shape[0]):
-        end = offsets[row + 1] - 1
-        for place in range(offsets[row], end + 1):
-            fetch_row(codes, ids[min(place + AHEAD, end)])
-            label = ids[place]
-            logit = row_product(query_BD[row], codes, scales, label) + bias[label]
-            if found_BK[row, last] < 0 or logit >= score_BK[row, last]:
-                known = False
-                for other in found_BK[row]:
-                    known |= other == label
-                if not known:
-                    insert_best(found_BK[row], score_BK[row], label, logit)
+    last, end = found_K.shape[0] - 1, ids.shape[0] - 1
+    for place in range(ids.shape[0]):
+        fetch_row(codes, ids[min(place + AHEAD, end)])
+        label = ids[place]
+        logit = row_product(query, codes, scales, label) + bias[label]
+        if found_K[last] < 0 or logit >= score_K[last]:
+            known = False
+            for other in found_K:
+                known |= other == label
+            if not known:
+                insert_best(found_K, score_K, label, logit)
 
 
 def tune_effort(table: StoredTable, bias_L: NDArray[np.float32], cells: LabelCells, query_ND: torch.Tensor) -> Effort:

@@ -37,7 +37,7 @@ from xmc_midx.selection import insert_best
 from xmc_midx.threads import in_threads, zeros
 from xmc_midx.types import DEFAULT_KS, DEFAULT_PROPENSITY, TopK
 
-__all__ = ["SHORTLIST", "Interpolation", "fit_interpolation", "interpolate", "keep_labels"]
+__all__ = ["SHORTLIST", "Interpolation", "fit_interpolation", "interpolate", "score_candidates"]
 
 SHORTLIST = 100
 """Labels of the model that take part."""
@@ -177,7 +177,7 @@ def interpolate(
     room = num_rows * width + votes.nnz
     instance, label_ids, scores = np.empty(room, dtype=np.int64), np.empty(room, dtype=np.int64), np.empty(room)
     is_behind = np.empty(room, dtype=np.bool_)
-    used = _score(
+    used = score_candidates(
         (shortlist.label_ids, shortlist.scores),
         (reference.label_ids, reference.scores),
         (votes.indptr, votes.indices, votes.data),
@@ -197,7 +197,7 @@ def interpolate(
 
 
 @numba.njit(nogil=True, cache=True)
-def _score(
+def score_candidates(
     shortlist: Any,
     reference: Any,
     votes: Any,
@@ -284,21 +284,6 @@ def _keep_best(instance: Any, label_ids: Any, scores: Any, found_BK: Any, score_
     for place in range(instance.shape[0]):
         row = instance[place]
         insert_best(found_BK[row], score_BK[row], label_ids[place], scores[place])
-
-
-def keep_labels(votes: csr_matrix, allow: NDArray[np.int64] | None, deny: NDArray[np.int64] | None) -> csr_matrix:
-    """The votes for labels that may be returned: those in `allow` (None: all) that are not in `deny`."""
-    if allow is None and deny is None:
-        return votes
-    kept_L = np.full(votes.shape[1], allow is None)
-    if allow is not None:
-        kept_L[allow] = True
-    if deny is not None:
-        kept_L[deny] = False
-    kept = votes.copy()
-    kept.data[~kept_L[kept.indices]] = 0.0
-    kept.eliminate_zeros()
-    return kept
 
 
 def _candidates(

@@ -75,6 +75,10 @@ _CHUNK = 1 << 22
 """Entries at once, where the lists are made."""
 
 
+Neighbors = tuple[NDArray[np.int64], NDArray[np.float32]]
+"""(B, K) row numbers and (B, K) inner products, as of `NeighborIndex.search`."""
+
+
 class NeighborIndex:
     """Finds the training instances with the largest inner product.
 
@@ -131,9 +135,7 @@ class NeighborIndex:
             scale_rows(values, features.indptr)
         return values
 
-    def search(
-        self, features: csr_matrix, count: int, *, budget: int | None = None
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def search(self, features: csr_matrix, count: int, *, budget: int | None = None) -> Neighbors:
         """The `count` nearest training rows of each of B rows.
 
         Parameters
@@ -183,11 +185,11 @@ class NeighborIndex:
         """
         lists = (self.labels.indptr, self.labels.indices)
         num_rows, num_labels = rows_BK.shape[0], self.labels.shape[1]
-        room = _count_votes(rows_BK, self.labels.indptr)
+        room = count_votes(rows_BK, self.labels.indptr)
         offsets = np.zeros(num_rows + 1, dtype=self.labels.indptr.dtype)
         ids, values = np.empty(room, dtype=self.labels.indices.dtype), np.empty(room)
         total = zeros(num_labels, np.float64)
-        used = _votes(rows_BK, scores_BK, 1.0 / temperature, lists, total, offsets, ids, values)
+        used = sum_votes(rows_BK, scores_BK, 1.0 / temperature, lists, total, offsets, ids, values)
         return csr_matrix((values[:used], ids[:used], offsets), shape=(num_rows, num_labels))
 
 
@@ -511,7 +513,7 @@ def _search(
 
 
 @numba.njit(nogil=True, cache=True)
-def _count_votes(rows_BK: Any, label_offsets: Any) -> Any:
+def count_votes(rows_BK: Any, label_offsets: Any) -> Any:
     """Labels of the neighbours, repeats counted."""
     count = np.int64(0)
     for row in rows_BK.flat:
@@ -521,7 +523,7 @@ def _count_votes(rows_BK: Any, label_offsets: Any) -> Any:
 
 
 @numba.njit(nogil=True, cache=True)
-def _votes(
+def sum_votes(
     rows_BK: Any, score_BK: Any, sharpness: float, lists: Any, total: Any, offsets: Any, ids: Any, values: Any
 ) -> int:
     """The weights of the neighbours, `softmax(sharpness score)`, summed by label, as the arrays of a CSR matrix;

@@ -418,7 +418,12 @@ def _train_members(first: TrainingSession, training: Split, *, verify: bool) -> 
         try:
             with _opened(path) if is_there else RunDirectory.create(path, config, provenance=provenance) as directory:
                 session = TrainingSession(
-                    directory, training, first.reporter, deadline=first.deadline, propensity=first.propensity
+                    directory,
+                    training,
+                    first.reporter,
+                    deadline=first.deadline,
+                    propensity=first.propensity,
+                    first=run,
                 )
                 if is_there:
                     session.load(verify=verify)

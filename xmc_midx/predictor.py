@@ -5,9 +5,9 @@ Before it: checkpoints and index; after it: metrics and the command line.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,13 +21,13 @@ from xmc_midx.data.features import FeatureScaling, rows_from_pairs
 from xmc_midx.device import find_device, without_autocast
 from xmc_midx.encoder import SparseEncoder, stored_encoder
 from xmc_midx.errors import DataError, UsageError
-from xmc_midx.index import CellIndex, build_index
-from xmc_midx.interpolation import SHORTLIST, Interpolation, interpolate, keep_labels
-from xmc_midx.neighbors import NeighborIndex
+from xmc_midx.index import CellIndex, StoredIndex, build_index
+from xmc_midx.interpolation import SHORTLIST, Interpolation
+from xmc_midx.laststep import LastStep
+from xmc_midx.neighbors import NeighborIndex, Neighbors
 from xmc_midx.quantization import StoredTable
 from xmc_midx.ranker import LinearRanker
 from xmc_midx.rundir import RunDirectory
-from xmc_midx.threads import in_threads
 from xmc_midx.topk import best_of, concatenate_topk, least_of, mean_of
 from xmc_midx.types import LabelIndex, Reporter, SilentReporter, TopK
 
@@ -45,6 +45,15 @@ Scores = Literal["logits", "probabilities"]
 label applies (`xmc_midx.calibration`), comparable between instances."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """For some instances, what the models of an ensemble share."""
+
+    label_ids: np.ndarray
+    """(B, K): the labels with the largest logits, and what the neighbours vote for."""
+    neighbors: Neighbors | None
+
+
 class Predictor:
     """A trained model, ready to answer.
 
@@ -57,7 +66,8 @@ class Predictor:
     label_frequencies, num_train : (L,) int64 and N of the training split; None where unknown.
     interpolation, neighbors, ranker : what is added to the model's scores (`xmc_midx.interpolation`); None: nothing.
     calibration : what makes probabilities of the scores; None where no instances were held out.
-    members : further models of the same data, whose scores are averaged with this one's.
+    members : further models of the same data: of the labels and neighbours that this one finds, the scores of all are
+        averaged. Their `neighbors` are this one's, or None.
     """
 
     def __init__(
@@ -80,6 +90,10 @@ class Predictor:
         self.label_names, self.vocabulary = label_names, vocabulary
         self.label_frequencies, self.num_train = label_frequencies, num_train
         self.interpolation, self.neighbors, self.ranker = interpolation or Interpolation(), neighbors, ranker
+        self._last_step: LastStep | None = None
+        if not self.interpolation.is_identity:
+            assert label_frequencies is not None, "an interpolation comes with the label frequencies"
+            self._last_step = LastStep(self.interpolation, label_frequencies, neighbors, ranker)
         self.calibration, self.members = calibration, members
 
     @classmethod
@@ -111,10 +125,17 @@ class Predictor:
         """
         directory = RunDirectory.open(run)
         model, source, is_finished = map_model(directory, checkpoint, verify=verify)
+        where = find_device(device)
         with refuse_misfits(source):
-            found = cls._build(directory, model, find_device(device), verify=verify, exact=exact, cells=is_finished)
+            cells = directory.map_cells() if is_finished and where.type == "cpu" else None
+            added = directory.interpolation(verify=verify)
+            found = cls._build(directory, model, where, added, cells=cells, exact=exact)
         for path in directory.finished_members if is_finished else ():
-            one = cls.load(path, device=device, verify=verify, exact=exact)
+            member = RunDirectory.open(path)
+            model = member.map_model(verify=verify)
+            with refuse_misfits(path):
+                added = member.interpolation(verify=verify, neighbors=found.neighbors)
+                one = cls._build(member, model, where, added, is_member=True)
             if (one.num_features, one.num_labels) != (found.num_features, found.num_labels):
                 raise DataError(f"{path}: is of other features or labels than {directory.path}.", hint="It was edited.")
             found.members = (*found.members, one)
@@ -126,20 +147,22 @@ class Predictor:
         directory: RunDirectory,
         model: Mapping[str, np.ndarray],
         device: torch.device,
+        added: tuple[Interpolation, NeighborIndex | None, LinearRanker | None] | None,
         *,
-        verify: bool,
-        exact: bool,
-        cells: bool,
+        cells: Mapping[str, np.ndarray] | None = None,
+        exact: bool = False,
+        is_member: bool = False,
     ) -> Predictor:
+        """Of a run directory's arrays and what is added to them; a member looks for no labels."""
         table, bias = StoredTable.take(model, "labels.weight"), model["labels.bias"]
-        added = directory.interpolation(verify=verify)
         index: LabelIndex
-        found = directory.map_cells() if cells and device.type == "cpu" else None
-        if found is None:
-            tensors = torch.from_numpy(table.rows()).to(device), torch.from_numpy(bias).to(device)
-            index = build_index(*tensors, exact=exact)
+        if cells is not None:
+            index = CellIndex.from_arrays(table, bias, cells, reach="exact" if exact else "cells")
+        elif is_member and device.type == "cpu":
+            index = StoredIndex(table, bias)
         else:
-            index = CellIndex.from_arrays(table, bias, found, reach="exact" if exact else "cells")
+            tensors = torch.from_numpy(table.rows()).to(device), torch.from_numpy(bias).to(device)
+            index = build_index(*tensors, exact=exact or is_member)
         label_names = directory.label_names()
         if label_names is not None and len(label_names) != index.num_labels:
             raise DataError(
@@ -223,13 +246,25 @@ class Predictor:
         """This model's own, for some instances after the other."""
         for rows, query_BD in self.encoder.encode(features):
             chunk = features if rows == slice(0, features.shape[0]) else features[rows]
-            _require_finite(np.isfinite(query_BD.cpu().numpy()).all(axis=1), rows.start)
-            if scores == "logits":
-                top = self._search(query_BD, chunk, k, allowed, denied)
-            else:
-                top = self._probabilities(query_BD, chunk, k, allowed, denied)
-            _require_finite(np.logical_not(np.isnan(top.scores).any(axis=1)), rows.start)
-            yield top
+            yield self._answer(query_BD, chunk, rows.start, k, scores, allowed, denied)[0]
+
+    def _answer(
+        self,
+        query_BD: torch.Tensor,
+        features: csr_matrix,
+        first: int,
+        k: int,
+        scores: Scores,
+        allowed: np.ndarray | None,
+        denied: np.ndarray | None,
+        given: _Found | None = None,
+    ) -> tuple[TopK, _Found]:
+        """Of the instances from `first` on; with `given`, of what another model has found."""
+        _require_finite(np.isfinite(query_BD.cpu().numpy()).all(axis=1), first)
+        search = self._search if scores == "logits" else self._probabilities
+        top, found = search(query_BD, features, k, allowed, denied, given)
+        _require_finite(np.logical_not(np.isnan(top.scores).any(axis=1)), first)
+        return top, found
 
     def _mean(
         self, features: csr_matrix, k: int, scores: Scores, allowed: np.ndarray | None, denied: np.ndarray | None
@@ -238,14 +273,17 @@ class Predictor:
         a model's hundred best, which are the same for any k and any choice of labels. Behind the labels that are among
         some model's hundred best stand those of the first model, in its order."""
         is_logits = scores == "logits"
-        best = zip(
-            *(one._answers(features, SHORTLIST, scores, None, None) for one in (self, *self.members)), strict=True
-        )
         deep = None
         if k > SHORTLIST or allowed is not None or denied is not None:
             deep = self._answers(features, k, scores, allowed, denied)
-        for answers in best:
-            norm_N1 = _log_sum(answers[0]) if is_logits else np.zeros((len(answers[0].label_ids), 1))
+        for rows, query_BD in self.encoder.encode(features):
+            chunk = features if rows == slice(0, features.shape[0]) else features[rows]
+            first, found = self._answer(query_BD, chunk, rows.start, SHORTLIST, scores, None, None)
+            answers = [first]
+            for one in self.members:
+                others_BD = torch.cat([part_BD for _, part_BD in one.encoder.encode(chunk)])
+                answers.append(one._answer(others_BD, chunk, rows.start, SHORTLIST, scores, None, None, found)[0])
+            norm_N1 = _log_sum(first) if is_logits else np.zeros((len(first.label_ids), 1))
             tops = [_less(top, _log_sum(top)) if is_logits else top for top in answers]
             if deep is None:
                 yield mean_of(tops, k)
@@ -311,14 +349,15 @@ class Predictor:
         k: int,
         allow: np.ndarray | None,
         deny: np.ndarray | None,
-    ) -> TopK:
+        given: _Found | None,
+    ) -> tuple[TopK, _Found]:
         wide, settings = max(k, BACKGROUND), self.require_calibration()
-        top = self._search(query_BD, features, wide, allow, deny)
+        top, found = self._search(query_BD, features, wide, allow, deny, given)
         background = None
         if allow is not None or deny is not None:
-            background = self._search(query_BD, features, BACKGROUND, None, None)
+            background = self._search(query_BD, features, BACKGROUND, None, None, given)[0]
         top = calibrate(top, settings, background=background)
-        return TopK(label_ids=top.label_ids[:, :k], scores=top.scores[:, :k])
+        return TopK(label_ids=top.label_ids[:, :k], scores=top.scores[:, :k]), found
 
     def _label_ids(self, name: str, ids: Sequence[int] | np.ndarray | None) -> np.ndarray | None:
         if ids is None:
@@ -342,58 +381,41 @@ class Predictor:
         k: int,
         allow: np.ndarray | None,
         deny: np.ndarray | None,
-    ) -> TopK:
-        plain = self.interpolation.is_identity
-        top = self.index.search(
-            query_BD,
-            k if plain else max(k, SHORTLIST),
-            allow=None if allow is None else torch.from_numpy(allow),
-            deny=None if deny is None else torch.from_numpy(deny),
-        )
+        given: _Found | None = None,
+    ) -> tuple[TopK, _Found]:
+        """The k best labels, and what a model of the same ensemble does not have to look for."""
+        plain = self._last_step is None
+        if given is not None:
+            top = self.index.rank(query_BD, given.label_ids)
+        else:
+            top = self.index.search(
+                query_BD,
+                k if plain else max(k, SHORTLIST),
+                allow=None if allow is None else torch.from_numpy(allow),
+                deny=None if deny is None else torch.from_numpy(deny),
+            )
         if plain:
-            return top
-        result = TopK.empty(features.shape[0], k)
+            return top, _Found(label_ids=top.label_ids, neighbors=None)
         # The coefficients are fitted to a shortlist of so many, however many results are asked for.
         reference = top if allow is None and deny is None else self.index.search(query_BD, SHORTLIST)
         if reference.label_ids.shape[1] > SHORTLIST:
             reference = TopK(label_ids=top.label_ids[:, :SHORTLIST], scores=top.scores[:, :SHORTLIST])
-
-        def rank(first: int, last: int) -> None:
-            rows = slice(first, last)
-            chunk = features if last - first == features.shape[0] else features[rows]
-            mine = top.rows(rows)
-            theirs = mine if reference is top else reference.rows(rows)
-            part = self._interpolate(mine, theirs, query_BD[rows], chunk, k, allow, deny)
-            result.label_ids[rows], result.scores[rows] = part.label_ids, part.scores
-
-        in_threads(rank, features.shape[0])
-        return result
-
-    def _interpolate(
-        self,
-        top: TopK,
-        reference: TopK,
-        query_BD: torch.Tensor,
-        features: csr_matrix,
-        k: int,
-        allow: np.ndarray | None,
-        deny: np.ndarray | None,
-    ) -> TopK:
-        assert self.label_frequencies is not None, "an interpolation comes with the label frequencies"
-        votes = None
-        if self.neighbors is not None:
-            settings = self.interpolation
-            found = self.neighbors.search(features, settings.count, budget=settings.budget)
-            votes = self.neighbors.votes(*found, settings.temperature)
-            # The last step asks for a hundred labels; a search by cells promises the first five.
-            is_all = reference is top
-            reference = self.index.add(reference, query_BD, votes)
-            votes = keep_labels(votes, allow, deny)
-            top = reference if is_all else self.index.add(top, query_BD, votes)
-        margin_of = None if self.ranker is None else functools.partial(self.ranker.margins, features)
-        return interpolate(
-            top, votes, self.label_frequencies, self.interpolation, k, margin_of=margin_of, reference=reference
+        step = self._last_step
+        assert step is not None, "the interpolation is not the identity"
+        near = step.find(features) if given is None or given.neighbors is None else given.neighbors
+        if reference is not top:
+            # Both are completed in place.
+            reference = TopK(label_ids=reference.label_ids.copy(), scores=reference.scores.copy())
+        result = step.rank(
+            top,
+            features,
+            near,
+            k,
+            logits=self.index.logits(query_BD),
+            reference=None if reference is top else reference,
+            allowed=_allowed_of(self.num_labels, allow, deny),
         )
+        return result, _Found(label_ids=reference.label_ids, neighbors=near)
 
     def _features(self, instances: Instances) -> csr_matrix:
         features = self._read(instances)
@@ -457,6 +479,18 @@ def held_rows(instances: Any) -> Any:
             return csr_matrix(instances.astype(np.float32))
     except (TypeError, ValueError):
         raise UsageError(f"The instances are an array of {instances.dtype}; expected numbers.") from None
+
+
+def _allowed_of(num_labels: int, allow: np.ndarray | None, deny: np.ndarray | None) -> np.ndarray | None:
+    """(L,) bool: the labels that may be returned; None where all may."""
+    if allow is None and deny is None:
+        return None
+    allowed_L = np.full(num_labels, allow is None)
+    if allow is not None:
+        allowed_L[allow] = True
+    if deny is not None:
+        allowed_L[deny] = False
+    return allowed_L
 
 
 def _is_pair(value: Any) -> bool:

@@ -17,7 +17,7 @@ from scipy.sparse import csr_matrix
 from xmc_midx.intrinsics import AHEAD, fetch_row, for_each_type
 from xmc_midx.threads import in_threads
 
-__all__ = ["StoredTable", "dequantize", "quantize", "row_product"]
+__all__ = ["StoredTable", "dequantize", "quantize", "read_only", "row_product"]
 
 _BYTES, _HALVES, _SCALES = ".int8", ".int4", ".scale"
 _CHUNK_ROWS = 1 << 12
@@ -62,8 +62,8 @@ class StoredTable:
 
     @property
     def arrays(self) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        """What compiled code takes."""
-        return self.codes, self.scales
+        """What compiled code takes: as of a mapped file, so that it is compiled for one kind of array."""
+        return read_only(self.codes), read_only(self.scales)
 
     def products(self, query_BD: NDArray[np.float32], ids_BW: NDArray[np.int64]) -> NDArray[np.float32]:
         """(B, W): the inner products of each query with the rows of its own ids."""
@@ -88,6 +88,15 @@ class StoredTable:
         found_RD = np.empty((len(codes), self.shape[1]), dtype=np.float32)
         in_threads(lambda first, last: _unpack(codes, scales, found_RD, first, last), len(codes))
         return found_RD
+
+
+def read_only(array: NDArray[Any]) -> NDArray[Any]:
+    """The array as one that is not written to."""
+    if not array.flags.writeable:
+        return array
+    found = array.view()
+    found.flags.writeable = False
+    return found
 
 
 def quantize(arrays: Arrays, storage: str = "int8", *, large: Collection[str] = ()) -> dict[str, NDArray[Any]]:

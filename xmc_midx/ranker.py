@@ -24,7 +24,7 @@ from xmc_midx.intrinsics import AHEAD, fetch
 from xmc_midx.packing import pack_rows, unpack_rows
 from xmc_midx.threads import in_threads, zeros
 
-__all__ = ["LinearRanker"]
+__all__ = ["LinearRanker", "row_margins"]
 
 _COST = 1.0
 """Of a violated margin against the norm of the weights."""
@@ -53,7 +53,8 @@ class LinearRanker:
     def __init__(self, weights: csr_matrix, bias: NDArray[np.float16]) -> None:
         self.weights, self.bias = weights, bias
         offsets, ids = weights.indptr.astype(np.int64), weights.indices
-        self._model = (offsets, ids, weights.data.astype(np.float32), bias.astype(np.float32))
+        self.arrays = (offsets, ids, weights.data.astype(np.float32), bias.astype(np.float32))
+        """What compiled code takes."""
 
     @property
     def num_labels(self) -> int:
@@ -134,7 +135,7 @@ class LinearRanker:
 
         def run(first: int, last: int) -> None:
             dense = zeros(self.num_features, np.float32)
-            _margins(queries, borders, label_ids, self._model, dense, first, last, found)
+            _margins(queries, borders, label_ids, self.arrays, dense, first, last, found)
 
         in_threads(run, num_rows)
         return found
@@ -246,19 +247,26 @@ def _margins(
     queries: Any, borders: Any, label_ids: Any, model: Any, dense: Any, first: int, last: int, found: Any
 ) -> None:
     query_offsets, query_ids, query_values = queries
-    offsets, feature_ids, weights, bias = model
     for row in range(first, last):
-        for entry in range(query_offsets[row], query_offsets[row + 1]):
-            dense[query_ids[entry]] = query_values[entry]
-        last_pair = borders[row + 1] - 1
-        for pair in range(borders[row], last_pair + 1):
-            ahead = label_ids[min(pair + AHEAD, last_pair)]
-            fetch(feature_ids, offsets[ahead], offsets[ahead + 1])
-            fetch(weights, offsets[ahead], offsets[ahead + 1])
-            label = label_ids[pair]
-            margin = bias[label]
-            for entry in range(offsets[label], offsets[label + 1]):
-                margin += dense[feature_ids[entry]] * weights[entry]
-            found[pair] = margin
-        for entry in range(query_offsets[row], query_offsets[row + 1]):
-            dense[query_ids[entry]] = 0.0
+        mine, pairs = slice(query_offsets[row], query_offsets[row + 1]), slice(borders[row], borders[row + 1])
+        row_margins(query_ids[mine], query_values[mine], label_ids[pairs], model, dense, found[pairs])
+
+
+@numba.njit(nogil=True, cache=True)
+def row_margins(query_ids: Any, query_values: Any, label_ids: Any, model: Any, dense: Any, found: Any) -> None:
+    """Of one row with labels, into `found`; `dense` (F,) is zeros, and left so."""
+    offsets, feature_ids, weights, bias = model
+    for entry in range(query_ids.shape[0]):
+        dense[query_ids[entry]] = query_values[entry]
+    last = label_ids.shape[0] - 1
+    for place in range(label_ids.shape[0]):
+        ahead = label_ids[min(place + AHEAD, last)]
+        fetch(feature_ids, offsets[ahead], offsets[ahead + 1])
+        fetch(weights, offsets[ahead], offsets[ahead + 1])
+        label = label_ids[place]
+        margin = bias[label]
+        for entry in range(offsets[label], offsets[label + 1]):
+            margin += dense[feature_ids[entry]] * weights[entry]
+        found[place] = margin
+    for entry in range(query_ids.shape[0]):
+        dense[query_ids[entry]] = 0.0

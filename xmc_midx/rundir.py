@@ -5,7 +5,8 @@ checkpoints/<step>/  see `xmc_midx.checkpoint`           metrics.jsonl  one line
 best, latest         each names a checkpoint             labels.txt, vocabulary.txt   where they are known
 model.safetensors    the finished model, quantised       model.json     hashes of what a prediction reads, last
 cells.safetensors    where a search for labels begins (`xmc_midx.cells`), and how far it goes
-members/<n>/         the further models of an ensemble, from 2 on: run directories without names and vocabulary
+members/<n>/         the further models of an ensemble, from 2 on: run directories without what the first has for all:
+                     names, vocabulary, label cells, training rows
 interpolation.json   what is added to the model: neighbors.safetensors (training rows), ranker.safetensors, or neither;
                      and what makes probabilities of the scores
 """
@@ -375,6 +376,11 @@ class RunDirectory:
             values["ranker_sha256"] = self._write_tensors(_RANKER, lambda path: write_arrays(path, arrays))
         self.write_json(_INTERPOLATION, values)
 
+    @property
+    def has_neighbors(self) -> bool:
+        """Whether it keeps training rows."""
+        return self.settings() is not None and "neighbors_sha256" in self.read_json(_INTERPOLATION)
+
     def interpolation_validation(self) -> dict[str, float] | None:
         """The validation metrics with what `write_interpolation` kept; None where it was not called."""
         if not (self.path / _INTERPOLATION).exists():
@@ -388,32 +394,50 @@ class RunDirectory:
         values = self.read_json(_INTERPOLATION).get("calibration")
         return None if values is None else Calibration.from_dict(values)
 
+    def settings(self) -> Interpolation | None:
+        """How that is added which `write_interpolation` kept; None where it was not called.
+
+        Raises
+        ------
+        DataError : the file is damaged.
+        """
+        if not (self.path / _INTERPOLATION).exists():
+            return None
+        try:
+            return Interpolation.from_dict(self.read_json(_INTERPOLATION))
+        except DataError as error:
+            hint = "It was edited, or an earlier version wrote it: train anew."
+            raise DataError(f"{self.path / _INTERPOLATION}: {error.message}", hint=hint) from None
+
     def interpolation(
-        self, *, verify: bool = True
+        self, *, verify: bool = True, neighbors: NeighborIndex | None = None
     ) -> tuple[Interpolation, NeighborIndex | None, LinearRanker | None] | None:
         """What `write_interpolation` kept; None where it was not called.
 
         Parameters
         ----------
         verify : whether the hash of the training rows is computed.
+        neighbors : where the run has no training rows of its own, those of the first model of its ensemble.
 
         Raises
         ------
         DataError : a file is missing or damaged.
         """
-        if not (self.path / _INTERPOLATION).exists():
+        settings = self.settings()
+        if settings is None:
             return None
         values = self.read_json(_INTERPOLATION)
-        try:
-            settings = Interpolation.from_dict(values)
-        except DataError as error:
-            hint = "It was edited, or an earlier version wrote it: train anew."
-            raise DataError(f"{self.path / _INTERPOLATION}: {error.message}", hint=hint) from None
         read_rows = functools.partial(NeighborIndex.load, idf_power=settings.idf_power)
-        neighbors = self._read_added(values, _NEIGHBORS, "neighbors_sha256", read_rows, verify)
+        own = self._read_added(values, _NEIGHBORS, "neighbors_sha256", read_rows, verify)
+        neighbors = neighbors if own is None and settings.needs_neighbors else own
         ranker = self._read_added(
             values, _RANKER, "ranker_sha256", lambda path: LinearRanker.from_arrays(load_file(path)), verify
         )
+        if settings.needs_neighbors and neighbors is None and self.path.parent.name == _MEMBERS:
+            raise DataError(
+                f"{self.path}: is of an ensemble, whose first model keeps the training rows for all.",
+                hint=f"Use {self.path.parent.parent}.",
+            )
         if (settings.needs_neighbors and neighbors is None) or (settings.needs_ranker and ranker is None):
             raise DataError(f"{self.path / _INTERPOLATION}: names no file of what it needs.", hint="It was edited.")
         return settings, neighbors, ranker

@@ -29,7 +29,7 @@ from xmc_midx.data.features import AS_GIVEN, IDF, FeatureScaling, row_hashes
 from xmc_midx.device import find_device, keep_freed_memory, release_freed_memory
 from xmc_midx.encoder import SparseEncoder, stored_encoder
 from xmc_midx.errors import DataError, DivergedError
-from xmc_midx.index import CellIndex, Reach, build_index, tune_effort
+from xmc_midx.index import CellIndex, Reach, StoredIndex, build_index, tune_effort
 from xmc_midx.interpolation import SHORTLIST, Interpolation, fit_interpolation, interpolate
 from xmc_midx.metrics import evaluate_topk
 from xmc_midx.neighbors import NeighborIndex, choose_idf_power, is_compiled, tune_budget
@@ -71,6 +71,8 @@ class TrainingSession:
     reporter : receives the progress.
     deadline : of `time.monotonic()`, after which the training is saved and stops; None: no limit.
     propensity : A and B of the propensity model, for PSP@k of the held-out instances and what is chosen by it.
+    first : of a further model of an ensemble, the run directory of the finished first one, which finds labels and
+        neighbours for all.
     """
 
     def __init__(
@@ -81,8 +83,9 @@ class TrainingSession:
         *,
         deadline: float | None = None,
         propensity: tuple[float, float] = DEFAULT_PROPENSITY,
+        first: RunDirectory | None = None,
     ) -> None:
-        self.run_directory, self.reporter, self.deadline = run, reporter, deadline
+        self.run_directory, self.reporter, self.deadline, self.first = run, reporter, deadline, first
         self.config = config = run.config
         self.propensity = propensity
         device = find_device(config.training.device)
@@ -136,8 +139,8 @@ class TrainingSession:
         self.loss = float("nan")
         self.finished = False
         """Whether `run` came to the end, rather than to the deadline."""
-        self._stored: tuple[SparseEncoder, CellIndex] | None = None
-        """The finished model as it is stored, once it has cells: the tables that it was trained in are given back."""
+        self._stored: tuple[SparseEncoder, StoredIndex] | None = None
+        """The finished model as it is stored, on the CPU: the tables that it was trained in are given back."""
         self._pending: EpochStats | None = None
         """An epoch whose steps are done and whose validation is not."""
         self._saves: list[list[int]] = []
@@ -228,12 +231,7 @@ class TrainingSession:
             # Into the trainer's own tables: a second model beside them would be the peak of the whole training.
             self.trainer.load_model(self.store.load("best", ["model"]).parts["model"])
         crash_point("model.begun")
-        stored = run.write_model(self._model_arrays())
-        self._build_cells(stored)
-        if self._stored is None:
-            # What is fitted from now on is fitted to what will predict.
-            self.trainer.load_model({name: torch.from_numpy(array) for name, array in dequantize(stored).items()})
-        del stored
+        self._keep(run.write_model(self._model_arrays()))
         release_freed_memory()
         if added and chosen is None:
             crash_point("neighbours.begun")
@@ -246,23 +244,28 @@ class TrainingSession:
         tensors = self.trainer.model_tensors() | self._known
         return {name: _float32(tensor).cpu().numpy() for name, tensor in tensors.items()}
 
-    def _build_cells(self, stored: Mapping[str, np.ndarray]) -> None:
-        """Keep where a search for labels begins; on the CPU, the stored model answers from now on."""
-        table, bias = StoredTable.take(stored, "labels.weight"), stored["labels.bias"]
-        if bias.shape[0] < CELLS_FROM:
-            return
+    def _keep(self, stored: Mapping[str, np.ndarray]) -> None:
+        """Let the stored model answer from now on: what is fitted to its answers is fitted to what will predict."""
+        if self.trainer.device.type != "cpu":
+            self.trainer.load_model({name: torch.from_numpy(array) for name, array in dequantize(stored).items()})
+        else:
+            # Another copy of the model beside what follows would be the peak of the whole training.
+            self.trainer.release_tables()
+            release_freed_memory()
+            index = StoredIndex(StoredTable.take(stored, "labels.weight"), stored["labels.bias"])
+            self._stored = stored_encoder(stored, self.config.model), index
+        if self.first is None and stored["labels.bias"].shape[0] >= CELLS_FROM:
+            self._build_cells(StoredTable.take(stored, "labels.weight"), stored["labels.bias"])
+
+    def _build_cells(self, table: StoredTable, bias: NDArray[np.float32]) -> None:
+        """Keep where a search for labels begins."""
         self.reporter.start("label cells", None)
         features = self.trainer.stream.features
         order = np.random.default_rng((self.config.training.seed, 2)).permutation(features.shape[0])
         fitted, tuned = np.split(order[: _CELL_QUERIES[0] + _CELL_QUERIES[1]], [_CELL_QUERIES[0]])
         held_out = features[tuned if len(tuned) else fitted] if self.held_out is None else self.held_out[0]
         held_out = held_out[: _CELL_QUERIES[1]]
-        on_cpu, encoder = self.trainer.device.type == "cpu", self.trainer.encoder
-        if on_cpu:
-            # Another copy of the model beside the queries and sketches would be the peak of the whole training.
-            self.trainer.release_tables()
-            release_freed_memory()
-            encoder = stored_encoder(stored, self.config.model)
+        encoder = self.trainer.encoder if self._stored is None else self._stored[0]
         query_ND, held_out_ND = (_queries(encoder, part) for part in (features[fitted], held_out))
         cells = fit_cells(table, bias, query_ND, seed=self.config.training.seed)
         effort = tune_effort(table, bias, cells, held_out_ND)
@@ -272,7 +275,7 @@ class TrainingSession:
             f"label cells: a search reads {effort.depth:,} of {bias.shape[0]:,} labels and finds "
             f"{effort.recall:.2%} of the five best"
         )
-        if on_cpu:
+        if self._stored is not None:
             self._stored = encoder, index
 
     def _choose_interpolation(self) -> None:
@@ -289,7 +292,11 @@ class TrainingSession:
                 self.reporter.message("the first training after an installation compiles code, for some 15 s, once")
             known = self.trainer.stream.features, self.trainer.stream.labels
             count = min(self.config.neighbors.count, self.trainer.stream.num_instances)
-            idf_power = choose_idf_power(*known, count, seed=self.config.training.seed)
+            shared = None if self.first is None else self.first.settings()
+            if shared is not None and shared.needs_neighbors:
+                idf_power = shared.idf_power
+            else:
+                idf_power = choose_idf_power(*known, count, seed=self.config.training.seed)
             neighbors = NeighborIndex(*known, idf_power=idf_power)
             budget = tune_budget(neighbors, features, count)
             found = neighbors.search(features, count, budget=budget)
@@ -331,7 +338,9 @@ class TrainingSession:
         del neighbors, found, votes, shortlist, top
         release_freed_memory()
         # What is kept knows all training rows, the held-out ones too.
-        rows = (self._scaling(self._training.features), self._training.labels) if chosen.needs_neighbors else None
+        rows = None
+        if chosen.needs_neighbors and (self.first is None or not self.first.has_neighbors):
+            rows = self._scaling(self._training.features), self._training.labels
         kept = ranker if chosen.needs_ranker else None
         self.run_directory.write_interpolation(chosen, rows, kept, self.validation, calibration)
 
@@ -411,8 +420,9 @@ class TrainingSession:
     def _predictor(self, reach: Reach) -> Predictor:
         """The model as it stands; its rows come scaled already."""
         if self._stored is not None:
-            encoder, cells = self._stored
-            return Predictor(encoder, cells.with_reach(reach), scaling=AS_GIVEN)
+            encoder, stored = self._stored
+            found = stored.with_reach(reach) if isinstance(stored, CellIndex) else stored
+            return Predictor(encoder, found, scaling=AS_GIVEN)
         softmax = self.trainer.softmax
         weight_LD = softmax.weight.detach()
         # A faster search needs the table in float32 and on the queries' device; on a GPU it copies half of it.

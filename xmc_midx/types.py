@@ -18,13 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
-    from scipy.sparse import csr_matrix
+
+    Logits = tuple[NDArray[np.float32], NDArray[Any], NDArray[np.float32], NDArray[np.float32]]
+    """What compiled code computes logits by: queries (B, D), a table's codes and scales (L,), biases (L,)."""
 
 __all__ = [
     "Batch",
@@ -286,8 +288,12 @@ class LabelIndex(Protocol):
         deny: torch.Tensor | None = None,
     ) -> TopK: ...
 
-    def add(self, top: TopK, query_BD: torch.Tensor, labels: csr_matrix) -> TopK:
-        """A search's result with those of other labels, the stored ones of (B, L), that it should have found."""
+    def logits(self, query_BD: torch.Tensor) -> Logits | None:
+        """Of labels that a search may have missed; None where it misses none."""
+        ...
+
+    def rank(self, query_BD: torch.Tensor, label_ids: NDArray[np.int64]) -> TopK:
+        """The labels (B, K), -1 for none, in the order of their logits."""
         ...
 
 

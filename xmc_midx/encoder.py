@@ -101,7 +101,6 @@ class SparseEncoder(nn.Module):
             query_BD = self.dropout(query_BD + update_BD if self.residual else update_BD)
         return query_BD
 
-    @torch.no_grad()
     def encode(self, features: csr_matrix) -> Iterator[tuple[slice, torch.Tensor]]:
         """The queries of (N, F) rows without dropout, chunk by chunk: `(rows of the chunk, (chunk, D) queries)`."""
         was_training, num_rows = self.training, features.shape[0]
@@ -118,7 +117,8 @@ class SparseEncoder(nn.Module):
                 self.train()
 
     def _encode(self, features: csr_matrix) -> torch.Tensor:
-        found: torch.Tensor = self(sparse_rows(features).to(self.embedding.device))
+        with torch.no_grad():
+            found: torch.Tensor = self(sparse_rows(features).to(self.embedding.device))
         return found
 
     @property
@@ -142,7 +142,8 @@ class StoredEncoder(SparseEncoder):
     def _encode(self, features: csr_matrix) -> torch.Tensor:
         bag_BD = self.table.bag(features)
         if features.shape[0] >= _FEW:
-            return self.layers(torch.from_numpy(bag_BD))
+            with torch.no_grad():
+                return self.layers(torch.from_numpy(bag_BD))
         # Of a single row, torch's calls and the threads that they wake take longer than the arithmetic.
         is_relu = isinstance(self.activation, nn.ReLU)
         _activate(bag_BD, self.bias.detach().numpy(), is_relu)

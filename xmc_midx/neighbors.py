@@ -63,6 +63,7 @@ _IDF_POWERS = (0.0, 0.5)
 _COMPARED, _COMPARED_QUERIES = 20_000, 500
 """Rows and queries by which they are compared, at most."""
 _TEMPERATURE = 0.1
+_MOST_READ = 2**63 - 1
 _CANDIDATES = 3
 """Rows that are rescored for each neighbour asked for."""
 _LEVELS = 40
@@ -155,7 +156,7 @@ class NeighborIndex:
         rows_BK = np.full((num_rows, count), -1, dtype=np.int64)
         scores_BK = np.zeros((num_rows, count), dtype=np.float32)
         queries = (features.indptr.astype(np.int64), features.indices, values)
-        most_read = np.iinfo(np.int64).max if budget is None else min(budget, np.iinfo(np.int64).max)
+        most_read = _MOST_READ if budget is None else min(budget, _MOST_READ)
 
         def run(begin: int, end: int) -> None:
             limits, found = (most_read, _CANDIDATES * count), (rows_BK, scores_BK)

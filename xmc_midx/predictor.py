@@ -17,7 +17,7 @@ from scipy.sparse import csr_matrix, issparse
 
 from xmc_midx.calibration import BACKGROUND, Calibration, calibrate
 from xmc_midx.checkpoint import map_model, refuse_misfits
-from xmc_midx.data.features import FeatureScaling, rows_from_pairs
+from xmc_midx.data.features import FeatureScaling, all_finite, rows_from_pairs
 from xmc_midx.device import find_device, without_autocast
 from xmc_midx.encoder import SparseEncoder, stored_encoder
 from xmc_midx.errors import DataError, UsageError
@@ -260,10 +260,13 @@ class Predictor:
         given: _Found | None = None,
     ) -> tuple[TopK, _Found]:
         """Of the instances from `first` on; with `given`, of what another model has found."""
-        _require_finite(np.isfinite(query_BD.cpu().numpy()).all(axis=1), first)
+        queries = query_BD.cpu().numpy()
+        if not all_finite(queries):
+            _require_finite(np.isfinite(queries).all(axis=1), first)
         search = self._search if scores == "logits" else self._probabilities
         top, found = search(query_BD, features, k, allowed, denied, given)
-        _require_finite(np.logical_not(np.isnan(top.scores).any(axis=1)), first)
+        if np.isnan(top.scores).any():
+            _require_finite(np.logical_not(np.isnan(top.scores).any(axis=1)), first)
         return top, found
 
     def _mean(
@@ -424,7 +427,7 @@ class Predictor:
                 f"The instances have {features.shape[1]} features; the model was trained with {self.num_features}.",
                 hint="Is this the model of another dataset?",
             )
-        if not np.isfinite(features.data).all():
+        if not all_finite(features.data):
             raise DataError("The instances hold a value that is not finite; expected numbers.")
         return self.scaling(features)
 

@@ -41,7 +41,7 @@ _ROUNDED_FROM = 512
 
 
 _MOST_MODELS = 5
-"""Of an ensemble that is not asked for."""
+"""Of an ensemble whose size is not given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,8 @@ class _Effort:
     """What a preset scales."""
 
     epochs: float
-    """Times the epochs of the default."""
+    """Of each model, in those after which a single model gains nothing. Two models of 0.6 are worth more than one of 1
+    (EXPERIMENTS.md, "Ensembles")."""
     dim: int
     num_draws: int
     """Where there are more labels than a pool holds, at most."""
@@ -79,13 +80,13 @@ _PRESETS = {
         ensembled=0,
     ),
     "default": _Effort(
-        epochs=1.0,
+        epochs=0.6,
         dim=512,
         num_draws=2048,
         num_pairs=1 << 20,
         pool_instances=512,
         num_rivalled=30_000,
-        ensemble_size=1,
+        ensemble_size=2,
         ensembled=1 << 13,
     ),
     "best": _Effort(
@@ -162,8 +163,8 @@ def resolve(config: Config, shape: DataShape) -> Config:
     derive("training", "label_learning_rate", _label_learning_rate(_share_of_labels(tree, shape), num_steps))
     derive("training", "cuda_graphs", True)
     derive("ranker", "num_instances", effort.num_rivalled)
-    of_few = min(_MOST_MODELS, effort.ensembled // max(shape.num_instances, 1))
-    derive("training", "ensemble_size", max(effort.ensemble_size, of_few))
+    of_few = effort.ensembled // max(shape.num_instances, 1)
+    derive("training", "ensemble_size", min(_MOST_MODELS, max(effort.ensemble_size, of_few)))
     return Config.model_validate(tree)
 
 

@@ -159,6 +159,8 @@ def least_of(top: TopK) -> NDArray[np.float32]:
 
 def concatenate_topk(parts: Sequence[TopK]) -> TopK:
     """The instances of several results, one after the other; at least one part."""
+    if len(parts) == 1:
+        return parts[0]
     return TopK(
         label_ids=np.concatenate([part.label_ids for part in parts]),
         scores=np.concatenate([part.scores for part in parts]),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from scipy.sparse import csr_matrix
 
 from xmc_midx import checkpoint as checkpoint_module
-from xmc_midx.checkpoint import CheckpointStore
+from xmc_midx.checkpoint import CheckpointStore, map_model
 from xmc_midx.config import SAMPLER_NAMES, Config, load_config
 from xmc_midx.data import formats
 from xmc_midx.data.dataset import load_dataset, load_split
@@ -291,6 +291,27 @@ def test_a_reloaded_model_predicts_like_the_one_in_memory(
     expected = softmax.topk(hidden, 6)
     np.testing.assert_allclose(loaded.scores, expected.scores, atol=1e-4)
     assert (loaded.label_ids == expected.label_ids).mean() > 0.99, "but for ties"
+
+
+@pytest.mark.parametrize("storage", ["int4", "int8", "float16"])
+def test_a_stored_models_mean_logits_are_those_of_the_trained_one(
+    topic_dir: Path, tmp_path: Path, storage: str
+) -> None:
+    train(topic_dir, output=tmp_path / "run", config=make_config("training.epochs=1", f"model.storage={storage}"))
+    run = RunDirectory.open(tmp_path / "run")
+    trained, stored = map_model(run, "latest")[0], run.read_model()
+    rows = load_split(topic_dir / "train.txt").features.toarray()
+    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+
+    def mean_logits(model: Any, bias: Any) -> np.ndarray:
+        queries = np.maximum(rows @ model["encoder.embedding"] + model["encoder.bias"], 0)
+        return queries.mean(axis=0) @ model["labels.weight"].T + bias
+
+    expected = mean_logits(trained, trained["labels.bias"])
+    error, before = (np.abs(mean_logits(stored, model["labels.bias"]) - expected) for model in (stored, trained))
+    # The held-out rows are not among those that are looked at.
+    bound = {"int4": 0.2, "int8": 0.2, "float16": 1.0}[storage]
+    assert before.max() > 0 and error.max() <= bound * before.max()
 
 
 # --------------------------------------------------------------------------- resuming

@@ -89,6 +89,16 @@ class StoredTable:
         in_threads(lambda first, last: _unpack(codes, scales, found_RD, first, last), len(codes))
         return found_RD
 
+    def mean_error(
+        self, table_RD: NDArray[np.float32], before_D: NDArray[np.float32], after_D: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """(R,): `table @ before - rows @ after`, of the table that this one stands for and two mean queries."""
+        found_R = np.empty(self.shape[0], dtype=np.float32)
+        for begin in range(0, self.shape[0], _CHUNK_ROWS):
+            rows = slice(begin, begin + _CHUNK_ROWS)
+            found_R[rows] = table_RD[rows] @ before_D - self.rows(rows) @ after_D
+        return found_R
+
 
 def read_only(array: NDArray[Any]) -> NDArray[Any]:
     """The array as one that is not written to."""

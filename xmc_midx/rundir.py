@@ -34,7 +34,7 @@ from xmc_midx.data.files import atomic_write, read_json, sha256_of
 from xmc_midx.errors import DataError, ResourceError, UsageError
 from xmc_midx.interpolation import Interpolation
 from xmc_midx.neighbors import NeighborIndex, save_rows
-from xmc_midx.quantization import dequantize, quantize
+from xmc_midx.quantization import dequantize
 from xmc_midx.ranker import LinearRanker
 from xmc_midx.tensorfile import write_arrays
 
@@ -48,8 +48,6 @@ __all__ = ["RunDirectory"]
 
 _Added = TypeVar("_Added", NeighborIndex, LinearRanker)
 _MODEL, _MODEL_RECORD = "model.safetensors", "model.json"
-_TABLES = ("encoder.embedding", "labels.weight")
-"""The large ones."""
 _MODEL_FORMAT, _READ_FORMATS = 2, (1, 2)
 """The second may hold tables in int4."""
 _CELLS = "cells.safetensors"
@@ -262,12 +260,9 @@ class RunDirectory:
         """Whether `seal_model` was here: the training has come to its end."""
         return (self.path / _MODEL_RECORD).exists()
 
-    def write_model(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Keep the finished model, the tensors of a checkpoint's part `model`, its tables in `model.storage`; returns
-        what is stored."""
-        stored = quantize(arrays, self.config.model.storage, large=_TABLES)
+    def write_model(self, stored: Mapping[str, NDArray[Any]]) -> None:
+        """Keep the finished model: the tensors of a checkpoint's part `model`, as of `quantization.quantize`."""
         self._write_tensors(_MODEL, lambda path: write_arrays(path, stored))
-        return stored
 
     def write_cells(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Keep what a search for labels begins with (`index.CellIndex.as_arrays`)."""
@@ -291,14 +286,14 @@ class RunDirectory:
         self.write_json(_MODEL_RECORD, {"format": _MODEL_FORMAT, "files": files})
 
     def read_model(self, *, verify: bool = True) -> dict[str, NDArray[Any]]:
-        """What `write_model` was given, tables in float32 as exact as they are stored; errors as of `map_model`."""
+        """What `write_model` was given, tables in float32; errors as of `map_model`."""
         try:
             return dequantize(self.map_model(verify=verify))
         except (LookupError, ValueError, TypeError) as error:
             raise DataError(f"{self.path / _MODEL}: holds no model: {error}.", hint="It was edited.") from None
 
     def map_model(self, *, verify: bool = True) -> dict[str, NDArray[Any]]:
-        """What `write_model` returned, mapped from the file: only what is used is read.
+        """What `write_model` was given, mapped from the file: only what is used is read.
 
         Parameters
         ----------

@@ -34,7 +34,7 @@ from xmc_midx.interpolation import SHORTLIST, Interpolation, fit_interpolation, 
 from xmc_midx.metrics import evaluate_topk
 from xmc_midx.neighbors import NeighborIndex, choose_idf_power, is_compiled, tune_budget
 from xmc_midx.predictor import Predictor
-from xmc_midx.quantization import StoredTable, dequantize
+from xmc_midx.quantization import StoredTable, dequantize, quantize
 from xmc_midx.ranker import LinearRanker
 from xmc_midx.recipe import CELLS_FROM
 from xmc_midx.rundir import RunDirectory
@@ -57,6 +57,10 @@ _SAVE_SHARE = 0.005
 _MOST_COPIES = 10
 """An instance that alone would be more than this part of the held-out ones is not held out."""
 
+_TABLES = ("encoder.embedding", "labels.weight")
+"""The large ones."""
+_MEAN_QUERIES = 4096
+"""Training instances whose mean query it is."""
 _CELL_QUERIES = 20_000, 2_000
 """Training instances that the label cells are fitted to, and held-out ones that their effort is tuned on."""
 
@@ -231,7 +235,10 @@ class TrainingSession:
             # Into the trainer's own tables: a second model beside them would be the peak of the whole training.
             self.trainer.load_model(self.store.load("best", ["model"]).parts["model"])
         crash_point("model.begun")
-        self._keep(run.write_model(self._model_arrays()))
+        stored = self._quantized()
+        run.write_model(stored)
+        self._keep(stored)
+        del stored
         release_freed_memory()
         if added and chosen is None:
             crash_point("neighbours.begun")
@@ -243,6 +250,25 @@ class TrainingSession:
     def _model_arrays(self) -> dict[str, np.ndarray]:
         tensors = self.trainer.model_tensors() | self._known
         return {name: _float32(tensor).cpu().numpy() for name, tensor in tensors.items()}
+
+    def _quantized(self) -> dict[str, np.ndarray]:
+        """The model as it is stored, each label's mean logit what it was: without that, most of what is rounded away
+        would be products with the mean query."""
+        model = self.config.model
+        arrays = self._model_arrays()
+        stored = quantize(arrays, model.storage, large=_TABLES)
+        table = StoredTable.take(stored, "labels.weight")
+        if model.label_bias and table.codes.dtype != np.float32:
+            features = self.trainer.stream.features
+            order = np.random.default_rng((self.config.training.seed, 5)).permutation(features.shape[0])
+            some = features[np.sort(order[:_MEAN_QUERIES])]
+            before_D, after_D = (
+                _queries(encoder, some).mean(dim=0).numpy()
+                for encoder in (self.trainer.encoder, stored_encoder(stored, model))
+            )
+            bias_L = arrays["labels.bias"] + table.mean_error(arrays["labels.weight"], before_D, after_D)
+            stored["labels.bias"] = bias_L.astype(np.float32)
+        return stored
 
     def _keep(self, stored: Mapping[str, np.ndarray]) -> None:
         """Let the stored model answer from now on: what is fitted to its answers is fitted to what will predict."""

@@ -10,7 +10,7 @@ import torch
 
 from xmc_midx import index as index_module
 from xmc_midx.cells import LabelCells, fit_cells
-from xmc_midx.index import CellIndex, Effort, ExactIndex, StoredIndex, insert_logits, tune_effort
+from xmc_midx.index import CellIndex, Effort, insert_logits, tune_effort
 from xmc_midx.quantization import StoredTable, quantize
 from xmc_midx.sketches import MULTIPLIES_BYTES
 from xmc_midx.types import TopK
@@ -259,29 +259,10 @@ def test_labels_that_the_search_missed_are_added_by_their_logits() -> None:
     kept = np.delete(exact.label_ids, [1, 4], axis=1)
     top = TopK(label_ids=kept, scores=np.delete(exact.scores, [1, 4], axis=1))
     # Those that are there already and a poor one change nothing but the places of the two.
-    query_BD, codes, scales, biases = index.logits(queries)
     for row, ids in enumerate(exact.label_ids):
-        insert_logits(query_BD[row], (codes, scales), biases, ids, top.label_ids[row], top.scores[row])
+        insert_logits(queries[row].numpy(), table.arrays, bias, ids, top.label_ids[row], top.scores[row])
     np.testing.assert_array_equal(top.label_ids, exact.label_ids[:, :8])
     np.testing.assert_array_equal(top.scores, exact.scores[:, :8])
-
-
-@pytest.mark.parametrize("storage", ["int4", "int8", "float32"])
-def test_given_labels_are_ranked_by_their_logits(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "_GATHERED", 3 * 16 * 7)
-    table, bias, _, queries = tables(90, 16, storage, num_queries=20)
-    rng = np.random.default_rng(5)
-    ids = np.stack([rng.permutation(90)[:7] for _ in queries])
-    ids[3, 2:], ids[4] = -1, -1
-    logits = queries.double().numpy() @ table.rows().astype(np.float64).T + bias
-    exact = ExactIndex(torch.from_numpy(table.rows()), torch.from_numpy(bias))
-    for index in (StoredIndex(table, bias), exact):
-        found = index.rank(queries, ids)
-        for row, mine in enumerate(ids):
-            expected = sorted(mine[mine >= 0].tolist(), key=lambda label, row=row: -logits[row, label])  # type: ignore[misc]
-            assert found.label_ids[row].tolist() == expected + [-1] * (7 - len(expected))
-            np.testing.assert_allclose(found.scores[row, : len(expected)], logits[row, expected], rtol=1e-4, atol=1e-4)
-            assert np.isneginf(found.scores[row, len(expected) :]).all()
 
 
 def test_no_query_and_odd_queries() -> None:

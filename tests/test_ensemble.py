@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from conftest import MOST_MODELS
 from scipy.sparse import csr_matrix
-from scipy.special import logsumexp
 
 from xmc_midx import Predictor, evaluate, load_config, recipe, resume, train
+from xmc_midx.calibration import calibrate
 from xmc_midx.cli import app
 from xmc_midx.config import Config
 from xmc_midx.data.dataset import load_dataset
@@ -21,7 +21,6 @@ from xmc_midx.errors import DataError
 from xmc_midx.pipeline import TrainResult, _model_digest, plan
 from xmc_midx.recipe import DataShape, resolve
 from xmc_midx.session import TrainingSession
-from xmc_midx.topk import mean_of
 from xmc_midx.types import SilentReporter, TopK
 
 OPTIONS = (
@@ -60,34 +59,6 @@ def dense(top: TopK) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_the_mean_of_rankings_is_that_of_dense_scores(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    num_rows, num_labels, width, k = (int(n) for n in rng.integers(1, [9, 14, 9, 12]))
-    parts, wholes = [], []
-    for _ in range(int(rng.integers(1, 5))):
-        ids = np.full((num_rows, width), -1)
-        scores = np.full((num_rows, width), -np.inf, dtype=np.float32)
-        whole = np.full((num_rows, num_labels), np.nan)
-        for row in range(num_rows):
-            count = int(rng.integers(0, min(width, num_labels) + 1))
-            ids[row, :count] = rng.permutation(num_labels)[:count]
-            scores[row, :count] = np.sort(rng.integers(-3, 4, count) / 2)[::-1]
-            whole[row, ids[row, :count]] = scores[row, :count]
-        parts.append(TopK(label_ids=ids, scores=scores))
-        wholes.append(whole)
-    found = mean_of(parts, k)
-    for row in range(num_rows):
-        least = [0.0 if np.isnan(whole[row]).all() else np.nanmin(whole[row]) for whole in wholes]
-        filled = [np.where(np.isnan(whole[row]), one, whole[row]) for whole, one in zip(wholes, least, strict=True)]
-        mean = np.mean(filled, axis=0)
-        known = np.flatnonzero(~np.isnan(np.array([whole[row] for whole in wholes])).all(axis=0))
-        best = sorted(known.tolist(), key=lambda label, mean=mean: (-mean[label], label))[:k]  # type: ignore[misc]
-        assert found.label_ids[row].tolist() == best + [-1] * (k - len(best))
-        np.testing.assert_allclose(found.scores[row, : len(best)], mean[best], atol=1e-6)
-        assert np.isneginf(found.scores[row, len(best) :]).all()
-
-
 def test_each_model_is_the_run_of_its_seed(trained: TrainResult, topic_dir: Path, tmp_path: Path) -> None:
     assert (trained.num_models, trained.finished) == (3, True)
     for number, path in enumerate(members_of(trained.run)):
@@ -116,17 +87,20 @@ def test_each_model_is_the_run_of_its_seed(trained: TrainResult, topic_dir: Path
     assert trained.model_bytes == sum(sizes)
 
 
-def test_scores_are_averaged_as_shares_and_probabilities_as_they_are(trained: TrainResult, topic_dir: Path) -> None:
+def test_scores_are_averaged_and_what_each_calibration_makes_of_them(trained: TrainResult, topic_dir: Path) -> None:
     rows = load_dataset(topic_dir).split("test").features
     whole = Predictor.load(trained.run)
     first = Predictor.load(trained.run)
     first.members = ()
     singles = [first, *whole.members]
     assert len(singles) == 3 and all(one.neighbors is whole.neighbors for one in whole.members)
-    logits = [dense(one.predict(rows, k=L)) for one in singles]
-    shares = np.mean([one - logsumexp(one, axis=1, keepdims=True) for one in logits], axis=0)
-    chances = np.mean([dense(one.predict(rows, k=L, scores="probabilities")) for one in singles], axis=0)
-    for scores, expected in (("logits", shares), ("probabilities", chances)):
+    mean = np.mean([dense(one.predict(rows, k=L)) for one in singles], axis=0)
+    order = np.argsort(-mean, axis=1, kind="stable")
+    top = TopK(label_ids=order, scores=np.take_along_axis(mean, order, axis=1).astype(np.float32))
+    calibrations = [one.calibration for one in singles if one.calibration is not None]
+    assert len(calibrations) == 3
+    chances = np.mean([dense(calibrate(top, one)) for one in calibrations], axis=0)
+    for scores, expected in (("logits", mean), ("probabilities", chances)):
         for k in (1, 5, L):
             found = whole.predict(rows, k=k, scores=scores)  # type: ignore[arg-type]
             best = np.sort(expected, axis=1)[:, ::-1][:, :k]

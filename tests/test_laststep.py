@@ -11,7 +11,7 @@ import torch
 
 from xmc_midx.index import ExactIndex, StoredIndex
 from xmc_midx.interpolation import Interpolation, interpolate
-from xmc_midx.laststep import LastStep
+from xmc_midx.laststep import LastStep, Scorer
 from xmc_midx.neighbors import NeighborIndex
 from xmc_midx.quantization import StoredTable
 from xmc_midx.ranker import LinearRanker
@@ -39,7 +39,18 @@ class Parts:
         self.table, self.bias = rng.normal(size=(L, 6)).astype(np.float32), rng.normal(size=L).astype(np.float32)
         self.exact = ExactIndex(torch.from_numpy(self.table), torch.from_numpy(self.bias))
         self.stored = StoredIndex(StoredTable.of(self.table), self.bias)
-        self.step = LastStep(settings, self.frequencies, self.neighbors, self.ranker)
+        self.step = self.step_with(None)
+
+    def step_with(self, source: Any) -> LastStep:
+        return LastStep([Scorer(settings=self.settings, source=source, ranker=self.ranker)], *self.known_of_all)
+
+    @property
+    def known_of_all(self) -> tuple[np.ndarray, NeighborIndex]:
+        return self.frequencies, self.neighbors
+
+    @property
+    def queries(self) -> list[np.ndarray]:
+        return [self.query.numpy()]
 
     def votes(self) -> sp.csr_matrix:
         found = self.neighbors.search(self.asked, self.settings.count, budget=self.settings.budget)
@@ -77,11 +88,12 @@ def test_it_is_the_interpolation(seed: int) -> None:
     parts = Parts(seed, random_settings(seed))
     top = parts.exact.search(parts.query, 12)
     for k in (1, 5, 12, 40):
-        found = parts.step.rank(top, parts.asked, parts.step.find(parts.asked), k)
+        found = parts.step.rank(top, parts.asked, parts.step.find(parts.asked), k, queries=parts.queries)
         same(found, parts.expected(top, k, parts.votes()))
         for row in (0, B - 1):
             mine = slice(row, row + 1)
-            alone = parts.step.rank(top.rows(mine), parts.asked[mine], parts.step.find(parts.asked[mine]), k)
+            asked, query = parts.asked[mine], [parts.queries[0][mine]]
+            alone = parts.step.rank(top.rows(mine), asked, parts.step.find(asked), k, queries=query)
             np.testing.assert_array_equal(alone.label_ids[0], found.label_ids[row])
             np.testing.assert_array_equal(alone.scores[0], found.scores[row])
 
@@ -100,9 +112,8 @@ def test_what_the_neighbours_vote_for_and_a_search_missed_gets_its_logit(seed: i
         kept = np.isin(whole.label_ids[row], [*known])
         ids[row], scores[row] = whole.label_ids[row, kept][:12], whole.scores[row, kept][:12]
     completed = TopK(label_ids=ids, scores=scores)
-    logits = parts.stored.logits(parts.query)
-    near = parts.step.find(parts.asked)
-    found = parts.step.rank(missed, parts.asked, near, 8, logits=logits)
+    step = parts.step_with(parts.stored.source)
+    found = step.rank(missed, parts.asked, step.find(parts.asked), 8, queries=parts.queries)
     np.testing.assert_array_equal(missed.label_ids, ids)
     same(found, parts.expected(completed, 8, votes))
 
@@ -114,7 +125,8 @@ def test_a_choice_of_labels_leaves_the_others_where_they_are(seed: int) -> None:
     chosen = torch.from_numpy(np.flatnonzero(allowed))
     reference, top = parts.exact.search(parts.query, 12), parts.exact.search(parts.query, 20, allow=chosen)
     near = parts.step.find(parts.asked)
-    found = parts.step.rank(top, parts.asked, near, 9, reference=reference, allowed=allowed)
+    options = {"reference": reference, "allowed": allowed, "queries": parts.queries}
+    found = parts.step.rank(top, parts.asked, near, 9, **options)  # type: ignore[arg-type]
     votes = parts.votes().multiply(allowed).tocsr()
     same(found, parts.expected(top, 9, votes, reference=reference))
     assert allowed[found.label_ids[found.label_ids >= 0]].all()
@@ -123,7 +135,73 @@ def test_a_choice_of_labels_leaves_the_others_where_they_are(seed: int) -> None:
 def test_without_neighbours_and_ranker_there_are_the_frequencies() -> None:
     settings = Interpolation(frequency=-0.3)
     parts = Parts(7, settings)
-    step = LastStep(settings, parts.frequencies, None, None)
+    step = LastStep([Scorer(settings=settings, source=None, ranker=None)], parts.frequencies, None)
     top = parts.exact.search(parts.query, 12)
     assert step.find(parts.asked) is None
-    same(step.rank(top, parts.asked, None, 4), interpolate(top, None, parts.frequencies, settings, 4))
+    found = step.rank(top, parts.asked, None, 4, queries=parts.queries)
+    same(found, interpolate(top, None, parts.frequencies, settings, 4))
+
+
+@pytest.mark.parametrize("num_models", [2, 3])
+@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_several_models_rank_by_the_mean_of_their_scores(seed: int, chosen: bool, num_models: int) -> None:
+    """Written out in dense arrays."""
+    models = [Parts(seed, random_settings(10 * number + seed)) for number in range(num_models)]
+    rng = np.random.default_rng(seed)
+    for one in models[1:]:
+        one.table, one.bias = rng.normal(size=(L, 6)).astype(np.float32), rng.normal(size=L).astype(np.float32)
+        one.query = torch.from_numpy(rng.normal(size=(B, 6)).astype(np.float32))
+        one.ranker = LinearRanker(one.ranker.weights[rng.permutation(L)], one.ranker.bias)
+    first, width = models[0], 12
+    allowed = rng.random(L) < 0.5 if chosen else np.ones(L, dtype=bool)
+    scorers = [
+        Scorer(
+            settings=one.settings,
+            source=(StoredTable.of(one.table), one.bias) if number else None,
+            ranker=one.ranker,
+        )
+        for number, one in enumerate(models)
+    ]
+    count = {one.settings.count for one in models if one.settings.needs_neighbors}
+    step = LastStep(scorers, *first.known_of_all)
+    reference = first.exact.search(first.query, width)
+    top = (
+        first.exact.search(first.query, width, allow=torch.from_numpy(np.flatnonzero(allowed))) if chosen else reference
+    )
+    near = step.find(first.asked)
+    assert (near is not None) == bool(count)
+    queries = [one.query.numpy() for one in models]
+    options: dict[str, Any] = {"reference": reference, "allowed": allowed} if chosen else {}
+    found = step.rank(top, first.asked, near, 5, queries=queries, **options)
+    for row in range(B):
+        total, voted = np.zeros(L), np.zeros(L, dtype=bool)
+        known = reference.label_ids[row]
+        for number, one in enumerate(models):
+            votes = np.zeros(L)
+            if near is not None:
+                mine = near[0][row : row + 1], near[1][row : row + 1]
+                votes = first.neighbors.votes(*mine, one.settings.temperature).toarray()[0]
+                voted |= votes > 0
+            logits = (one.query[row].numpy() @ one.table.T + one.bias).astype(np.float64)
+            shift, least = np.log(np.exp(logits[known]).sum()), logits[known].min()
+            inside = np.isin(np.arange(L), known) if number == 0 else logits >= least
+            log_p = np.where(inside, logits - shift, least - shift - 1.0)
+            margins = one.ranker.margins(first.asked[row], np.zeros(L, dtype=np.int64), np.arange(L))
+            s = one.settings
+            total += (
+                s.model * log_p
+                + s.mixture * np.log(np.exp(log_p) + votes + 1e-300)
+                + s.votes * np.log(votes + 1e-3)
+                + s.frequency * np.log1p(one.frequencies)
+                + s.outside * ~inside
+                + s.margin * np.clip(margins, -1, 1)
+            ) / num_models
+        candidates = (np.isin(np.arange(L), known) | voted) & allowed
+        expected = np.argsort(np.where(candidates, -total, np.inf), kind="stable")[: min(5, candidates.sum())]
+        mine_ids = found.label_ids[row, : len(expected)]
+        np.testing.assert_allclose(found.scores[row, : len(expected)], total[expected], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(total[mine_ids], total[expected], atol=1e-4)
+        # Those behind come in the order of the first model's logits.
+        behind = [label for label in top.label_ids[row].tolist() if label >= 0 and not candidates[label]]
+        assert found.label_ids[row, len(expected) :].tolist() == (behind + [-1] * 5)[: 5 - len(expected)]

@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from xmc_midx.codebook import kmeans
+from xmc_midx.intrinsics import fetch
 from xmc_midx.quantization import StoredTable
 from xmc_midx.scan import scan_topk, write_best_logits
 from xmc_midx.selection import keep_best, least_of_best
@@ -41,6 +42,8 @@ _ITERATIONS = 8
 _CHUNK, _FEW = 1024, 8
 """Queries at once, and from which on torch projects them, not compiled code (EXPERIMENTS.md, "Latency")."""
 _CHUNK_ROWS = 1 << 12
+_CELLS_AHEAD = 2
+"""Cells whose sketches are asked for while one's are read."""
 
 _Floats = NDArray[np.float32]
 
@@ -331,18 +334,24 @@ def _search(
     score, places = workspace
     cell_score = np.empty(num_cells, dtype=np.float32)
     whole = np.empty(SIZE, dtype=np.int8)
-    sizes = (offsets[1:] - offsets[:-1]).astype(np.int32)
+    sizes, chosen = (offsets[1:] - offsets[:-1]).astype(np.int32), np.empty(num_cells + 1, dtype=np.int64)
+    flat = sketches.reshape(-1)
     for row in range(begin, end):
         query = (whole, *round_query(short_BK[row], whole))
         products(query, (means, cell_bias), 0, num_cells, cell_score)
         least = least_of_best(cell_score, sizes, depth, num_labels)
-        count = 0
+        num_chosen = 0
         for cell in range(num_cells):
-            if cell_score[cell] >= least:
-                first, last = offsets[cell], offsets[cell + 1]
-                products(query, (sketches, base), first, last, score[count:])
-                for position in range(first, last):
-                    places[count] = position
-                    count += 1
+            chosen[num_chosen] = cell
+            num_chosen += cell_score[cell] >= least
+        count = 0
+        for number in range(num_chosen):
+            ahead = chosen[min(number + _CELLS_AHEAD, num_chosen - 1)]
+            fetch(flat, offsets[ahead] * SIZE, offsets[ahead + 1] * SIZE)
+            first, last = offsets[chosen[number]], offsets[chosen[number] + 1]
+            products(query, (sketches, base), first, last, score[count:])
+            for position in range(first, last):
+                places[count] = position
+                count += 1
         count = keep_best(places, score, count, width)
         write_best_logits(query_BD[row], table, bias, label_ids, places, score, count, found_BK[row], score_BK[row])

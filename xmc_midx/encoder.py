@@ -116,6 +116,11 @@ class SparseEncoder(nn.Module):
             if was_training:
                 self.train()
 
+    def encode_all(self, features: csr_matrix) -> torch.Tensor:
+        """The queries (N, D) of all rows at once."""
+        parts = [query_BD for _, query_BD in self.encode(features)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     def _encode(self, features: csr_matrix) -> torch.Tensor:
         with torch.no_grad():
             found: torch.Tensor = self(sparse_rows(features).to(self.embedding.device))

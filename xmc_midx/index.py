@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numba
 import numpy as np
@@ -16,15 +16,12 @@ from xmc_midx.cells import LabelCells
 from xmc_midx.device import multiplies_bfloat16
 from xmc_midx.intrinsics import AHEAD, fetch_row
 from xmc_midx.products import rough_rows
-from xmc_midx.quantization import StoredTable, read_only, row_product
+from xmc_midx.quantization import StoredTable, row_product
 from xmc_midx.scan import list_rough, scan_topk
 from xmc_midx.selection import insert_best
 from xmc_midx.sketches import MULTIPLIES_BYTES
 from xmc_midx.topk import best_of, exact_topk, rescored_topk
 from xmc_midx.types import LabelIndex, TopK
-
-if TYPE_CHECKING:
-    from xmc_midx.types import Logits
 
 __all__ = [
     "CellIndex",
@@ -44,8 +41,6 @@ _MIN_LABELS = {"cpu": 4096, "cuda": 16_384}
 measured)."""
 _SLACK = 32
 """Labels beyond those asked for whose exact logits are computed."""
-_GATHERED = 1 << 23
-"""Numbers of rows that are gathered at once."""
 _TARGET_RECALL, _TARGET_K = 0.992, 5
 """Of the held-out instances' best labels, found by the index: what its effort is set to."""
 _FEWEST = (1000, 100)
@@ -106,21 +101,10 @@ class ExactIndex:
         excluded_L = self._excluded(allow, deny)
         return exact_topk(query_BD, self.label_table_LD, self.bias_L, k, excluded_L=excluded_L)
 
-    def logits(self, query_BD: torch.Tensor) -> Logits | None:
-        """None: nothing is missed."""
+    @property
+    def source(self) -> None:
+        """Nothing is missed."""
         return None
-
-    def rank(self, query_BD: torch.Tensor, label_ids: NDArray[np.int64]) -> TopK:
-        """The labels (B, K), -1 for none, in the order of their logits."""
-        ids_BK = torch.from_numpy(np.maximum(label_ids, 0)).to(self.bias_L.device)
-        logits = np.empty(label_ids.shape, dtype=np.float32)
-        chunk = max(1, _GATHERED // max(1, label_ids.shape[1] * query_BD.shape[1]))
-        for begin in range(0, len(query_BD), chunk):
-            part = slice(begin, begin + chunk)
-            rows_BKD = self.label_table_LD[ids_BK[part].to(self.label_table_LD.device)].to(query_BD)
-            logits_BK = torch.bmm(rows_BKD, query_BD[part, :, None])[:, :, 0] + self.bias_L[ids_BK[part]]
-            logits[part] = logits_BK.cpu().numpy()
-        return _in_order(label_ids, logits)
 
     def _excluded(self, allow: torch.Tensor | None, deny: torch.Tensor | None) -> torch.Tensor | None:
         excluded_L = _excluded_of(self.num_labels, allow, deny)
@@ -227,14 +211,10 @@ class StoredIndex:
             return self._exact(query_BD, k, _excluded_of(self.num_labels, allow, deny))
         return self._scan(query_BD, k)
 
-    def logits(self, query_BD: torch.Tensor) -> Logits:
-        """What compiled code computes the logits of labels by that a search may have missed."""
-        return (query_BD.contiguous().numpy(), *self.table.arrays, read_only(self.bias_L))
-
-    def rank(self, query_BD: torch.Tensor, label_ids: NDArray[np.int64]) -> TopK:
-        """The labels (B, K), -1 for none, in the order of their logits."""
-        ids = np.maximum(label_ids, 0)
-        return _in_order(label_ids, self.table.products(query_BD.contiguous().numpy(), ids) + self.bias_L[ids])
+    @property
+    def source(self) -> tuple[StoredTable, NDArray[np.float32]]:
+        """Where the logits of labels are that a search may have missed."""
+        return self.table, self.bias_L
 
     def _scan(self, query_BD: torch.Tensor, k: int) -> TopK:
         """The k best of all labels, found in bfloat16 where that pays."""
@@ -258,7 +238,10 @@ class StoredIndex:
             best = part if best is None else best_of([best, part], k + _SLACK)
         assert best is not None, "a label table has at least one row"
         # The same arithmetic as that of a search by cells, so that both rank alike, bit for bit.
-        return best_of([self.rank(query_BD, best.label_ids)], k)
+        ids = np.maximum(best.label_ids, 0)
+        logits = self.table.products(query_BD.contiguous().numpy(), ids) + self.bias_L[ids]
+        logits[best.label_ids < 0] = -np.inf
+        return best_of([TopK(label_ids=best.label_ids, scores=logits)], k)
 
 
 class CellIndex(StoredIndex):
@@ -342,11 +325,6 @@ class CellIndex(StoredIndex):
             widths = {"width": width, "scan_width": scan_width}
             return self.cells.scan(query_BD, self.table, self.bias_L, k, depth=depth, **widths)
         return self.cells.search(query_BD, self.table, self.bias_L, k, depth=depth, width=width)
-
-
-def _in_order(label_ids: NDArray[np.int64], logits: NDArray[np.float32]) -> TopK:
-    logits[label_ids < 0] = -np.inf
-    return best_of([TopK(label_ids=label_ids, scores=logits)], label_ids.shape[1])
 
 
 def _scan_rows(

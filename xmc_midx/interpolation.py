@@ -22,7 +22,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -37,7 +37,18 @@ from xmc_midx.selection import insert_best
 from xmc_midx.threads import in_threads, zeros
 from xmc_midx.types import DEFAULT_KS, DEFAULT_PROPENSITY, TopK
 
-__all__ = ["SHORTLIST", "Interpolation", "fit_interpolation", "interpolate", "score_candidates"]
+__all__ = [
+    "SHORTLIST",
+    "Candidates",
+    "Interpolation",
+    "drop_hopeless",
+    "fit_interpolation",
+    "interpolate",
+    "log_sum",
+    "score_behind",
+    "score_candidates",
+    "score_label",
+]
 
 SHORTLIST = 100
 """Labels of the model that take part."""
@@ -174,26 +185,44 @@ def interpolate(
     reference = reference or shortlist
     if votes is None or not settings.needs_neighbors:
         votes = csr_matrix((num_rows, label_frequencies.shape[0]))
-    room = num_rows * width + votes.nnz
-    instance, label_ids, scores = np.empty(room, dtype=np.int64), np.empty(room, dtype=np.int64), np.empty(room)
-    is_behind = np.empty(room, dtype=np.bool_)
-    used = score_candidates(
+    found = Candidates.empty(num_rows, num_rows * width + votes.nnz)
+    score_candidates(
         (shortlist.label_ids, shortlist.scores),
         (reference.label_ids, reference.scores),
         (votes.indptr, votes.indices, votes.data),
         label_frequencies,
         settings.coefficients,
+        1.0,
         zeros(label_frequencies.shape[0], np.float64),
-        min(k, room),
-        (instance, label_ids, scores, is_behind),
+        found,
     )
-    instance, label_ids, scores, is_behind = instance[:used], label_ids[:used], scores[:used], is_behind[:used]
+    drop_hopeless(found, k, settings.margin)
+    used = found.offsets[-1]
+    instance, label_ids, scores = np.repeat(np.arange(num_rows), np.diff(found.offsets)), *found[1:3]
     if settings.needs_ranker:
         assert margin_of is not None, "a margin comes with its ranker"
-        asked = slice(None) if not is_behind.any() else ~is_behind
+        asked = np.flatnonzero(~found.is_behind[:used])
         margins = margin_of(instance[asked], label_ids[asked]).astype(np.float64)
         scores[asked] += settings.margin * np.clip(margins, -1.0, 1.0)
-    return _best(instance, label_ids, scores, num_rows, k)
+    return _best(instance, label_ids[:used], scores[:used], num_rows, k)
+
+
+class Candidates(NamedTuple):
+    """Labels that may be among the results of some instances, one instance after the other, as compiled code takes
+    them."""
+
+    offsets: NDArray[np.int64]
+    """(B + 1,)"""
+    label_ids: NDArray[np.int64]
+    scores: _Floats
+    is_behind: NDArray[np.bool_]
+    """Whether a label's place is behind all others, whatever its margin."""
+
+    @classmethod
+    def empty(cls, num_rows: int, room: int) -> Candidates:
+        """With room for so many labels."""
+        offsets, label_ids = np.zeros(num_rows + 1, dtype=np.int64), np.empty(room, dtype=np.int64)
+        return cls(offsets, label_ids, np.empty(room), np.empty(room, dtype=np.bool_))
 
 
 @numba.njit(nogil=True, cache=True)
@@ -203,19 +232,16 @@ def score_candidates(
     votes: Any,
     label_frequencies: Any,
     coefficients: Any,
+    share: float,
     vote_of: Any,
-    k: int,
-    candidates: Any,
-) -> int:
-    """The candidates of `_candidates` that may be among the k best whatever their margins, and their scores without;
-    returns how many. Instance by instance; `vote_of` (L,) is zeros again."""
+    found: Any,
+) -> None:
+    """The labels of the shortlists and the votes, and `share` times their scores without margins; `vote_of` (L,) is
+    zeros, and left so."""
     vote_offsets, vote_ids, vote_values = votes
-    instance, label_ids, scores, is_behind = candidates
     shortlist_BS, logit_BS = shortlist
     reference_BS, reference_logit_BS = reference
-    model, mixture, voted, frequency, outside, margin = coefficients
     width, used = shortlist_BS.shape[1], 0
-    best_ids, best_scores = np.empty(k, dtype=np.int64), np.empty(k)
     for row in range(shortlist_BS.shape[0]):
         begin, end = vote_offsets[row], vote_offsets[row + 1]
         for entry in range(begin, end):
@@ -227,15 +253,7 @@ def score_candidates(
             if label >= 0 and logit > -np.inf:
                 last_tied = label if logit < smallest else max(last_tied, label) if logit == smallest else last_tied
                 peak, smallest = max(peak, logit), min(smallest, logit)
-        mass = 0.0
-        for place in range(reference_BS.shape[1]):
-            logit = np.float64(reference_logit_BS[row, place])
-            if reference_BS[row, place] >= 0 and logit > -np.inf:
-                mass += math.exp(logit - peak)
-        shift = peak + math.log(mass) if mass > 0.0 else 0.0
-        floor = smallest - shift - 1.0 if mass > 0.0 else -1.0
-        first = used
-        best_ids[:], best_scores[:] = -1, -np.inf
+        shift, floor = log_sum(reference_BS[row], reference_logit_BS[row], peak, smallest)
         # The shortlist first; its labels' votes are then used up, and what is left is outside of it.
         for place in range(width + end - begin):
             listed = place < width
@@ -246,37 +264,75 @@ def score_candidates(
             inside = listed and (logit > smallest or (logit == smallest and label <= last_tied))
             vote = max(vote_of[label], 0.0)
             vote_of[label] = -1.0
-            log_p = logit - shift if inside else floor
-            score = model * log_p + frequency * math.log1p(label_frequencies[label])
-            if mixture != 0.0:
-                score += mixture * math.log(math.exp(log_p) + vote + 1e-300)
-            if voted != 0.0:
-                score += voted * math.log(vote + _NO_VOTES)
-            if not inside:
-                score += outside
-            is_behind[used] = not inside and vote == 0.0
-            if is_behind[used]:
-                # Below the least that any other label can have.
-                least_of_all = (model + mixture) * floor + voted * math.log(_NO_VOTES) + outside - margin
-                least_of_all += min(frequency, 0.0) * _MOST_FREQUENT
-                score = least_of_all + (min(logit - smallest, 0.0) if mass > 0.0 else 0.0)
-            instance[used], label_ids[used], scores[used] = row, label, score
+            is_behind = not inside and vote == 0.0
+            if is_behind:
+                score = score_behind(floor, coefficients) + (min(logit - smallest, 0.0) if peak > -np.inf else 0.0)
+            else:
+                log_p = logit - shift if inside else floor
+                score = score_label(log_p, vote, label_frequencies[label], not inside, coefficients)
+            found.label_ids[used], found.scores[used], found.is_behind[used] = label, share * score, is_behind
             used += 1
-            insert_best(best_ids, best_scores, label, score)
+        found.offsets[row + 1] = used
         for place in range(width):
             if shortlist_BS[row, place] >= 0:
                 vote_of[shortlist_BS[row, place]] = 0.0
         for entry in range(begin, end):
             vote_of[vote_ids[entry]] = 0.0
-        # A margin lies in -1..1: below this no label can come up to the k-th. A little more, for rounding.
-        least = best_scores[k - 1] - 2.0 * abs(margin) - 1e-9 * (1.0 + abs(best_scores[k - 1]))
-        last, used = used, first
+
+
+@numba.njit(nogil=True, cache=True)
+def log_sum(label_ids: Any, logits: Any, peak: float, smallest: float) -> Any:
+    """Of a reference with these extremes: the logarithm of the sum of its labels' exponentials, and the logarithm of
+    what a label outside of it has for a probability."""
+    mass = 0.0
+    for place in range(label_ids.shape[0]):
+        logit = np.float64(logits[place])
+        if label_ids[place] >= 0 and logit > -np.inf:
+            mass += math.exp(logit - peak)
+    shift = peak + math.log(mass) if mass > 0.0 else 0.0
+    return shift, smallest - shift - 1.0 if mass > 0.0 else -1.0
+
+
+@numba.njit(nogil=True, cache=True)
+def score_label(log_p: Any, vote: Any, num_instances: Any, is_outside: Any, coefficients: Any) -> Any:
+    """The formula, without its margin."""
+    model, mixture, voted, frequency, outside, _ = coefficients
+    score = model * log_p + frequency * math.log1p(num_instances)
+    if mixture != 0.0:
+        score += mixture * math.log(math.exp(log_p) + vote + 1e-300)
+    if voted != 0.0:
+        score += voted * math.log(vote + _NO_VOTES)
+    return score + outside if is_outside else score
+
+
+@numba.njit(nogil=True, cache=True)
+def score_behind(floor: Any, coefficients: Any) -> Any:
+    """Below the least that a label can have that is not behind all others."""
+    model, mixture, voted, frequency, outside, margin = coefficients
+    least = (model + mixture) * floor + voted * math.log(_NO_VOTES) + outside - margin
+    return least + min(frequency, 0.0) * _MOST_FREQUENT
+
+
+@numba.njit(nogil=True, cache=True)
+def drop_hopeless(found: Any, k: int, margin: float) -> None:
+    """Leave those that may be among the k best when `margin` times a number from -1 to 1 has been added to each."""
+    best_ids, best_scores = np.empty(k, dtype=np.int64), np.empty(k)
+    used, last = 0, np.int64(0)
+    for row in range(found.offsets.shape[0] - 1):
+        first, last = last, found.offsets[row + 1]
+        least = -np.inf
+        if last - first > k:
+            best_ids[:], best_scores[:] = -1, -np.inf
+            for place in range(first, last):
+                insert_best(best_ids, best_scores, found.label_ids[place], found.scores[place])
+            # A little less, for rounding.
+            least = best_scores[k - 1] - 2.0 * abs(margin) - 1e-9 * (1.0 + abs(best_scores[k - 1]))
         for place in range(first, last):
-            if scores[place] >= least:
-                instance[used], label_ids[used], scores[used] = row, label_ids[place], scores[place]
-                is_behind[used] = is_behind[place]
+            if found.scores[place] >= least:
+                found.label_ids[used], found.scores[used] = found.label_ids[place], found.scores[place]
+                found.is_behind[used] = found.is_behind[place]
                 used += 1
-    return used
+        found.offsets[row + 1] = used
 
 
 @numba.njit(nogil=True, cache=True)

@@ -1,11 +1,15 @@
-"""Layer 5. The last step of a prediction (`xmc_midx.interpolation`), an instance after the other in compiled code.
+"""Layer 5. The last step of a prediction (`xmc_midx.interpolation`), of a model or of several of one ensemble.
 
-It is made of many small steps: what their arrays take between them would be longer than an answer to one instance.
+The first model finds labels and neighbours; what is among its hundred best or voted for is a candidate. Every model
+scores all candidates, by logits, votes and margins of its own, and the mean of the scores ranks them. It is made of
+many small steps, in compiled code: what their arrays take between them would be longer than an answer to one instance.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
@@ -13,51 +17,73 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from xmc_midx.index import insert_logits
-from xmc_midx.interpolation import Interpolation, score_candidates
+from xmc_midx.interpolation import (
+    Candidates,
+    Interpolation,
+    drop_hopeless,
+    log_sum,
+    score_behind,
+    score_candidates,
+    score_label,
+)
+from xmc_midx.intrinsics import AHEAD, fetch_row
 from xmc_midx.neighbors import NeighborIndex, Neighbors, count_votes, sum_votes
-from xmc_midx.quantization import read_only
+from xmc_midx.quantization import StoredTable, read_only, row_product
 from xmc_midx.ranker import LinearRanker, row_margins
 from xmc_midx.selection import insert_best
 from xmc_midx.threads import in_threads, zeros
 from xmc_midx.types import TopK
 
-if TYPE_CHECKING:
-    from xmc_midx.types import Logits
+__all__ = ["LastStep", "Scorer"]
 
-__all__ = ["LastStep"]
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Scorer:
+    """What a model's scores are made of."""
+
+    settings: Interpolation
+    source: tuple[StoredTable, NDArray[np.float32]] | None
+    """Label table and bias, for logits that no search has brought; None where a first model's search misses none."""
+    ranker: LinearRanker | None
+    """Where the settings need it."""
 
 
 class LastStep:
-    """What is added to a model's scores, and how.
+    """Adds what there is to the scores of models.
 
     Parameters
     ----------
-    settings : not the identity.
+    scorers : of the first model, and of those that score what it finds.
     label_frequencies : (L,) integers of the training split.
-    neighbors, ranker : where the settings need them; None: there is none.
+    neighbors : where the settings of any model need them.
     """
 
     def __init__(
         self,
-        settings: Interpolation,
+        scorers: Sequence[Scorer],
         label_frequencies: NDArray[np.integer[Any]],
         neighbors: NeighborIndex | None,
-        ranker: LinearRanker | None,
     ) -> None:
-        assert neighbors is not None or not settings.needs_neighbors, "votes come with their neighbours"
-        assert ranker is not None or not settings.needs_ranker, "a margin comes with its ranker"
-        self.settings, self.frequencies = settings, read_only(label_frequencies)
-        self.neighbors = neighbors if settings.needs_neighbors else None
-        self._labels = _NO_LABELS if neighbors is None else (neighbors.labels.indptr, neighbors.labels.indices)
-        self._ranker = _NO_RANKER if ranker is None or not settings.needs_ranker else ranker.arrays
-        self._num_weights = 0 if ranker is None else ranker.num_features
-        self._numbers = settings.coefficients, 1.0 / settings.temperature
+        needing = [one.settings for one in scorers if one.settings.needs_neighbors]
+        assert neighbors is not None or not needing, "votes come with their neighbours"
+        self.scorers, self.frequencies = scorers, read_only(label_frequencies)
+        self.neighbors, self._labels = None, _NO_LABELS
+        if neighbors is not None and needing:
+            self.neighbors, self._searched = neighbors, needing[0]
+            self._labels = neighbors.labels.indptr, neighbors.labels.indices
+        self._margins = [
+            (one.ranker.arrays, one.settings.margin / len(scorers))
+            for one in scorers
+            if one.ranker is not None and one.settings.needs_ranker
+        ]
+        self._most_margin = sum(margin for _, margin in self._margins)
+        self._num_features = max((one.ranker.num_features for one in scorers if one.ranker is not None), default=0)
 
     def find(self, features: csr_matrix) -> Neighbors | None:
-        """The neighbours of (B, F) rows."""
+        """The neighbours of (B, F) rows; None where no model needs them."""
         if self.neighbors is None:
             return None
-        return self.neighbors.search(features, self.settings.count, budget=self.settings.budget)
+        return self.neighbors.search(features, self._searched.count, budget=self._searched.budget)
 
     def rank(
         self,
@@ -66,7 +92,7 @@ class LastStep:
         found: Neighbors | None,
         k: int,
         *,
-        logits: Logits | None = None,
+        queries: Sequence[NDArray[np.float32]],
         reference: TopK | None = None,
         allowed: NDArray[np.bool_] | None = None,
     ) -> TopK:
@@ -74,123 +100,203 @@ class LastStep:
 
         Parameters
         ----------
-        top : (B, S) logits of the model; with `logits`, what the neighbours vote for takes its place in it.
+        top : (B, S) logits of the first model. Where its search may have missed labels, those that the neighbours vote
+            for take their places there.
         features : (B, F) rows, scaled like those of training.
         found : the neighbours, as of `find`.
-        logits : of the model, for labels that its search may have missed; None: it misses none.
-        reference : as of `interpolation.interpolate`, and with `logits` completed like `top`; None: `top`.
+        queries : (B, D) of each model.
+        reference : as of `interpolation.interpolate`, and completed like `top`; None: `top`.
         allowed : (L,) the labels that may be returned; None: all.
         """
-        num_rows = len(top.label_ids)
+        num_rows, num_models, num_labels = len(top.label_ids), len(self.scorers), len(self.frequencies)
         result = TopK.empty(num_rows, k)
         if found is None:
             found = np.empty((num_rows, 0), dtype=np.int64), np.empty((num_rows, 0), dtype=np.float32)
-        shortlist = top.label_ids, top.scores
-        other = shortlist if reference is None else (reference.label_ids, reference.scores)
         rows = features.indptr, features.indices.astype(np.int32, copy=False), features.data
+        is_all = reference is None
+        listed, known = (top.label_ids, top.scores), (top.label_ids, top.scores)
+        if reference is not None:
+            known = reference.label_ids, reference.scores
         kept = _ALL if allowed is None else read_only(allowed)
-        arrays = (rows, shortlist, other, reference is None, found, self._labels, logits or _NO_LOGITS, self._ranker)
+        first, *others = self.scorers
 
-        def run(first: int, last: int) -> None:
-            work = zeros(len(self.frequencies), np.float64), zeros(self._num_weights, np.float32)
-            numbers = self._numbers
-            _rank(*arrays, self.frequencies, *numbers, kept, *work, result.label_ids, result.scores, first, last)
+        def run(begin: int, end: int) -> None:
+            total, part = zeros(num_labels, np.float64), slice(begin, end)
+            near = found[0][part], found[1][part]
+            known_part = known[0][part], known[1][part]
+            candidates = _first(
+                (listed[0][part], listed[1][part]),
+                known_part,
+                is_all,
+                near,
+                self._labels,
+                _logits(first, queries[0][part]),
+                self.frequencies,
+                *_numbers(first, num_models),
+                kept,
+                total,
+            )
+            for number, one in enumerate(others, start=1):
+                logits = _logits(one, queries[number][part])
+                numbers = _numbers(one, num_models)
+                _add(known_part[0], is_all, near, self._labels, logits, self.frequencies, *numbers, total, candidates)
+            drop_hopeless(candidates, k, self._most_margin)
+            for arrays, margin in self._margins:
+                _add_margins(rows, begin, arrays, margin, zeros(self._num_features, np.float32), candidates)
+            _write(candidates, result.label_ids[part], result.scores[part])
 
         in_threads(run, num_rows)
         return result
 
 
-_NO_LOGITS: Logits = (
-    np.empty((0, 0), dtype=np.float32),
-    read_only(np.empty((0, 0), dtype=np.int8)),
-    read_only(np.empty(0, dtype=np.float32)),
-    read_only(np.empty(0, dtype=np.float32)),
-)
-_NO_LABELS = np.zeros(1, dtype=np.int32), np.empty(0, dtype=np.int32)
-_NO_RANKER = (
-    np.zeros(1, dtype=np.int64),
-    np.empty(0, dtype=np.int32),
-    np.empty(0, dtype=np.float32),
-    np.empty(0, dtype=np.float32),
-)
 _ALL = read_only(np.empty(0, dtype=np.bool_))
+_NO_LABELS = np.zeros(1, dtype=np.int32), np.empty(0, dtype=np.int32)
+_NO_NUMBERS = read_only(np.empty(0, dtype=np.float32))
+_NO_CODES = read_only(np.empty((0, 0), dtype=np.int8)), _NO_NUMBERS, _NO_NUMBERS
+
+
+def _logits(scorer: Scorer, query_BD: NDArray[np.float32]) -> tuple[NDArray[Any], ...]:
+    """As compiled code takes them; without codes where a search misses nothing."""
+    if scorer.source is None:
+        return query_BD, *_NO_CODES
+    table, bias = scorer.source
+    return query_BD, *table.arrays, read_only(bias)
+
+
+def _numbers(scorer: Scorer, num_models: int) -> tuple[NDArray[np.float64], float, float]:
+    return scorer.settings.coefficients, 1.0 / num_models, 1.0 / scorer.settings.temperature
 
 
 @numba.njit(nogil=True, cache=True)
-def _rank(
-    rows: Any,
+def _first(
     shortlist: Any,
     reference: Any,
     is_all: bool,
-    found: Any,
+    near: Any,
     labels: Any,
     logits: Any,
-    ranker: Any,
     frequencies: Any,
     coefficients: Any,
+    share: float,
     sharpness: float,
     allowed: Any,
-    vote_of: Any,
-    dense: Any,
-    best_BK: Any,
-    score_BK: Any,
-    begin: int,
-    end: int,
-) -> None:
-    """For the instances begin..end; `vote_of` (L,) and `dense` (F,) are zeros, and left so. With `is_all`, `shortlist`
-    is `reference`."""
-    row_offsets, feature_ids, values = rows
-    near_BN, near_score_BN = found
+    total: Any,
+) -> Any:
+    """The candidates, with the first model's part of their scores; `total` (L,) is zeros, and left so. With `is_all`,
+    `shortlist` is `reference`."""
     query_BD, codes, scales, bias = logits
-    short_BS, logit_BS = shortlist
-    reference_BS, reference_logit_BS = reference
-    k = best_BK.shape[1]
-    offsets, score_K = np.zeros(2, dtype=np.int64), np.empty(k)
-    for row in range(begin, end):
-        one = slice(row, row + 1)
-        room = count_votes(near_BN[one], labels[0])
-        ids, shares = np.empty(room, dtype=np.int64), np.empty(room)
-        num_votes = sum_votes(near_BN[one], near_score_BN[one], sharpness, labels, vote_of, offsets, ids, shares)
-        if codes.shape[0]:
-            table, voted = (codes, scales), ids[:num_votes]
-            insert_logits(query_BD[row], table, bias, voted, reference_BS[row], reference_logit_BS[row])
-        if allowed.shape[0]:
-            num_votes = _keep(allowed, ids, shares, num_votes)
-            offsets[1] = num_votes
-        if codes.shape[0] and not is_all:
-            insert_logits(query_BD[row], (codes, scales), bias, ids[:num_votes], short_BS[row], logit_BS[row])
-        room = short_BS.shape[1] + num_votes
-        instance, label_ids = np.empty(room, dtype=np.int64), np.empty(room, dtype=np.int64)
-        scores, is_behind = np.empty(room), np.empty(room, dtype=np.bool_)
-        used = score_candidates(
-            (short_BS[one], logit_BS[one]),
-            (reference_BS[one], reference_logit_BS[one]),
-            (offsets, ids, shares),
-            frequencies,
-            coefficients,
-            vote_of,
-            min(k, room),
-            (instance, label_ids, scores, is_behind),
-        )
-        if ranker[3].shape[0]:
-            first, last = row_offsets[row], row_offsets[row + 1]
-            margins = np.empty(used, dtype=np.float32)
-            row_margins(feature_ids[first:last], values[first:last], label_ids[:used], ranker, dense, margins)
-            for place in range(used):
-                if not is_behind[place]:
-                    scores[place] += coefficients[5] * min(max(np.float64(margins[place]), -1.0), 1.0)
-        best_BK[row], score_K[:] = -1, -np.inf
-        for place in range(used):
-            insert_best(best_BK[row], score_K, label_ids[place], scores[place])
-        score_BK[row] = score_K
+    num_rows = query_BD.shape[0]
+    room = count_votes(near[0], labels[0])
+    offsets, ids, shares = np.zeros(num_rows + 1, dtype=np.int64), np.empty(room, dtype=np.int64), np.empty(room)
+    sum_votes(near[0], near[1], sharpness, labels, total, offsets, ids, shares)
+    if codes.shape[0]:
+        _complete(query_BD, (codes, scales), bias, offsets, ids, reference)
+    if allowed.shape[0]:
+        _keep(allowed, offsets, ids, shares)
+    if codes.shape[0] and not is_all:
+        _complete(query_BD, (codes, scales), bias, offsets, ids, shortlist)
+    room = num_rows * shortlist[0].shape[1] + offsets[-1]
+    found = Candidates(
+        np.zeros(num_rows + 1, dtype=np.int64),
+        np.empty(room, dtype=np.int64),
+        np.empty(room),
+        np.empty(room, dtype=np.bool_),
+    )
+    score_candidates(shortlist, reference, (offsets, ids, shares), frequencies, coefficients, share, total, found)
+    return found
 
 
 @numba.njit(nogil=True, cache=True)
-def _keep(allowed: Any, ids: Any, shares: Any, count: int) -> int:
-    """Move what is allowed of the first `count` to the front; returns how many."""
-    kept = 0
-    for place in range(count):
-        if allowed[ids[place]]:
-            ids[kept], shares[kept] = ids[place], shares[place]
-            kept += 1
-    return kept
+def _complete(query_BD: Any, table: Any, bias: Any, offsets: Any, ids: Any, top: Any) -> None:
+    for row in range(query_BD.shape[0]):
+        voted = ids[offsets[row] : offsets[row + 1]]
+        insert_logits(query_BD[row], table, bias, voted, top[0][row], top[1][row])
+
+
+@numba.njit(nogil=True, cache=True)
+def _keep(allowed: Any, offsets: Any, ids: Any, shares: Any) -> None:
+    """Leave the votes for what is allowed."""
+    used, last = 0, np.int64(0)
+    for row in range(offsets.shape[0] - 1):
+        first, last = last, offsets[row + 1]
+        for entry in range(first, last):
+            if allowed[ids[entry]]:
+                ids[used], shares[used] = ids[entry], shares[entry]
+                used += 1
+        offsets[row + 1] = used
+
+
+@numba.njit(nogil=True, cache=True)
+def _add(
+    reference_BS: Any,
+    is_all: bool,
+    near: Any,
+    labels: Any,
+    logits: Any,
+    frequencies: Any,
+    coefficients: Any,
+    share: float,
+    sharpness: float,
+    total: Any,
+    found: Any,
+) -> None:
+    """Add another model's part to the candidates' scores. A label is in its shortlist if its logit is no less than the
+    least that it gives to the first model's. With `is_all`, the first candidates are those labels, in their order."""
+    query_BD, codes, scales, bias = logits
+    logit_S = np.empty(reference_BS.shape[1], dtype=np.float32)
+    one = np.zeros(2, dtype=np.int64)
+    for row in range(query_BD.shape[0]):
+        mine = slice(row, row + 1)
+        room = count_votes(near[0][mine], labels[0])
+        ids, shares = np.empty(room, dtype=np.int64), np.empty(room)
+        num_votes = sum_votes(near[0][mine], near[1][mine], sharpness, labels, total, one, ids, shares)
+        for entry in range(num_votes):
+            total[ids[entry]] = shares[entry]
+        known = reference_BS[row]
+        peak, smallest, last = -np.inf, np.inf, known.shape[0] - 1
+        for place in range(known.shape[0]):
+            fetch_row(codes, max(known[min(place + AHEAD, last)], 0))
+            label = known[place]
+            logit_S[place] = row_product(query_BD[row], codes, scales, label) + bias[label] if label >= 0 else -np.inf
+            if label >= 0:
+                peak, smallest = max(peak, np.float64(logit_S[place])), min(smallest, np.float64(logit_S[place]))
+        shift, floor = log_sum(known, logit_S, peak, smallest)
+        begin, end = found.offsets[row], found.offsets[row + 1]
+        for place in range(begin, end):
+            label = found.label_ids[place]
+            if found.is_behind[place]:
+                found.scores[place] += share * score_behind(floor, coefficients)
+                continue
+            if is_all and place - begin < known.shape[0] and known[place - begin] == label:
+                logit = np.float64(logit_S[place - begin])
+            else:
+                logit = np.float64(row_product(query_BD[row], codes, scales, label) + bias[label])
+            log_p = logit - shift if logit >= smallest else floor
+            score = score_label(log_p, total[label], frequencies[label], logit < smallest, coefficients)
+            found.scores[place] += share * score
+        for entry in range(num_votes):
+            total[ids[entry]] = 0.0
+
+
+@numba.njit(nogil=True, cache=True)
+def _add_margins(rows: Any, begin: int, ranker: Any, weight: float, dense: Any, found: Any) -> None:
+    """Of the candidates that are not behind all others; `dense` (F,) is zeros, and left so."""
+    offsets, feature_ids, values = rows
+    margins = np.empty(found.label_ids.shape[0], dtype=np.float32)
+    for row in range(found.offsets.shape[0] - 1):
+        mine = slice(offsets[begin + row], offsets[begin + row + 1])
+        first, last = found.offsets[row], found.offsets[row + 1]
+        row_margins(feature_ids[mine], values[mine], found.label_ids[first:last], ranker, dense, margins[first:last])
+        for place in range(first, last):
+            if not found.is_behind[place]:
+                found.scores[place] += weight * min(max(np.float64(margins[place]), -1.0), 1.0)
+
+
+@numba.njit(nogil=True, cache=True)
+def _write(found: Any, best_BK: Any, score_BK: Any) -> None:
+    score_K = np.empty(best_BK.shape[1])
+    for row in range(best_BK.shape[0]):
+        score_K[:] = -np.inf
+        for place in range(found.offsets[row], found.offsets[row + 1]):
+            insert_best(best_BK[row], score_K, found.label_ids[place], found.scores[place])
+        score_BK[row] = score_K

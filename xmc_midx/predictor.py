@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,12 +22,12 @@ from xmc_midx.encoder import SparseEncoder, stored_encoder
 from xmc_midx.errors import DataError, UsageError
 from xmc_midx.index import CellIndex, StoredIndex, build_index
 from xmc_midx.interpolation import SHORTLIST, Interpolation
-from xmc_midx.laststep import LastStep
-from xmc_midx.neighbors import NeighborIndex, Neighbors
+from xmc_midx.laststep import LastStep, Scorer
+from xmc_midx.neighbors import NeighborIndex
 from xmc_midx.quantization import StoredTable
 from xmc_midx.ranker import LinearRanker
 from xmc_midx.rundir import RunDirectory
-from xmc_midx.topk import best_of, concatenate_topk, least_of, mean_of
+from xmc_midx.topk import concatenate_topk
 from xmc_midx.types import LabelIndex, Reporter, SilentReporter, TopK
 
 if TYPE_CHECKING:
@@ -43,15 +42,6 @@ Instances = csr_matrix | str | Row | Sequence[str] | Sequence[Row] | np.ndarray
 Scores = Literal["logits", "probabilities"]
 """`logits`: what the ranking is made by, comparable within an instance; `probabilities`: the calibrated chance that the
 label applies (`xmc_midx.calibration`), comparable between instances."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Found:
-    """For some instances, what the models of an ensemble share."""
-
-    label_ids: np.ndarray
-    """(B, K): the labels with the largest logits, and what the neighbours vote for."""
-    neighbors: Neighbors | None
 
 
 class Predictor:
@@ -90,11 +80,25 @@ class Predictor:
         self.label_names, self.vocabulary = label_names, vocabulary
         self.label_frequencies, self.num_train = label_frequencies, num_train
         self.interpolation, self.neighbors, self.ranker = interpolation or Interpolation(), neighbors, ranker
-        self._last_step: LastStep | None = None
-        if not self.interpolation.is_identity:
-            assert label_frequencies is not None, "an interpolation comes with the label frequencies"
-            self._last_step = LastStep(self.interpolation, label_frequencies, neighbors, ranker)
         self.calibration, self.members = calibration, members
+
+    @property
+    def members(self) -> Sequence[Predictor]:
+        """The further models."""
+        return self._members
+
+    @members.setter
+    def members(self, members: Sequence[Predictor]) -> None:
+        self._members, self._last_step = (*members,), None
+        self._encoders = [one.encoder for one in members]
+        if members or not self.interpolation.is_identity:
+            assert self.label_frequencies is not None, "an interpolation comes with the label frequencies"
+            scorers = [
+                Scorer(settings=one.interpolation, source=one.index.source, ranker=one.ranker)
+                for one in (self, *members)
+            ]
+            neighbors = next((one.neighbors for one in (self, *members) if one.neighbors is not None), None)
+            self._last_step = LastStep(scorers, self.label_frequencies, neighbors)
 
     @classmethod
     def load(
@@ -158,11 +162,11 @@ class Predictor:
         index: LabelIndex
         if cells is not None:
             index = CellIndex.from_arrays(table, bias, cells, reach="exact" if exact else "cells")
-        elif is_member and device.type == "cpu":
+        elif is_member:
             index = StoredIndex(table, bias)
         else:
             tensors = torch.from_numpy(table.rows()).to(device), torch.from_numpy(bias).to(device)
-            index = build_index(*tensors, exact=exact or is_member)
+            index = build_index(*tensors, exact=exact)
         label_names = directory.label_names()
         if label_names is not None and len(label_names) != index.num_labels:
             raise DataError(
@@ -209,8 +213,8 @@ class Predictor:
         instances : (N, F) feature rows (SciPy sparse or a NumPy array), one row or a sequence of rows as dictionaries
             `{feature: value}` or lists of pairs, one raw text or a sequence of them (with a vocabulary).
         k : results an instance, >= 1; rows are padded with -1 where fewer labels may be returned.
-        scores : `"logits"`, or the scores of `interpolation` where it is fitted; of an ensemble the mean logarithm, in
-            nats and below 0, of a label's share in each model's hundred best; or `"probabilities"`.
+        scores : `"logits"`, or the scores of `interpolation` where it is fitted, of an ensemble their mean; or
+            `"probabilities"`.
         threshold : labels with a lower score are left out.
         allow, deny : label ids that alone may, or may not, be returned.
 
@@ -233,7 +237,7 @@ class Predictor:
         reporter.start("predict", features.shape[0])
         with without_autocast(self.encoder.bias.device.type):
             parts = []
-            for top in (self._mean if self.members else self._answers)(features, k, scores, allowed, denied):
+            for top in self._answers(features, k, scores, allowed, denied):
                 parts.append(top if threshold is None else _above(top, threshold))
                 reporter.step(top.label_ids.shape[0])
         if not parts:
@@ -241,72 +245,21 @@ class Predictor:
         return concatenate_topk(parts)
 
     def _answers(
-        self, features: csr_matrix, k: int, scores: Scores, allowed: np.ndarray | None, denied: np.ndarray | None
+        self, features: csr_matrix, k: int, scores: Scores, allow: np.ndarray | None, deny: np.ndarray | None
     ) -> Iterator[TopK]:
-        """This model's own, for some instances after the other."""
-        for rows, query_BD in self.encoder.encode(features):
-            chunk = features if rows == slice(0, features.shape[0]) else features[rows]
-            yield self._answer(query_BD, chunk, rows.start, k, scores, allowed, denied)[0]
-
-    def _answer(
-        self,
-        query_BD: torch.Tensor,
-        features: csr_matrix,
-        first: int,
-        k: int,
-        scores: Scores,
-        allowed: np.ndarray | None,
-        denied: np.ndarray | None,
-        given: _Found | None = None,
-    ) -> tuple[TopK, _Found]:
-        """Of the instances from `first` on; with `given`, of what another model has found."""
-        queries = query_BD.cpu().numpy()
-        if not all_finite(queries):
-            _require_finite(np.isfinite(queries).all(axis=1), first)
+        """For some instances after the other."""
         search = self._search if scores == "logits" else self._probabilities
-        top, found = search(query_BD, features, k, allowed, denied, given)
-        if np.isnan(top.scores).any():
-            _require_finite(np.logical_not(np.isnan(top.scores).any(axis=1)), first)
-        return top, found
-
-    def _mean(
-        self, features: csr_matrix, k: int, scores: Scores, allowed: np.ndarray | None, denied: np.ndarray | None
-    ) -> Iterator[TopK]:
-        """The ensemble's: probabilities are averaged as they are, other scores as the logarithms of a label's share in
-        a model's hundred best, which are the same for any k and any choice of labels. Behind the labels that are among
-        some model's hundred best stand those of the first model, in its order."""
-        is_logits = scores == "logits"
-        deep = None
-        if k > SHORTLIST or allowed is not None or denied is not None:
-            deep = self._answers(features, k, scores, allowed, denied)
         for rows, query_BD in self.encoder.encode(features):
             chunk = features if rows == slice(0, features.shape[0]) else features[rows]
-            first, found = self._answer(query_BD, chunk, rows.start, SHORTLIST, scores, None, None)
-            answers = [first]
-            for one in self.members:
-                others_BD = torch.cat([part_BD for _, part_BD in one.encoder.encode(chunk)])
-                answers.append(one._answer(others_BD, chunk, rows.start, SHORTLIST, scores, None, None, found)[0])
-            norm_N1 = _log_sum(first) if is_logits else np.zeros((len(first.label_ids), 1))
-            tops = [_less(top, _log_sum(top)) if is_logits else top for top in answers]
-            if deep is None:
-                yield mean_of(tops, k)
-                continue
-            mean = mean_of(tops, sum(top.label_ids.shape[1] for top in tops))
-            rest = _less(next(deep), norm_N1)
-            floor_N1 = np.mean([least_of(top) for top in tops], axis=0)
-            own_N1 = least_of(tops[0])
-            if is_logits:
-                behind = floor_N1 + np.minimum(rest.scores - own_N1, 0.0)
-            else:
-                behind = floor_N1 * np.minimum(rest.scores / np.maximum(own_N1, np.finfo(np.float32).tiny), 1.0)
-            is_behind = (rest.label_ids >= 0) & ~_holds(mean, rest.label_ids, self.num_labels)
-            is_kept = mean.label_ids >= 0
-            if allowed is not None:
-                is_kept &= np.isin(mean.label_ids, allowed)
-            if denied is not None:
-                is_kept &= ~np.isin(mean.label_ids, denied)
-            others = TopK(label_ids=rest.label_ids, scores=behind.astype(np.float32))
-            yield best_of([_where(is_kept, mean), _where(is_behind, others)], k)
+            queries = [query_BD, *(one.encode_all(chunk) for one in self._encoders)]
+            for one_BD in queries:
+                values = one_BD.cpu().numpy()
+                if not all_finite(values):
+                    _require_finite(np.isfinite(values).all(axis=1), rows.start)
+            top = search(queries, chunk, k, allow, deny)
+            if np.isnan(top.scores).any():
+                _require_finite(np.logical_not(np.isnan(top.scores).any(axis=1)), rows.start)
+            yield top
 
     def warm_up(self) -> None:
         """Load what the first prediction would: scikit-learn for texts, compiled code."""
@@ -347,20 +300,24 @@ class Predictor:
 
     def _probabilities(
         self,
-        query_BD: torch.Tensor,
+        queries: Sequence[torch.Tensor],
         features: csr_matrix,
         k: int,
         allow: np.ndarray | None,
         deny: np.ndarray | None,
-        given: _Found | None,
-    ) -> tuple[TopK, _Found]:
-        wide, settings = max(k, BACKGROUND), self.require_calibration()
-        top, found = self._search(query_BD, features, wide, allow, deny, given)
-        background = None
+    ) -> TopK:
+        """Of an ensemble, the mean of what its models' calibrations make of the same scores."""
+        self.require_calibration()
+        top, background = self._search(queries, features, max(k, BACKGROUND), allow, deny), None
         if allow is not None or deny is not None:
-            background = self._search(query_BD, features, BACKGROUND, None, None, given)[0]
-        top = calibrate(top, settings, background=background)
-        return TopK(label_ids=top.label_ids[:, :k], scores=top.scores[:, :k]), found
+            background = self._search(queries, features, BACKGROUND, None, None)
+        tops = [
+            calibrate(top, one.calibration, background=background)
+            for one in (self, *self.members)
+            if one.calibration is not None
+        ]
+        scores = np.mean([one.scores for one in tops], axis=0) if len(tops) > 1 else tops[0].scores
+        return TopK(label_ids=tops[0].label_ids[:, :k], scores=scores[:, :k])
 
     def _label_ids(self, name: str, ids: Sequence[int] | np.ndarray | None) -> np.ndarray | None:
         if ids is None:
@@ -379,46 +336,36 @@ class Predictor:
 
     def _search(
         self,
-        query_BD: torch.Tensor,
+        queries: Sequence[torch.Tensor],
         features: csr_matrix,
         k: int,
         allow: np.ndarray | None,
         deny: np.ndarray | None,
-        given: _Found | None = None,
-    ) -> tuple[TopK, _Found]:
-        """The k best labels, and what a model of the same ensemble does not have to look for."""
-        plain = self._last_step is None
-        if given is not None:
-            top = self.index.rank(query_BD, given.label_ids)
-        else:
-            top = self.index.search(
-                query_BD,
-                k if plain else max(k, SHORTLIST),
-                allow=None if allow is None else torch.from_numpy(allow),
-                deny=None if deny is None else torch.from_numpy(deny),
-            )
-        if plain:
-            return top, _Found(label_ids=top.label_ids, neighbors=None)
+    ) -> TopK:
+        query_BD, step = queries[0], self._last_step
+        top = self.index.search(
+            query_BD,
+            k if step is None else max(k, SHORTLIST),
+            allow=None if allow is None else torch.from_numpy(allow),
+            deny=None if deny is None else torch.from_numpy(deny),
+        )
+        if step is None:
+            return top
         # The coefficients are fitted to a shortlist of so many, however many results are asked for.
-        reference = top if allow is None and deny is None else self.index.search(query_BD, SHORTLIST)
-        if reference.label_ids.shape[1] > SHORTLIST:
-            reference = TopK(label_ids=top.label_ids[:, :SHORTLIST], scores=top.scores[:, :SHORTLIST])
-        step = self._last_step
-        assert step is not None, "the interpolation is not the identity"
-        near = step.find(features) if given is None or given.neighbors is None else given.neighbors
-        if reference is not top:
-            # Both are completed in place.
-            reference = TopK(label_ids=reference.label_ids.copy(), scores=reference.scores.copy())
-        result = step.rank(
+        reference = None
+        if allow is not None or deny is not None:
+            reference = self.index.search(query_BD, SHORTLIST)
+        elif top.label_ids.shape[1] > SHORTLIST:
+            reference = TopK(label_ids=top.label_ids[:, :SHORTLIST].copy(), scores=top.scores[:, :SHORTLIST].copy())
+        return step.rank(
             top,
             features,
-            near,
+            step.find(features),
             k,
-            logits=self.index.logits(query_BD),
-            reference=None if reference is top else reference,
+            queries=[one_BD.contiguous().cpu().numpy() for one_BD in queries],
+            reference=reference,
             allowed=_allowed_of(self.num_labels, allow, deny),
         )
-        return result, _Found(label_ids=reference.label_ids, neighbors=near)
 
     def _features(self, instances: Instances) -> csr_matrix:
         features = self._read(instances)
@@ -517,27 +464,6 @@ def _require_finite(is_finite_B: np.ndarray, first: int) -> None:
             f"Instance {first + int(np.argmin(is_finite_B))}: its scores are not finite, so it has no best labels.",
             hint="Are its feature values of the size of those that the model was trained with?",
         )
-
-
-def _log_sum(top: TopK) -> np.ndarray:
-    """(N, 1) logarithms of the sums of the exponentials; 0 of a row of pads."""
-    peak_N1 = _finite(top.scores.max(axis=1, keepdims=True, initial=-np.inf))
-    total_N1 = np.exp(top.scores - peak_N1).sum(axis=1, keepdims=True)
-    return peak_N1 + np.log(np.where(total_N1 > 0.0, total_N1, 1.0))
-
-
-def _less(top: TopK, norm_N1: np.ndarray) -> TopK:
-    return TopK(label_ids=top.label_ids, scores=(top.scores - norm_N1).astype(np.float32))
-
-
-def _finite(values: np.ndarray) -> np.ndarray:
-    return np.where(np.isfinite(values), values, 0.0)
-
-
-def _holds(top: TopK, label_ids: np.ndarray, num_labels: int) -> np.ndarray:
-    """(N, K): whether a row's result holds a label."""
-    first_N1 = np.arange(len(label_ids))[:, None] * num_labels
-    return np.isin(first_N1 + label_ids, (first_N1 + top.label_ids)[top.label_ids >= 0])
 
 
 def _where(kept: np.ndarray, top: TopK) -> TopK:

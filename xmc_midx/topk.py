@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from xmc_midx.products import linear
 from xmc_midx.types import TopK
 
-__all__ = ["best_of", "concatenate_topk", "exact_topk", "least_of", "mean_of", "merge_topk", "rescored_topk"]
+__all__ = ["best_of", "concatenate_topk", "exact_topk", "merge_topk", "rescored_topk"]
 
 _CHUNK_ELEMENTS = 1 << 24
 """Scores held at once (64 MiB in float32)."""
@@ -123,38 +122,6 @@ def best_of(parts: Sequence[TopK], k: int) -> TopK:
     result.label_ids[:, : order.shape[1]] = np.take_along_axis(ids, order, axis=1)
     result.scores[:, : order.shape[1]] = np.take_along_axis(scores, order, axis=1)
     return result
-
-
-def mean_of(parts: Sequence[TopK], k: int) -> TopK:
-    """The k labels with the largest mean score over several results for the same instances, ties to the smaller id. A
-    label that a result leaves out has the least score there that it gives to any."""
-    least = [least_of(part) for part in parts]
-    above = [np.where(part.label_ids >= 0, part.scores, one) - one for part, one in zip(parts, least, strict=True)]
-    ids_NW, above_NW = np.concatenate([part.label_ids for part in parts], axis=1), np.concatenate(above, axis=1)
-    result = TopK.empty(len(ids_NW), k)
-    if ids_NW.size == 0:
-        return result
-    order = np.argsort(ids_NW, axis=1, kind="stable")
-    ids_NW, above_NW = (np.take_along_axis(part, order, axis=1) for part in (ids_NW, above_NW))
-    is_first = np.ones(ids_NW.shape, dtype=bool)
-    is_first[:, 1:] = ids_NW[:, 1:] != ids_NW[:, :-1]
-    begins = np.flatnonzero(is_first)
-    rows, ids = begins // ids_NW.shape[1], ids_NW.ravel()[begins]
-    scores = (np.add.reduceat(above_NW.ravel(), begins) + np.sum(least, axis=0)[rows, 0]) / len(parts)
-    kept = ids >= 0
-    rows, ids, scores = rows[kept], ids[kept], scores[kept].astype(np.float32)
-    order = np.lexsort((ids, -scores, rows))
-    rows, ids, scores = rows[order], ids[order], scores[order]
-    ranks = np.arange(len(rows)) - np.searchsorted(rows, rows)
-    best = ranks < k
-    result.label_ids[rows[best], ranks[best]], result.scores[rows[best], ranks[best]] = ids[best], scores[best]
-    return result
-
-
-def least_of(top: TopK) -> NDArray[np.float32]:
-    """(N, 1) smallest scores; 0 of a row of pads."""
-    least_N1 = np.where(top.label_ids >= 0, top.scores, np.inf).min(axis=1, keepdims=True, initial=np.inf)
-    return np.where(np.isfinite(least_N1), least_N1, 0.0)
 
 
 def concatenate_topk(parts: Sequence[TopK]) -> TopK:

@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    Logits = tuple[NDArray[np.float32], NDArray[Any], NDArray[np.float32], NDArray[np.float32]]
-    """What compiled code computes logits by: queries (B, D), a table's codes and scales (L,), biases (L,)."""
-
 __all__ = [
     "Batch",
     "EpochStats",
@@ -292,12 +289,9 @@ class LabelIndex(Protocol):
         deny: torch.Tensor | None = None,
     ) -> TopK: ...
 
-    def logits(self, query_BD: torch.Tensor) -> Logits | None:
-        """Of labels that a search may have missed; None where it misses none."""
-        ...
-
-    def rank(self, query_BD: torch.Tensor, label_ids: NDArray[np.int64]) -> TopK:
-        """The labels (B, K), -1 for none, in the order of their logits."""
+    @property
+    def source(self) -> Any:
+        """Label table (`quantization.StoredTable`) and bias (L,) where a search may miss labels, else None."""
         ...
 
 

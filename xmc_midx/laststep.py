@@ -66,17 +66,20 @@ class LastStep:
     ) -> None:
         needing = [one.settings for one in scorers if one.settings.needs_neighbors]
         assert neighbors is not None or not needing, "votes come with their neighbours"
-        self.scorers, self.frequencies = scorers, read_only(label_frequencies)
+        self.frequencies = read_only(label_frequencies)
         self.neighbors, self._labels = None, _NO_LABELS
         if neighbors is not None and needing:
             self.neighbors, self._searched = neighbors, needing[0]
             self._labels = neighbors.labels.indptr, neighbors.labels.indices
+        self._sources = [_arrays_of(one.source) for one in scorers]
+        self._numbers = [
+            (one.settings.coefficients, 1.0 / len(scorers), 1.0 / one.settings.temperature) for one in scorers
+        ]
         self._margins = [
             (one.ranker.arrays, one.settings.margin / len(scorers))
             for one in scorers
             if one.ranker is not None and one.settings.needs_ranker
         ]
-        self._most_margin = sum(margin for _, margin in self._margins)
         self._num_features = max((one.ranker.num_features for one in scorers if one.ranker is not None), default=0)
 
     def find(self, features: csr_matrix) -> Neighbors | None:
@@ -108,7 +111,7 @@ class LastStep:
         reference : as of `interpolation.interpolate`, and completed like `top`; None: `top`.
         allowed : (L,) the labels that may be returned; None: all.
         """
-        num_rows, num_models, num_labels = len(top.label_ids), len(self.scorers), len(self.frequencies)
+        num_rows, num_labels = len(top.label_ids), len(self.frequencies)
         result = TopK.empty(num_rows, k)
         if found is None:
             found = np.empty((num_rows, 0), dtype=np.int64), np.empty((num_rows, 0), dtype=np.float32)
@@ -118,7 +121,6 @@ class LastStep:
         if reference is not None:
             known = reference.label_ids, reference.scores
         kept = _ALL if allowed is None else read_only(allowed)
-        first, *others = self.scorers
 
         def run(begin: int, end: int) -> None:
             total, part = zeros(num_labels, np.float64), slice(begin, end)
@@ -130,18 +132,18 @@ class LastStep:
                 is_all,
                 near,
                 self._labels,
-                _logits(first, queries[0][part]),
+                (queries[0][part], *self._sources[0]),
                 self.frequencies,
-                *_numbers(first, num_models),
+                *self._numbers[0],
                 kept,
                 total,
             )
-            for number, one in enumerate(others, start=1):
-                logits = _logits(one, queries[number][part])
-                numbers = _numbers(one, num_models)
+            for query_BD, source, numbers in zip(queries[1:], self._sources[1:], self._numbers[1:], strict=True):
+                logits = (query_BD[part], *source)
                 _add(known_part[0], is_all, near, self._labels, logits, self.frequencies, *numbers, total, candidates)
-            drop_hopeless(candidates, k, self._most_margin)
-            for arrays, margin in self._margins:
+            for place, (arrays, margin) in enumerate(self._margins):
+                # To look at their weights takes the longest.
+                drop_hopeless(candidates, k, sum(one[1] for one in self._margins[place:]))
                 _add_margins(rows, begin, arrays, margin, zeros(self._num_features, np.float32), candidates)
             _write(candidates, result.label_ids[part], result.scores[part])
 
@@ -155,16 +157,9 @@ _NO_NUMBERS = read_only(np.empty(0, dtype=np.float32))
 _NO_CODES = read_only(np.empty((0, 0), dtype=np.int8)), _NO_NUMBERS, _NO_NUMBERS
 
 
-def _logits(scorer: Scorer, query_BD: NDArray[np.float32]) -> tuple[NDArray[Any], ...]:
+def _arrays_of(source: tuple[StoredTable, NDArray[np.float32]] | None) -> tuple[NDArray[Any], ...]:
     """As compiled code takes them; without codes where a search misses nothing."""
-    if scorer.source is None:
-        return query_BD, *_NO_CODES
-    table, bias = scorer.source
-    return query_BD, *table.arrays, read_only(bias)
-
-
-def _numbers(scorer: Scorer, num_models: int) -> tuple[NDArray[np.float64], float, float]:
-    return scorer.settings.coefficients, 1.0 / num_models, 1.0 / scorer.settings.temperature
+    return _NO_CODES if source is None else (*source[0].arrays, read_only(source[1]))
 
 
 @numba.njit(nogil=True, cache=True)

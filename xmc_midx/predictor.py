@@ -100,6 +100,14 @@ class Predictor:
             neighbors = next((one.neighbors for one in (self, *members) if one.neighbors is not None), None)
             self._last_step = LastStep(scorers, self.label_frequencies, neighbors)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made of the rest: its views would be kept as arrays of their own."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_last_step", "_encoders")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.members = self._members
+
     @classmethod
     def load(
         cls,

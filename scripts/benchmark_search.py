@@ -65,7 +65,8 @@ def enlarge(index: CellIndex, num_labels: int) -> tuple[StoredTable, np.ndarray]
         row, plus, minus = (
             cells.label_ids[place] for place in (places, *(first + rng.integers(0, size) for _ in range(2)))
         )
-        rows = [index.table.codes[ids] * index.table.scales[ids, None] for ids in (row, plus, minus)]
+        codes, scales = index.table.codes, index.table.scales
+        rows = [StoredTable(codes=codes[ids], scales=scales[ids]).rows() for ids in (row, plus, minus)]
         parts.append(quantize({"t": (rows[0] + 0.5 * (rows[1] - rows[2])).astype(np.float32)}))
         biases.append(index.bias_L[row] + 0.5 * (index.bias_L[plus] - index.bias_L[minus]))
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

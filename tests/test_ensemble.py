@@ -18,6 +18,7 @@ from xmc_midx.cli import app
 from xmc_midx.config import Config
 from xmc_midx.data.dataset import load_dataset
 from xmc_midx.errors import DataError
+from xmc_midx.interpolation import Interpolation
 from xmc_midx.pipeline import TrainResult, _model_digest, plan
 from xmc_midx.recipe import DataShape, resolve
 from xmc_midx.session import TrainingSession
@@ -114,6 +115,48 @@ def test_scores_are_averaged_and_what_each_calibration_makes_of_them(trained: Tr
     np.testing.assert_array_equal(one.label_ids[0], whole.predict(rows, k=3).label_ids[7])
     assert trained.test is not None
     assert evaluate(trained.run, data=topic_dir).report.metrics == pytest.approx(trained.test.metrics)
+
+
+@pytest.mark.parametrize("cells", [False, True])
+def test_models_to_which_nothing_is_added_keep_their_logits(
+    topic_dir: Path, tmp_path: Path, cells: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is calibrated on these is a probability of their mean."""
+    if cells:
+        monkeypatch.setattr("xmc_midx.session.CELLS_FROM", 2)
+    plain = ("neighbors.enabled=false", "ranker.enabled=false", "training.ensemble_size=3", "model.storage=int4")
+    train(topic_dir, output=tmp_path / "run", config=make_config(*plain))
+    assert (tmp_path / "run" / "cells.safetensors").exists() == cells
+    assert not list((tmp_path / "run" / "members").rglob("cells.safetensors"))
+    rows = load_dataset(topic_dir).split("test").features
+    whole, first = Predictor.load(tmp_path / "run"), Predictor.load(tmp_path / "run")
+    first.members = ()
+    assert all(one.index.source[0].codes.dtype == np.uint8 for one in whole.members)
+    singles = [first, *whole.members]
+    mean = np.mean([dense(one.predict(rows, k=L)) for one in singles], axis=0)
+    found = whole.predict(rows, k=L)
+    np.testing.assert_allclose(dense(found), mean, atol=1e-5)
+    calibrations = [one.calibration for one in singles if one.calibration is not None]
+    chances = np.mean([calibrate(found, one).scores for one in calibrations], axis=0)
+    np.testing.assert_allclose(whole.predict(rows, k=L, scores="probabilities").scores, chances, atol=1e-6)
+
+
+def test_the_training_rows_are_with_the_first_model_that_needs_them(
+    topic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = iter([Interpolation(), *2 * [Interpolation(model=0.5, votes=0.4, count=7)]])
+    monkeypatch.setattr("xmc_midx.session.fit_interpolation", lambda *_, **__: next(settings))
+    train(topic_dir, output=tmp_path / "run", config=make_config("training.ensemble_size=3", "neighbors.count=7"))
+    kept = [(path / "neighbors.safetensors").exists() for path in members_of(tmp_path / "run")]
+    assert kept == [False, True, False]
+    whole = Predictor.load(tmp_path / "run")
+    assert whole.neighbors is None and whole.members[0].neighbors is whole.members[1].neighbors is not None
+    rows = load_dataset(topic_dir).split("test").features
+    mean = dense(whole.predict(rows, k=L))
+    first = Predictor.load(tmp_path / "run")
+    first.members = ()
+    expected = np.mean([dense(one.predict(rows, k=L)) for one in (first, *whole.members)], axis=0)
+    np.testing.assert_allclose(mean, expected, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

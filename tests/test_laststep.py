@@ -13,7 +13,7 @@ from xmc_midx.index import ExactIndex, StoredIndex
 from xmc_midx.interpolation import Interpolation, interpolate
 from xmc_midx.laststep import LastStep, Scorer
 from xmc_midx.neighbors import NeighborIndex
-from xmc_midx.quantization import StoredTable
+from xmc_midx.quantization import StoredTable, quantize
 from xmc_midx.ranker import LinearRanker
 from xmc_midx.types import TopK
 
@@ -42,11 +42,8 @@ class Parts:
         self.step = self.step_with(None)
 
     def step_with(self, source: Any) -> LastStep:
-        return LastStep([Scorer(settings=self.settings, source=source, ranker=self.ranker)], *self.known_of_all)
-
-    @property
-    def known_of_all(self) -> tuple[np.ndarray, NeighborIndex]:
-        return self.frequencies, self.neighbors
+        scorer = Scorer(settings=self.settings, source=source, ranker=self.ranker)
+        return LastStep([scorer], self.frequencies, self.neighbors)
 
     @property
     def queries(self) -> list[np.ndarray]:
@@ -142,30 +139,41 @@ def test_without_neighbours_and_ranker_there_are_the_frequencies() -> None:
     same(found, interpolate(top, None, parts.frequencies, settings, 4))
 
 
+@pytest.mark.parametrize("storage", ["int4", "float32"])
 @pytest.mark.parametrize("num_models", [2, 3])
 @pytest.mark.parametrize("chosen", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_several_models_rank_by_the_mean_of_their_scores(seed: int, chosen: bool, num_models: int) -> None:
-    """Written out in dense arrays."""
-    models = [Parts(seed, random_settings(10 * number + seed)) for number in range(num_models)]
+def test_several_models_rank_by_the_mean_of_their_scores(
+    seed: int, chosen: bool, num_models: int, storage: str
+) -> None:
+    """Written out in dense arrays. Seed 3: nothing is added to the second model; seed 2: few labels are listed."""
+    settings = [random_settings(10 * number + seed) for number in range(num_models)]
+    if seed == 3:
+        settings[1] = Interpolation(count=settings[0].count)
+    models = [Parts(seed, one) for one in settings]
     rng = np.random.default_rng(seed)
     for one in models[1:]:
         one.table, one.bias = rng.normal(size=(L, 6)).astype(np.float32), rng.normal(size=L).astype(np.float32)
         one.query = torch.from_numpy(rng.normal(size=(B, 6)).astype(np.float32))
         one.ranker = LinearRanker(one.ranker.weights[rng.permutation(L)], one.ranker.bias)
+    for one in models[1:]:
+        kept = StoredTable.take(quantize({"t": one.table}, storage, large={"t"}), "t")
+        one.stored, one.table = StoredIndex(kept, one.bias), kept.rows()
     first, width = models[0], 12
     allowed = rng.random(L) < 0.5 if chosen else np.ones(L, dtype=bool)
     scorers = [
         Scorer(
             settings=one.settings,
-            source=(StoredTable.of(one.table), one.bias) if number else None,
+            source=one.stored.source if number else None,
             ranker=one.ranker,
         )
         for number, one in enumerate(models)
     ]
     count = {one.settings.count for one in models if one.settings.needs_neighbors}
-    step = LastStep(scorers, *first.known_of_all)
+    step = LastStep(scorers, first.frequencies, first.neighbors)
     reference = first.exact.search(first.query, width)
+    if seed == 2:
+        reference.label_ids[::2, 3:], reference.scores[::2, 3:] = -1, -np.inf
     top = (
         first.exact.search(first.query, width, allow=torch.from_numpy(np.flatnonzero(allowed))) if chosen else reference
     )
@@ -176,7 +184,7 @@ def test_several_models_rank_by_the_mean_of_their_scores(seed: int, chosen: bool
     found = step.rank(top, first.asked, near, 5, queries=queries, **options)
     for row in range(B):
         total, voted = np.zeros(L), np.zeros(L, dtype=bool)
-        known = reference.label_ids[row]
+        known = reference.label_ids[row][reference.label_ids[row] >= 0]
         for number, one in enumerate(models):
             votes = np.zeros(L)
             if near is not None:
@@ -186,6 +194,8 @@ def test_several_models_rank_by_the_mean_of_their_scores(seed: int, chosen: bool
             logits = (one.query[row].numpy() @ one.table.T + one.bias).astype(np.float64)
             shift, least = np.log(np.exp(logits[known]).sum()), logits[known].min()
             inside = np.isin(np.arange(L), known) if number == 0 else logits >= least
+            # The logits of a model to which nothing is added stay what they are.
+            shift = 0.0 if one.settings.is_identity and one.settings.model == 1.0 else shift
             log_p = np.where(inside, logits - shift, least - shift - 1.0)
             margins = one.ranker.margins(first.asked[row], np.zeros(L, dtype=np.int64), np.arange(L))
             s = one.settings
@@ -205,3 +215,20 @@ def test_several_models_rank_by_the_mean_of_their_scores(seed: int, chosen: bool
         # Those behind come in the order of the first model's logits.
         behind = [label for label in top.label_ids[row].tolist() if label >= 0 and not candidates[label]]
         assert found.label_ids[row, len(expected) :].tolist() == (behind + [-1] * 5)[: 5 - len(expected)]
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    parts = Parts(0, random_settings(0))
+    scorer = Scorer(settings=parts.settings, source=None, ranker=parts.ranker)
+    further = Scorer(settings=parts.settings, source=parts.stored.source, ranker=parts.ranker)
+    LastStep([scorer, further], parts.frequencies, parts.neighbors)
+    with pytest.raises(ValueError, match="by its table"):
+        LastStep([scorer, scorer], parts.frequencies, parts.neighbors)
+    with pytest.raises(ValueError, match=r"parts of \[69, 70\] labels"):
+        LastStep([scorer], parts.frequencies[1:], parts.neighbors)
+    other = LinearRanker(parts.ranker.weights[:, :-1], parts.ranker.bias)
+    with pytest.raises(ValueError, match=r"\[39, 40\] features"):
+        LastStep([Scorer(settings=parts.settings, source=None, ranker=other)], parts.frequencies, parts.neighbors)
+    with pytest.raises(AssertionError, match="the same features"):
+        top = parts.exact.search(parts.query, 3)
+        parts.step.rank(top, sp.csr_matrix((B, F + 1), dtype=np.float32), None, 2, queries=parts.queries)

@@ -132,7 +132,7 @@ class SparseEncoder(nn.Module):
 
 
 class StoredEncoder(SparseEncoder):
-    """An encoder that only predicts, on the CPU: its feature table stays as it is stored, int8 rows, perhaps mapped.
+    """An encoder that only predicts, on the CPU: its feature table stays as it is stored, perhaps mapped.
 
     Parameters
     ----------

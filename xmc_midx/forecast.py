@@ -11,7 +11,7 @@ the positives, `u` and `l` the rows of the two tables that an average batch touc
 - tables, 4 (D + 1) (F + L): both, with the labels' bias; a bfloat16 label table half of its part
 - optimiser, 4 F + 16 L: a second moment of each row, and of each label's row and bias a count
 - sampler, 24 L + 28 C^2 + 8 C D: codes, places, cumulative mass, frequencies; codebooks
-- the largest of three stages, as each gives back what it took:
+- the largest of four stages, as each gives back what it took:
   - start, 4 D (4 x 4096 + min(y, L) + min(y, 65536)), y = 4096 Y / N: the queries of a chunk, a sum for each of its
     labels, a query for each positive of a part
   - epoch, 12 u D + 16 (l + g p) D + 32 B p + 100 MB + 6 min(L, 4096) C + 4 D min(L, 1024 C) (on a GPU where that is
@@ -22,7 +22,7 @@ the positives, `u` and `l` the rows of the two tables that an average batch touc
   - neighbours, 12 nnz + 164 F + 16 Y + 160 MB + 70 MB: the index, the shortlist (or 300 bytes for each label that is
     voted for, where that is more: instances with many labels), compiled code; and
     24 (Y + 50 x 30,000) + 50 MB for the linear ranker
-  in the last two the stored tables (`model.storage`) stand for tables, optimiser and sampler
+  in the last two, on a CPU, the stored tables (`model.storage`) stand for tables, optimiser and sampler
 
 u is exact in expectation: the sum over the features of 1 - (1 - share of the instances that have it)^B, and likewise l
 and p (of B / g instances), plus the draws. On CUDA, tables, optimiser, sampler and epoch count on the device instead,
@@ -180,7 +180,10 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     num_features, num_labels = data.feature_counts.shape[0], data.label_counts.shape[0]
     label_bytes = 2 if model.label_precision == "bfloat16" else 4
     tables = (4 * dim + 4) * num_features + (label_bytes * dim + 4) * num_labels + 4 * model.num_hidden_layers * dim**2
-    stored = tables * _STORED_BITS[model.storage] // 32
+    bits = 8 if model.storage == "int4" and dim % 2 else _STORED_BITS[model.storage]
+    on_disk = dim * (num_features + num_labels) * bits // 8
+    # Compiled code knows no half precision.
+    stored = 2 * on_disk if model.storage == "float16" else on_disk
     optimizer = 4 * num_features + 16 * num_labels + 8 * model.num_hidden_layers * dim**2
     sampler_state = 24 * num_labels + 28 * codewords**2 + 8 * codewords * dim
     rows, labels, pool, groups = _rows_of_a_batch(config, data)
@@ -245,7 +248,7 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
         largest = max(stages, key=lambda stage: stages[stage])
         host[largest] = int(stages[largest])
     checkpoint = tables + optimizer + 16 * num_labels + 4 * codewords * dim
-    finished = stored + (_RANKER_LABEL * num_labels if config.ranker.enabled else 0)
+    finished = on_disk + (_RANKER_LABEL * num_labels if config.ranker.enabled else 0)
     rows_kept = 2 * data.num_values + 4 * data.num_positives if config.neighbors.enabled else 0
     size = _number(training.ensemble_size)
     step = {} if speed is None else _step(config, data, rows + labels, pool, speed)
@@ -253,10 +256,7 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     # No more are kept than are made.
     num_saves = _number(training.epochs) * (1 + steps // (training.save_every_steps or steps + 1)) + _CLOCKED_SAVES
     keep = min(training.keep_checkpoints, int(num_saves))
-    finish = None
-    if speed is not None:
-        # The first of an ensemble has the label cells for all.
-        finish = _finish(config, data, held_out) + (size - 1) * _finish(config, data, held_out, is_first=False)
+    finish = None if speed is None else size * _finish(config, data, held_out)
     return Forecast(
         host=host,
         device=device,
@@ -371,10 +371,10 @@ def _step(config: Config, data: TrainingData, rows: int, pool: int, speed: Speed
     }
 
 
-def _finish(config: Config, data: TrainingData, held_out: int, *, is_first: bool = True) -> float:
+def _finish(config: Config, data: TrainingData, held_out: int) -> float:
     """Seconds of what follows the epochs, on two cores that nothing else uses."""
     seconds, num_labels = _FINISH, data.label_counts.shape[0]
-    if num_labels >= CELLS_FROM and is_first:
+    if num_labels >= CELLS_FROM:
         seconds += _FINISH_CELLS + _FINISH_LABEL * num_labels
     if config.neighbors.enabled:
         seconds += _FINISH_HELD_OUT * held_out

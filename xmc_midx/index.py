@@ -181,6 +181,16 @@ class Effort:
     recall: float
     """Of the five best labels of held-out instances that a search finds."""
 
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Effort:
+        """Of what `CellIndex.as_arrays` gave; a ValueError or LookupError where it is not that."""
+        numbers = [int(number) for number in arrays["effort"].tolist()]
+        # Earlier runs have one width for both searches.
+        depth, width, scan_width = numbers if len(numbers) == 3 else (*numbers, numbers[-1])
+        if min(depth, width, scan_width) < 1:
+            raise ValueError("an effort is at least one label")
+        return cls(depth=depth, width=width, scan_width=scan_width, recall=float(arrays["recall"][0]))
+
 
 class StoredIndex:
     """All labels of a table that stays as it is stored, in few bytes or float32, mapped or not; on the CPU. The logits
@@ -207,6 +217,7 @@ class StoredIndex:
         deny: torch.Tensor | None = None,
     ) -> TopK:
         """As `ScanIndex.search`."""
+        query_BD = query_BD.cpu()
         if allow is not None or deny is not None:
             return self._exact(query_BD, k, _excluded_of(self.num_labels, allow, deny))
         return self._scan(query_BD, k)
@@ -287,13 +298,8 @@ class CellIndex(StoredIndex):
         reach: Reach = "cells",
     ) -> CellIndex:
         """The index of `as_arrays`; a ValueError or LookupError where it is not that of this table."""
-        numbers = [int(number) for number in arrays["effort"].tolist()]
-        # Earlier runs have one width for both searches.
-        depth, width, scan_width = numbers if len(numbers) == 3 else (*numbers, numbers[-1])
-        if min(depth, width, scan_width) < 1:
-            raise ValueError("an effort is at least one label")
-        effort = Effort(depth=depth, width=width, scan_width=scan_width, recall=float(arrays["recall"][0]))
-        return cls(table, bias_L, LabelCells.from_arrays(arrays, *table.shape), effort, reach=reach)
+        cells = LabelCells.from_arrays(arrays, *table.shape)
+        return cls(table, bias_L, cells, Effort.from_arrays(arrays), reach=reach)
 
     def search(
         self,

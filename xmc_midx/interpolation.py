@@ -44,7 +44,7 @@ __all__ = [
     "drop_hopeless",
     "fit_interpolation",
     "interpolate",
-    "log_sum",
+    "scale_of",
     "score_behind",
     "score_candidates",
     "score_label",
@@ -253,7 +253,7 @@ def score_candidates(
             if label >= 0 and logit > -np.inf:
                 last_tied = label if logit < smallest else max(last_tied, label) if logit == smallest else last_tied
                 peak, smallest = max(peak, logit), min(smallest, logit)
-        shift, floor = log_sum(reference_BS[row], reference_logit_BS[row], peak, smallest)
+        shift, floor = scale_of(reference_BS[row], reference_logit_BS[row], peak, smallest, coefficients)
         # The shortlist first; its labels' votes are then used up, and what is left is outside of it.
         for place in range(width + end - begin):
             listed = place < width
@@ -281,10 +281,14 @@ def score_candidates(
 
 
 @numba.njit(nogil=True, cache=True)
-def log_sum(label_ids: Any, logits: Any, peak: float, smallest: float) -> Any:
-    """Of a reference with these extremes: the logarithm of the sum of its labels' exponentials, and the logarithm of
-    what a label outside of it has for a probability."""
-    mass = 0.0
+def scale_of(label_ids: Any, logits: Any, peak: float, smallest: float, coefficients: Any) -> Any:
+    """Of a reference with these extremes: the logarithm of the sum of its labels' exponentials, which makes log p of a
+    logit, and log p of a label outside of it. Where nothing is added to the model, its logits stay what they are."""
+    mass, added = 0.0, 0.0
+    for coefficient in coefficients[1:]:
+        added += abs(coefficient)
+    if added == 0.0 and coefficients[0] == 1.0:
+        return 0.0, smallest - 1.0 if peak > -np.inf else -1.0
     for place in range(label_ids.shape[0]):
         logit = np.float64(logits[place])
         if label_ids[place] >= 0 and logit > -np.inf:

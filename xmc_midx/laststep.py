@@ -21,7 +21,7 @@ from xmc_midx.interpolation import (
     Candidates,
     Interpolation,
     drop_hopeless,
-    log_sum,
+    scale_of,
     score_behind,
     score_candidates,
     score_label,
@@ -56,6 +56,10 @@ class LastStep:
     scorers : of the first model, and of those that score what it finds.
     label_frequencies : (L,) integers of the training split.
     neighbors : where the settings of any model need them.
+
+    Raises
+    ------
+    ValueError : the parts do not fit together; compiled code would not notice.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class LastStep:
         label_frequencies: NDArray[np.integer[Any]],
         neighbors: NeighborIndex | None,
     ) -> None:
+        _require_fit(scorers, len(label_frequencies), neighbors)
         needing = [one.settings for one in scorers if one.settings.needs_neighbors]
         assert neighbors is not None or not needing, "votes come with their neighbours"
         self.frequencies = read_only(label_frequencies)
@@ -80,7 +85,7 @@ class LastStep:
             for one in scorers
             if one.ranker is not None and one.settings.needs_ranker
         ]
-        self._num_features = max((one.ranker.num_features for one in scorers if one.ranker is not None), default=0)
+        self._num_features = next((one.ranker.num_features for one in scorers if one.ranker is not None), None)
 
     def find(self, features: csr_matrix) -> Neighbors | None:
         """The neighbours of (B, F) rows; None where no model needs them."""
@@ -112,6 +117,8 @@ class LastStep:
         allowed : (L,) the labels that may be returned; None: all.
         """
         num_rows, num_labels = len(top.label_ids), len(self.frequencies)
+        num_features = features.shape[1]
+        assert self._num_features in (None, num_features), "instances and training rows have the same features"
         result = TopK.empty(num_rows, k)
         if found is None:
             found = np.empty((num_rows, 0), dtype=np.int64), np.empty((num_rows, 0), dtype=np.float32)
@@ -144,11 +151,23 @@ class LastStep:
             for place, (arrays, margin) in enumerate(self._margins):
                 # To look at their weights takes the longest.
                 drop_hopeless(candidates, k, sum(one[1] for one in self._margins[place:]))
-                _add_margins(rows, begin, arrays, margin, zeros(self._num_features, np.float32), candidates)
+                _add_margins(rows, begin, arrays, margin, zeros(num_features, np.float32), candidates)
             _write(candidates, result.label_ids[part], result.scores[part])
 
         in_threads(run, num_rows)
         return result
+
+
+def _require_fit(scorers: Sequence[Scorer], num_labels: int, neighbors: NeighborIndex | None) -> None:
+    sources = [one.source for one in scorers if one.source is not None]
+    rankers = [one.ranker for one in scorers if one.ranker is not None]
+    labels = [*(ranker.num_labels for ranker in rankers), *(len(bias) for _, bias in sources)]
+    labels += [table.shape[0] for table, _ in sources] + ([] if neighbors is None else [neighbors.labels.shape[1]])
+    features = {ranker.num_features for ranker in rankers} | (set() if neighbors is None else {neighbors.num_features})
+    if {num_labels, *labels} != {num_labels} or len(features) > 1:
+        raise ValueError(f"parts of {sorted({num_labels, *labels})} labels and {sorted(features)} features")
+    if any(one.source is None for one in scorers[1:]):
+        raise ValueError("a further model scores labels by its table")
 
 
 _ALL = read_only(np.empty(0, dtype=np.bool_))
@@ -255,7 +274,7 @@ def _add(
             logit_S[place] = row_product(query_BD[row], codes, scales, label) + bias[label] if label >= 0 else -np.inf
             if label >= 0:
                 peak, smallest = max(peak, np.float64(logit_S[place])), min(smallest, np.float64(logit_S[place]))
-        shift, floor = log_sum(known, logit_S, peak, smallest)
+        shift, floor = scale_of(known, logit_S, peak, smallest, coefficients)
         begin, end = found.offsets[row], found.offsets[row + 1]
         for place in range(begin, end):
             label = found.label_ids[place]
@@ -277,14 +296,13 @@ def _add(
 def _add_margins(rows: Any, begin: int, ranker: Any, weight: float, dense: Any, found: Any) -> None:
     """Of the candidates that are not behind all others; `dense` (F,) is zeros, and left so."""
     offsets, feature_ids, values = rows
-    margins = np.empty(found.label_ids.shape[0], dtype=np.float32)
     for row in range(found.offsets.shape[0] - 1):
         mine = slice(offsets[begin + row], offsets[begin + row + 1])
-        first, last = found.offsets[row], found.offsets[row + 1]
-        row_margins(feature_ids[mine], values[mine], found.label_ids[first:last], ranker, dense, margins[first:last])
-        for place in range(first, last):
-            if not found.is_behind[place]:
-                found.scores[place] += weight * min(max(np.float64(margins[place]), -1.0), 1.0)
+        asked = found.offsets[row] + np.flatnonzero(~found.is_behind[found.offsets[row] : found.offsets[row + 1]])
+        margins = np.empty(asked.shape[0], dtype=np.float32)
+        row_margins(feature_ids[mine], values[mine], found.label_ids[asked], ranker, dense, margins)
+        for number in range(asked.shape[0]):
+            found.scores[asked[number]] += weight * min(max(np.float64(margins[number]), -1.0), 1.0)
 
 
 @numba.njit(nogil=True, cache=True)

@@ -57,7 +57,7 @@ class Predictor:
     interpolation, neighbors, ranker : what is added to the model's scores (`xmc_midx.interpolation`); None: nothing.
     calibration : what makes probabilities of the scores; None where no instances were held out.
     members : further models of the same data: of the labels and neighbours that this one finds, the scores of all are
-        averaged. Their `neighbors` are this one's, or None.
+        averaged. Their training rows are the same, so one's `neighbors` are for all.
     """
 
     def __init__(
@@ -142,15 +142,18 @@ class Predictor:
             cells = directory.map_cells() if is_finished and where.type == "cpu" else None
             added = directory.interpolation(verify=verify)
             found = cls._build(directory, model, where, added, cells=cells, exact=exact)
+        neighbors = found.neighbors
         for path in directory.finished_members if is_finished else ():
             member = RunDirectory.open(path)
             model = member.map_model(verify=verify)
             with refuse_misfits(path):
-                added = member.interpolation(verify=verify, neighbors=found.neighbors)
+                added = member.interpolation(verify=verify, neighbors=neighbors)
                 one = cls._build(member, model, where, added, is_member=True)
             if (one.num_features, one.num_labels) != (found.num_features, found.num_labels):
                 raise DataError(f"{path}: is of other features or labels than {directory.path}.", hint="It was edited.")
-            found.members = (*found.members, one)
+            with refuse_misfits(path):
+                found.members = (*found.members, one)
+            neighbors = neighbors or one.neighbors
         return found
 
     @classmethod

@@ -32,6 +32,7 @@ from xmc_midx.config import Config, dump_config, load_config
 from xmc_midx.crash import crash_point
 from xmc_midx.data.files import atomic_write, read_json, sha256_of
 from xmc_midx.errors import DataError, ResourceError, UsageError
+from xmc_midx.index import Effort
 from xmc_midx.interpolation import Interpolation
 from xmc_midx.neighbors import NeighborIndex, save_rows
 from xmc_midx.quantization import dequantize
@@ -278,6 +279,11 @@ class RunDirectory:
         path = self.path / _CELLS
         return _map(path) if self.has_model and path.exists() else None
 
+    def effort(self) -> Effort | None:
+        """How far a search by its cells goes; None where there are none."""
+        cells = self.map_cells()
+        return None if cells is None else Effort.from_arrays(cells)
+
     def seal_model(self) -> None:
         """Note sizes and hashes of what a prediction reads, last of all: from now on the run has a model."""
         names = (_MODEL, _CELLS, _INTERPOLATION, _LABELS, _VOCABULARY, "config.yaml")
@@ -371,10 +377,12 @@ class RunDirectory:
             values["ranker_sha256"] = self._write_tensors(_RANKER, lambda path: write_arrays(path, arrays))
         self.write_json(_INTERPOLATION, values)
 
-    @property
-    def has_neighbors(self) -> bool:
-        """Whether it keeps training rows."""
-        return self.settings() is not None and "neighbors_sha256" in self.read_json(_INTERPOLATION)
+    def settings_of_rows(self) -> Interpolation | None:
+        """`settings` of the first model of this ensemble that keeps training rows, for all; None where none does."""
+        for run in (self, *map(RunDirectory.open, self.finished_members)):
+            if run.settings() is not None and "neighbors_sha256" in run.read_json(_INTERPOLATION):
+                return run.settings()
+        return None
 
     def interpolation_validation(self) -> dict[str, float] | None:
         """The validation metrics with what `write_interpolation` kept; None where it was not called."""
@@ -412,7 +420,7 @@ class RunDirectory:
         Parameters
         ----------
         verify : whether the hash of the training rows is computed.
-        neighbors : where the run has no training rows of its own, those of the first model of its ensemble.
+        neighbors : of the models of its ensemble before it, whose training rows are its own.
 
         Raises
         ------
@@ -422,16 +430,17 @@ class RunDirectory:
         if settings is None:
             return None
         values = self.read_json(_INTERPOLATION)
-        read_rows = functools.partial(NeighborIndex.load, idf_power=settings.idf_power)
-        own = self._read_added(values, _NEIGHBORS, "neighbors_sha256", read_rows, verify)
-        neighbors = neighbors if own is None and settings.needs_neighbors else own
+        if neighbors is None or not settings.needs_neighbors:
+            read_rows = functools.partial(NeighborIndex.load, idf_power=settings.idf_power)
+            neighbors = self._read_added(values, _NEIGHBORS, "neighbors_sha256", read_rows, verify)
         ranker = self._read_added(
             values, _RANKER, "ranker_sha256", lambda path: LinearRanker.from_arrays(load_file(path)), verify
         )
-        if settings.needs_neighbors and neighbors is None and self.path.parent.name == _MEMBERS:
+        ensemble = self.path.absolute().parent
+        if settings.needs_neighbors and neighbors is None and ensemble.name == _MEMBERS:
             raise DataError(
-                f"{self.path}: is of an ensemble, whose first model keeps the training rows for all.",
-                hint=f"Use {self.path.parent.parent}.",
+                f"{self.path}: is of an ensemble, of which one model keeps the training rows for all.",
+                hint=f"Use {ensemble.parent}.",
             )
         if (settings.needs_neighbors and neighbors is None) or (settings.needs_ranker and ranker is None):
             raise DataError(f"{self.path / _INTERPOLATION}: names no file of what it needs.", hint="It was edited.")

@@ -34,7 +34,7 @@ from xmc_midx.interpolation import SHORTLIST, Interpolation, fit_interpolation, 
 from xmc_midx.metrics import evaluate_topk
 from xmc_midx.neighbors import NeighborIndex, choose_idf_power, is_compiled, tune_budget
 from xmc_midx.predictor import Predictor
-from xmc_midx.quantization import StoredTable, dequantize, quantize
+from xmc_midx.quantization import StoredTable, quantize
 from xmc_midx.ranker import LinearRanker
 from xmc_midx.recipe import CELLS_FROM
 from xmc_midx.rundir import RunDirectory
@@ -257,8 +257,7 @@ class TrainingSession:
         model = self.config.model
         arrays = self._model_arrays()
         stored = quantize(arrays, model.storage, large=_TABLES)
-        table = StoredTable.take(stored, "labels.weight")
-        if model.label_bias and table.codes.dtype != np.float32:
+        if model.label_bias and "labels.weight" not in stored:
             features = self.trainer.stream.features
             order = np.random.default_rng((self.config.training.seed, 5)).permutation(features.shape[0])
             some = features[np.sort(order[:_MEAN_QUERIES])]
@@ -266,6 +265,7 @@ class TrainingSession:
                 _queries(encoder, some).mean(dim=0).numpy()
                 for encoder in (self.trainer.encoder, stored_encoder(stored, model))
             )
+            table = StoredTable.take(stored, "labels.weight")
             bias_L = arrays["labels.bias"] + table.mean_error(arrays["labels.weight"], before_D, after_D)
             stored["labels.bias"] = bias_L.astype(np.float32)
         return stored
@@ -273,18 +273,21 @@ class TrainingSession:
     def _keep(self, stored: Mapping[str, np.ndarray]) -> None:
         """Let the stored model answer from now on: what is fitted to its answers is fitted to what will predict."""
         if self.trainer.device.type != "cpu":
-            self.trainer.load_model({name: torch.from_numpy(array) for name, array in dequantize(stored).items()})
+            self.trainer.load_stored(stored)
         else:
             # Another copy of the model beside what follows would be the peak of the whole training.
             self.trainer.release_tables()
             release_freed_memory()
             index = StoredIndex(StoredTable.take(stored, "labels.weight"), stored["labels.bias"])
             self._stored = stored_encoder(stored, self.config.model), index
-        if self.first is None and stored["labels.bias"].shape[0] >= CELLS_FROM:
+        if stored["labels.bias"].shape[0] >= CELLS_FROM:
             self._build_cells(StoredTable.take(stored, "labels.weight"), stored["labels.bias"])
 
     def _build_cells(self, table: StoredTable, bias: NDArray[np.float32]) -> None:
-        """Keep where a search for labels begins."""
+        """Keep where a search for labels begins; of a further model for this training alone, by the first's effort."""
+        effort = None if self.first is None else self.first.effort()
+        if self.first is not None and effort is None:
+            return
         self.reporter.start("label cells", None)
         features = self.trainer.stream.features
         order = np.random.default_rng((self.config.training.seed, 2)).permutation(features.shape[0])
@@ -294,13 +297,13 @@ class TrainingSession:
         encoder = self.trainer.encoder if self._stored is None else self._stored[0]
         query_ND, held_out_ND = (_queries(encoder, part) for part in (features[fitted], held_out))
         cells = fit_cells(table, bias, query_ND, seed=self.config.training.seed)
-        effort = tune_effort(table, bias, cells, held_out_ND)
-        index = CellIndex(table, bias, cells, effort)
-        self.run_directory.write_cells(index.as_arrays())
-        self.reporter.message(
-            f"label cells: a search reads {effort.depth:,} of {bias.shape[0]:,} labels and finds "
-            f"{effort.recall:.2%} of the five best"
-        )
+        index = CellIndex(table, bias, cells, effort or tune_effort(table, bias, cells, held_out_ND))
+        if effort is None:
+            self.run_directory.write_cells(index.as_arrays())
+            self.reporter.message(
+                f"label cells: a search reads {index.effort.depth:,} of {bias.shape[0]:,} labels and finds "
+                f"{index.effort.recall:.2%} of the five best"
+            )
         if self._stored is not None:
             self._stored = encoder, index
 
@@ -318,11 +321,11 @@ class TrainingSession:
                 self.reporter.message("the first training after an installation compiles code, for some 15 s, once")
             known = self.trainer.stream.features, self.trainer.stream.labels
             count = min(self.config.neighbors.count, self.trainer.stream.num_instances)
-            shared = None if self.first is None else self.first.settings()
-            if shared is not None and shared.needs_neighbors:
-                idf_power = shared.idf_power
-            else:
+            shared = None if self.first is None else self.first.settings_of_rows()
+            if shared is None:
                 idf_power = choose_idf_power(*known, count, seed=self.config.training.seed)
+            else:
+                idf_power = shared.idf_power
             neighbors = NeighborIndex(*known, idf_power=idf_power)
             budget = tune_budget(neighbors, features, count)
             found = neighbors.search(features, count, budget=budget)
@@ -365,7 +368,7 @@ class TrainingSession:
         release_freed_memory()
         # What is kept knows all training rows, the held-out ones too.
         rows = None
-        if chosen.needs_neighbors and (self.first is None or not self.first.has_neighbors):
+        if chosen.needs_neighbors and (self.first is None or self.first.settings_of_rows() is None):
             rows = self._scaling(self._training.features), self._training.labels
         kept = ranker if chosen.needs_ranker else None
         self.run_directory.write_interpolation(chosen, rows, kept, self.validation, calibration)

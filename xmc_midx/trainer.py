@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from xmc_midx.capture import CapturedSteps
@@ -26,6 +27,7 @@ from xmc_midx.device import has_kernels
 from xmc_midx.encoder import SparseEncoder
 from xmc_midx.errors import DivergedError
 from xmc_midx.optim import RowAdam, add_to_rows
+from xmc_midx.quantization import StoredTable
 from xmc_midx.softmax import LabelSoftmax
 from xmc_midx.types import Batch, EpochStats, Reporter
 
@@ -33,6 +35,8 @@ __all__ = ["Trainer"]
 
 _START_POSITIVES = 1 << 16
 """Copies of queries at once, where the label rows start from the mean of their instances."""
+_STORED_ROWS = 1 << 14
+"""Of a stored table, at once."""
 
 
 class Trainer:
@@ -275,6 +279,17 @@ class Trainer:
             self.graphs.forget()
         self.encoder.load_state_dict(_part(model, "encoder."))
         self.softmax.load_state_dict(_part(model, "labels."))
+
+    def load_stored(self, stored: Mapping[str, np.ndarray]) -> None:
+        """Put what `quantization.quantize` made of `model_tensors` in their place, part by part."""
+        for name, tensor in self.model_tensors().items():
+            if name in stored:
+                tensor.copy_(torch.from_numpy(np.asarray(stored[name], dtype=np.float32)))
+                continue
+            table = StoredTable.take(stored, name)
+            for begin in range(0, len(tensor), _STORED_ROWS):
+                rows = slice(begin, begin + _STORED_ROWS)
+                tensor[rows].copy_(torch.from_numpy(table.rows(rows)))
 
     def load(
         self, model: dict[str, torch.Tensor], training: dict[str, torch.Tensor], counters: dict[str, float]

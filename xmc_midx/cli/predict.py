@@ -73,7 +73,7 @@ def predict(
         typer.Option(
             "--scores",
             metavar="NAME",
-            help="logits (of an ensemble: log shares) or probabilities (that the label applies).",
+            help="logits or probabilities (that the label applies).",
         ),
     ] = Scores.LOGITS,
     threshold: Annotated[

@@ -49,7 +49,7 @@ class _Effort:
     """What a preset scales."""
 
     epochs: float
-    """Of each model, in those after which a single model gains nothing. Two models of 0.6 are worth more than one of 1
+    """Of each model, in those after which a single model gains nothing. Two models of about half are worth more than one of all
     (EXPERIMENTS.md, "Ensembles")."""
     dim: int
     num_draws: int
@@ -80,7 +80,7 @@ _PRESETS = {
         ensembled=0,
     ),
     "default": _Effort(
-        epochs=0.6,
+        epochs=0.55,
         dim=512,
         num_draws=2048,
         num_pairs=1 << 20,

@@ -49,8 +49,8 @@ class _Effort:
     """What a preset scales."""
 
     epochs: float
-    """Of each model, in those after which a single model gains nothing. Two models of about half are worth more than one of all
-    (EXPERIMENTS.md, "Ensembles")."""
+    """Of each model, in those after which a single model gains nothing: two models of half of them are worth more than
+    one of all (EXPERIMENTS.md, "Ensembles")."""
     dim: int
     num_draws: int
     """Where there are more labels than a pool holds, at most."""

@@ -222,6 +222,10 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     scorer = Scorer(settings=parts.settings, source=None, ranker=parts.ranker)
     further = Scorer(settings=parts.settings, source=parts.stored.source, ranker=parts.ranker)
     LastStep([scorer, further], parts.frequencies, parts.neighbors)
+    with pytest.raises(ValueError, match="votes come"):
+        LastStep([Scorer(settings=Interpolation(votes=1.0), source=None, ranker=None)], parts.frequencies, None)
+    with pytest.raises(ValueError, match="a margin comes"):
+        LastStep([Scorer(settings=Interpolation(margin=1.0), source=None, ranker=None)], parts.frequencies, None)
     with pytest.raises(ValueError, match="by its table"):
         LastStep([scorer, scorer], parts.frequencies, parts.neighbors)
     with pytest.raises(ValueError, match=r"parts of \[69, 70\] labels"):

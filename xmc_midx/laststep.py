@@ -70,7 +70,6 @@ class LastStep:
     ) -> None:
         _require_fit(scorers, len(label_frequencies), neighbors)
         needing = [one.settings for one in scorers if one.settings.needs_neighbors]
-        assert neighbors is not None or not needing, "votes come with their neighbours"
         self.frequencies = read_only(label_frequencies)
         self.neighbors, self._labels = None, _NO_LABELS
         if neighbors is not None and needing:
@@ -168,6 +167,10 @@ def _require_fit(scorers: Sequence[Scorer], num_labels: int, neighbors: Neighbor
         raise ValueError(f"parts of {sorted({num_labels, *labels})} labels and {sorted(features)} features")
     if any(one.source is None for one in scorers[1:]):
         raise ValueError("a further model scores labels by its table")
+    if neighbors is None and any(one.settings.needs_neighbors for one in scorers):
+        raise ValueError("votes come with their neighbours")
+    if any(one.settings.needs_ranker and one.ranker is None for one in scorers):
+        raise ValueError("a margin comes with its ranker")
 
 
 _ALL = read_only(np.empty(0, dtype=np.bool_))

@@ -52,6 +52,9 @@ class _Effort:
     """Of each model, in those after which a single model gains nothing: two models of half of them are worth more than
     one of all (EXPERIMENTS.md, "Ensembles")."""
     dim: int
+    """Of each model."""
+    dim_of_few: int
+    """Where labels are few, and their rows cost next to nothing; more than 512 gain nothing there."""
     num_draws: int
     """Where there are more labels than a pool holds, at most."""
     num_pairs: int
@@ -72,6 +75,7 @@ _PRESETS = {
     "fast": _Effort(
         epochs=0.3,
         dim=256,
+        dim_of_few=256,
         num_draws=512,
         num_pairs=1 << 19,
         pool_instances=512,
@@ -80,8 +84,9 @@ _PRESETS = {
         ensembled=0,
     ),
     "default": _Effort(
-        epochs=0.55,
-        dim=512,
+        epochs=0.6,
+        dim=384,
+        dim_of_few=512,
         num_draws=2048,
         num_pairs=1 << 20,
         pool_instances=512,
@@ -92,6 +97,7 @@ _PRESETS = {
     "best": _Effort(
         epochs=1.2,
         dim=1024,
+        dim_of_few=512,
         num_draws=2048,
         num_pairs=1 << 21,
         pool_instances=1024,
@@ -143,8 +149,7 @@ def resolve(config: Config, shape: DataShape) -> Config:
     # twice is not learned by heart yet, what is seen ten times is (EXPERIMENTS.md, "Passes, dropout and rate").
     num_epochs = tree["training"]["epochs"]
     derive("training", "encoder_learning_rate", 0.36 / math.sqrt(num_epochs))
-    # More numbers than 512 gain nothing with few labels.
-    derive("model", "dim", effort.dim if shape.num_labels > _FEW_LABELS else min(effort.dim, 512))
+    derive("model", "dim", effort.dim if shape.num_labels > _FEW_LABELS else effort.dim_of_few)
     derive("model", "dropout", min(0.6, num_epochs / 20))
     # What the last step is fitted to is what is stored (EXPERIMENTS.md, "The saved model").
     derive("model", "storage", "int4" if shape.num_labels >= CELLS_FROM else "int8")

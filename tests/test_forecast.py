@@ -93,7 +93,7 @@ def test_each_option_lowers_the_peak_and_the_most_useful_comes_first() -> None:
     )
     peak = forecast(config, data).host_bytes
     options = cheaper_options(config, data)
-    assert len(options) == 3 and options[0][0] == "model.dim=128"
+    assert len(options) == 3 and options[0][0] == "model.dim=96"
     assert all(size < peak for _, size in options) and options == sorted(options, key=lambda pair: pair[1])
     on_cuda = forecast(config, data, cuda=True)
     assert on_cuda.device["tables"] == forecast(config, data).host["tables"]

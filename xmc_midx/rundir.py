@@ -32,7 +32,6 @@ from xmc_midx.config import Config, dump_config, load_config
 from xmc_midx.crash import crash_point
 from xmc_midx.data.files import atomic_write, read_json, sha256_of
 from xmc_midx.errors import DataError, ResourceError, UsageError
-from xmc_midx.index import Effort
 from xmc_midx.interpolation import Interpolation
 from xmc_midx.neighbors import NeighborIndex, save_rows
 from xmc_midx.quantization import dequantize
@@ -278,11 +277,6 @@ class RunDirectory:
         """
         path = self.path / _CELLS
         return _map(path) if self.has_model and path.exists() else None
-
-    def effort(self) -> Effort | None:
-        """How far a search by its cells goes; None where there are none."""
-        cells = self.map_cells()
-        return None if cells is None else Effort.from_arrays(cells)
 
     def seal_model(self) -> None:
         """Note sizes and hashes of what a prediction reads, last of all: from now on the run has a model."""

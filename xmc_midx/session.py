@@ -29,7 +29,7 @@ from xmc_midx.data.features import AS_GIVEN, IDF, FeatureScaling, row_hashes
 from xmc_midx.device import find_device, keep_freed_memory, release_freed_memory
 from xmc_midx.encoder import SparseEncoder, stored_encoder
 from xmc_midx.errors import DataError, DivergedError
-from xmc_midx.index import CellIndex, Reach, StoredIndex, build_index, tune_effort
+from xmc_midx.index import CellIndex, Effort, Reach, StoredIndex, build_index, tune_effort
 from xmc_midx.interpolation import SHORTLIST, Interpolation, fit_interpolation, interpolate
 from xmc_midx.metrics import evaluate_topk
 from xmc_midx.neighbors import NeighborIndex, choose_idf_power, is_compiled, tune_budget
@@ -285,9 +285,10 @@ class TrainingSession:
 
     def _build_cells(self, table: StoredTable, bias: NDArray[np.float32]) -> None:
         """Keep where a search for labels begins; of a further model for this training alone, by the first's effort."""
-        effort = None if self.first is None else self.first.effort()
-        if self.first is not None and effort is None:
+        known = None if self.first is None else self.first.map_cells()
+        if self.first is not None and known is None:
             return
+        effort = None if known is None else Effort.from_arrays(known)
         self.reporter.start("label cells", None)
         features = self.trainer.stream.features
         order = np.random.default_rng((self.config.training.seed, 2)).permutation(features.shape[0])

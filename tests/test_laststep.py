@@ -90,7 +90,8 @@ def test_it_is_the_interpolation(seed: int) -> None:
         for row in (0, B - 1):
             mine = slice(row, row + 1)
             asked, query = parts.asked[mine], [parts.queries[0][mine]]
-            alone = parts.step.rank(top.rows(mine), asked, parts.step.find(asked), k, queries=query)
+            one = TopK(label_ids=top.label_ids[mine], scores=top.scores[mine])
+            alone = parts.step.rank(one, asked, parts.step.find(asked), k, queries=query)
             np.testing.assert_array_equal(alone.label_ids[0], found.label_ids[row])
             np.testing.assert_array_equal(alone.scores[0], found.scores[row])
 

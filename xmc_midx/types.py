@@ -146,10 +146,6 @@ class TopK:
         found.scores.fill(-np.inf)
         return found
 
-    def rows(self, rows: slice) -> TopK:
-        """Some of the instances."""
-        return TopK(label_ids=self.label_ids[rows], scores=self.scores[rows])
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricReport:

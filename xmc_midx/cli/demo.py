@@ -46,7 +46,10 @@ def demo(
         )
         return
     seconds = render.duration(training.seconds)
-    render.print_text(f"Trained {training.epochs} epochs in {seconds}; the best was epoch {training.best_epoch}.")
+    done, of_first = f"{training.epochs} epochs", ""
+    if training.num_models > 1:
+        done, of_first = f"{training.num_models} models of {done}", " of the first model"
+    render.print_text(f"Trained {done} in {seconds}; the best{of_first} was epoch {training.best_epoch}.")
     render.print_line()
     print_evaluation(evaluation, title="Test split")
     for text, labels in result.examples:

@@ -343,3 +343,12 @@ def test_best_and_few_instances_make_an_ensemble(monkeypatch: pytest.MonkeyPatch
     assert [size(n) for n in (1, 1000, 1638, 1639, 2048, 2730, 4096, 4097)] == [5, 5, 5, 4, 4, 3, 2, 2]
     assert [size(n, "training.preset=best") for n in (1000, 13_107, 13_108, 16_385)] == [5, 5, 4, 3]
     assert size(10, "training.preset=fast") == 1 and size(10, "training.ensemble_size=2") == 2
+
+    def epochs(*assignments: str) -> int:
+        shape = DataShape(num_instances=90_000, num_features=9, num_labels=9, num_positives=90_000)
+        found = resolve(load_config(assignments=assignments), shape).training.epochs
+        assert isinstance(found, int)
+        return found
+
+    # A model that is alone has all of them.
+    assert epochs() < epochs("training.ensemble_size=1") and epochs() == epochs("training.ensemble_size=3")

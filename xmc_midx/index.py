@@ -32,6 +32,7 @@ __all__ = [
     "ScanIndex",
     "StoredIndex",
     "build_index",
+    "excluded_of",
     "insert_logits",
     "tune_effort",
 ]
@@ -107,7 +108,7 @@ class ExactIndex:
         return None
 
     def _excluded(self, allow: torch.Tensor | None, deny: torch.Tensor | None) -> torch.Tensor | None:
-        excluded_L = _excluded_of(self.num_labels, allow, deny)
+        excluded_L = excluded_of(self.num_labels, allow, deny)
         return None if excluded_L is None else excluded_L.to(self.bias_L.device)
 
 
@@ -219,7 +220,7 @@ class StoredIndex:
         """As `ScanIndex.search`."""
         query_BD = query_BD.cpu()
         if allow is not None or deny is not None:
-            return self._exact(query_BD, k, _excluded_of(self.num_labels, allow, deny))
+            return self._exact(query_BD, k, excluded_of(self.num_labels, allow, deny))
         return self._scan(query_BD, k)
 
     @property
@@ -319,7 +320,7 @@ class CellIndex(StoredIndex):
         width = max(self.effort.width, 2 * k)
         depth = max(self.effort.depth, width)
         if self.reach == "exact" or allow is not None or deny is not None or 2 * width > self.num_labels:
-            return self._exact(query_BD, k, _excluded_of(self.num_labels, allow, deny))
+            return self._exact(query_BD, k, excluded_of(self.num_labels, allow, deny))
         if self.reach == "all":
             return self._scan(query_BD, k)
         # All sketches, where that is the faster way to the same labels, and more.
@@ -419,7 +420,7 @@ def _tune_cells(recall: Callable[[int, int, int], float], num_labels: int, num_q
         part, depth, width = max((recall(*way, every), *way) for way in ways - {(depth, width)})
 
 
-def _excluded_of(num_labels: int, allow: torch.Tensor | None, deny: torch.Tensor | None) -> torch.Tensor | None:
+def excluded_of(num_labels: int, allow: torch.Tensor | None, deny: torch.Tensor | None) -> torch.Tensor | None:
     """(L,) bool: the labels that may not be returned; None where all may."""
     if allow is None and deny is None:
         return None

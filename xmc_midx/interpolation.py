@@ -42,6 +42,7 @@ __all__ = [
     "Candidates",
     "Interpolation",
     "drop_hopeless",
+    "empty_candidates",
     "fit_interpolation",
     "interpolate",
     "scale_of",
@@ -145,7 +146,7 @@ class Interpolation:
 
 
 @dataclass(frozen=True, slots=True)
-class _Candidates:
+class _Terms:
     """Labels of the shortlists and of the neighbours, a row each, sorted by instance and label."""
 
     instance: NDArray[np.int64]
@@ -185,7 +186,7 @@ def interpolate(
     reference = reference or shortlist
     if votes is None or not settings.needs_neighbors:
         votes = csr_matrix((num_rows, label_frequencies.shape[0]))
-    found = Candidates.empty(num_rows, num_rows * width + votes.nnz)
+    found: Candidates = empty_candidates(num_rows, num_rows * width + votes.nnz)
     score_candidates(
         (shortlist.label_ids, shortlist.scores),
         (reference.label_ids, reference.scores),
@@ -198,13 +199,14 @@ def interpolate(
     )
     drop_hopeless(found, k, settings.margin)
     used = found.offsets[-1]
-    instance, label_ids, scores = np.repeat(np.arange(num_rows), np.diff(found.offsets)), *found[1:3]
+    instance = np.repeat(np.arange(num_rows), np.diff(found.offsets))
+    label_ids, scores = found.label_ids[:used], found.scores[:used]
     if settings.needs_ranker:
         assert margin_of is not None, "a margin comes with its ranker"
         asked = np.flatnonzero(~found.is_behind[:used])
         margins = margin_of(instance[asked], label_ids[asked]).astype(np.float64)
         scores[asked] += settings.margin * np.clip(margins, -1.0, 1.0)
-    return _best(instance, label_ids[:used], scores[:used], num_rows, k)
+    return _best(instance, label_ids, scores, num_rows, k)
 
 
 class Candidates(NamedTuple):
@@ -218,11 +220,12 @@ class Candidates(NamedTuple):
     is_behind: NDArray[np.bool_]
     """Whether a label's place is behind all others, whatever its margin."""
 
-    @classmethod
-    def empty(cls, num_rows: int, room: int) -> Candidates:
-        """With room for so many labels."""
-        offsets, label_ids = np.zeros(num_rows + 1, dtype=np.int64), np.empty(room, dtype=np.int64)
-        return cls(offsets, label_ids, np.empty(room), np.empty(room, dtype=np.bool_))
+
+@numba.njit(nogil=True, cache=True)
+def empty_candidates(num_rows: Any, room: Any) -> Any:
+    """With room for so many labels of all instances."""
+    offsets, label_ids = np.zeros(num_rows + 1, dtype=np.int64), np.empty(room, dtype=np.int64)
+    return Candidates(offsets, label_ids, np.empty(room), np.empty(room, dtype=np.bool_))
 
 
 @numba.njit(nogil=True, cache=True)
@@ -351,7 +354,7 @@ def _candidates(
     votes: csr_matrix | None,
     label_frequencies: NDArray[np.integer[Any]],
     margin_of: MarginOf | None = None,
-) -> _Candidates:
+) -> _Terms:
     num_rows, num_labels = shortlist.label_ids.shape[0], label_frequencies.shape[0]
     found_BS = shortlist.label_ids >= 0
     logits_BS = np.where(found_BS, shortlist.scores.astype(np.float64), -np.inf)
@@ -383,7 +386,7 @@ def _candidates(
         ~shortlisted,
         np.zeros_like(log_p) if margin_of is None else np.clip(margin_of(instance, label_ids), -1.0, 1.0),
     ]
-    return _Candidates(instance, label_ids, np.stack(terms, axis=1))
+    return _Terms(instance, label_ids, np.stack(terms, axis=1))
 
 
 def _best(instance: NDArray[np.int64], label_ids: NDArray[np.int64], scores: _Floats, num_rows: int, k: int) -> TopK:
@@ -424,7 +427,7 @@ def fit_interpolation(
     count = 0 if found is None else found[0].shape[1]
     weight_L = inverse_propensity(label_frequencies, num_train, *propensity)
 
-    def scored(candidates: _Candidates, settings: Interpolation) -> _Trial:
+    def scored(candidates: _Terms, settings: Interpolation) -> _Trial:
         scores = candidates.terms @ settings.coefficients
         top = _best(candidates.instance, candidates.label_ids, scores, labels.shape[0], max(DEFAULT_KS))
         a, b = propensity
@@ -478,7 +481,7 @@ def _most_voted(votes: csr_matrix) -> csr_matrix:
     return csr_matrix((votes.data[kept], votes.indices[kept], offsets), shape=votes.shape)
 
 
-def _fit(candidates: _Candidates, labels: csr_matrix, weight_L: _Floats, free: list[int]) -> _Floats:
+def _fit(candidates: _Terms, labels: csr_matrix, weight_L: _Floats, free: list[int]) -> _Floats:
     """The six coefficients with the least decoupled softmax loss over the candidates; those that are not `free` stay
     the model's alone.
 
@@ -566,7 +569,7 @@ def _losses(terms: Any, weight: Any, offsets: Any, coefficients: Any, found: Any
                 curvature[other * size + term] = curvature[term * size + other]
 
 
-def _is_positive(candidates: _Candidates, labels: csr_matrix) -> NDArray[np.bool_]:
+def _is_positive(candidates: _Terms, labels: csr_matrix) -> NDArray[np.bool_]:
     rows = np.repeat(np.arange(labels.shape[0]), np.diff(labels.indptr))
     keys = candidates.instance * labels.shape[1] + candidates.label_ids
     return np.isin(keys, rows * labels.shape[1] + labels.indices)
@@ -575,7 +578,7 @@ def _is_positive(candidates: _Candidates, labels: csr_matrix) -> NDArray[np.bool
 _Scores = tuple[_Floats, _Floats]
 """Of each instance: P@k and PSP@k, each averaged over k."""
 _Trial = tuple[Interpolation, _Scores]
-_Part = tuple[_Candidates, tuple[int, ...], float]
+_Part = tuple[_Terms, tuple[int, ...], float]
 """Candidates, the coefficients that are free, and the temperature of the candidates' votes."""
 
 

@@ -18,9 +18,9 @@ from scipy.sparse import csr_matrix
 
 from xmc_midx.index import insert_logits
 from xmc_midx.interpolation import (
-    Candidates,
     Interpolation,
     drop_hopeless,
+    empty_candidates,
     scale_of,
     score_behind,
     score_candidates,
@@ -212,13 +212,7 @@ def _first(
         _keep(allowed, offsets, ids, shares)
     if codes.shape[0] and not is_all:
         _complete(query_BD, (codes, scales), bias, offsets, ids, shortlist)
-    room = num_rows * shortlist[0].shape[1] + offsets[-1]
-    found = Candidates(
-        np.zeros(num_rows + 1, dtype=np.int64),
-        np.empty(room, dtype=np.int64),
-        np.empty(room),
-        np.empty(room, dtype=np.bool_),
-    )
+    found = empty_candidates(num_rows, num_rows * shortlist[0].shape[1] + offsets[-1])
     score_candidates(shortlist, reference, (offsets, ids, shares), frequencies, coefficients, share, total, found)
     return found
 

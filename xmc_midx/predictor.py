@@ -20,7 +20,7 @@ from xmc_midx.data.features import FeatureScaling, all_finite, rows_from_pairs
 from xmc_midx.device import find_device, without_autocast
 from xmc_midx.encoder import SparseEncoder, stored_encoder
 from xmc_midx.errors import DataError, UsageError
-from xmc_midx.index import CellIndex, StoredIndex, build_index
+from xmc_midx.index import CellIndex, StoredIndex, build_index, excluded_of
 from xmc_midx.interpolation import SHORTLIST, Interpolation
 from xmc_midx.laststep import LastStep, Scorer
 from xmc_midx.neighbors import NeighborIndex
@@ -354,17 +354,13 @@ class Predictor:
         deny: np.ndarray | None,
     ) -> TopK:
         query_BD, step = queries[0], self._last_step
-        top = self.index.search(
-            query_BD,
-            k if step is None else max(k, SHORTLIST),
-            allow=None if allow is None else torch.from_numpy(allow),
-            deny=None if deny is None else torch.from_numpy(deny),
-        )
+        lists = [None if ids is None else torch.from_numpy(ids) for ids in (allow, deny)]
+        top = self.index.search(query_BD, k if step is None else max(k, SHORTLIST), allow=lists[0], deny=lists[1])
         if step is None:
             return top
         # The coefficients are fitted to a shortlist of so many, however many results are asked for.
-        reference = None
-        if allow is not None or deny is not None:
+        reference, excluded_L = None, excluded_of(self.num_labels, *lists)
+        if excluded_L is not None:
             reference = self.index.search(query_BD, SHORTLIST)
         elif top.label_ids.shape[1] > SHORTLIST:
             reference = TopK(label_ids=top.label_ids[:, :SHORTLIST].copy(), scores=top.scores[:, :SHORTLIST].copy())
@@ -375,7 +371,7 @@ class Predictor:
             k,
             queries=[one_BD.contiguous().cpu().numpy() for one_BD in queries],
             reference=reference,
-            allowed=_allowed_of(self.num_labels, allow, deny),
+            allowed=None if excluded_L is None else ~excluded_L.numpy(),
         )
 
     def _features(self, instances: Instances) -> csr_matrix:
@@ -440,18 +436,6 @@ def held_rows(instances: Any) -> Any:
             return csr_matrix(instances.astype(np.float32))
     except (TypeError, ValueError):
         raise UsageError(f"The instances are an array of {instances.dtype}; expected numbers.") from None
-
-
-def _allowed_of(num_labels: int, allow: np.ndarray | None, deny: np.ndarray | None) -> np.ndarray | None:
-    """(L,) bool: the labels that may be returned; None where all may."""
-    if allow is None and deny is None:
-        return None
-    allowed_L = np.full(num_labels, allow is None)
-    if allow is not None:
-        allowed_L[allow] = True
-    if deny is not None:
-        allowed_L[deny] = False
-    return allowed_L
 
 
 def _is_pair(value: Any) -> bool:

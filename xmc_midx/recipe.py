@@ -49,8 +49,9 @@ class _Effort:
     """What a preset scales."""
 
     epochs: float
-    """Of each model, in those after which a single model gains nothing: two models of half of them are worth more than
-    one of all (EXPERIMENTS.md, "Ensembles")."""
+    """Of a model that is alone, in those after which it gains nothing."""
+    epochs_of_each: float
+    """Where there are several: two models of half are worth more than one of all (EXPERIMENTS.md, "Ensembles")."""
     dim: int
     """Of each model."""
     dim_of_few: int
@@ -74,6 +75,7 @@ class _Effort:
 _PRESETS = {
     "fast": _Effort(
         epochs=0.3,
+        epochs_of_each=0.3,
         dim=256,
         dim_of_few=256,
         num_draws=512,
@@ -84,7 +86,8 @@ _PRESETS = {
         ensembled=0,
     ),
     "default": _Effort(
-        epochs=0.6,
+        epochs=1.0,
+        epochs_of_each=0.6,
         dim=384,
         dim_of_few=512,
         num_draws=2048,
@@ -96,6 +99,7 @@ _PRESETS = {
     ),
     "best": _Effort(
         epochs=1.2,
+        epochs_of_each=1.2,
         dim=1024,
         dim_of_few=512,
         num_draws=2048,
@@ -141,7 +145,10 @@ def resolve(config: Config, shape: DataShape) -> Config:
 
     # About 25 passes over 5,000 instances, 10 over 90,000, 5 over half a million.
     passes = min(30.0, max(3.0, 25 * (5000 / max(shape.num_instances, 1)) ** (1 / 3)))
-    derive("training", "epochs", max(2, round(effort.epochs * passes)))
+    of_few = effort.ensembled // max(shape.num_instances, 1)
+    derive("training", "ensemble_size", min(_MOST_MODELS, max(effort.ensemble_size, of_few)))
+    share = effort.epochs if tree["training"]["ensemble_size"] == 1 else effort.epochs_of_each
+    derive("training", "epochs", max(2, round(share * passes)))
     batch_size = shape.num_instances * passes / _TARGET_STEPS
     derive("training", "batch_size", min(1024, max(32, 2 ** round(math.log2(max(batch_size, 1))))))
     # Steps fall with the root of a row's gradients so far (`RowAdam`, moment "sum"): one rate for rare and common rows.
@@ -168,8 +175,6 @@ def resolve(config: Config, shape: DataShape) -> Config:
     derive("training", "label_learning_rate", _label_learning_rate(_share_of_labels(tree, shape), num_steps))
     derive("training", "cuda_graphs", True)
     derive("ranker", "num_instances", effort.num_rivalled)
-    of_few = effort.ensembled // max(shape.num_instances, 1)
-    derive("training", "ensemble_size", min(_MOST_MODELS, max(effort.ensemble_size, of_few)))
     return Config.model_validate(tree)
 
 

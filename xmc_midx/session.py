@@ -293,17 +293,17 @@ class TrainingSession:
         features = self.trainer.stream.features
         order = np.random.default_rng((self.config.training.seed, 2)).permutation(features.shape[0])
         fitted, tuned = np.split(order[: _CELL_QUERIES[0] + _CELL_QUERIES[1]], [_CELL_QUERIES[0]])
-        held_out = features[tuned if len(tuned) else fitted] if self.held_out is None else self.held_out[0]
-        held_out = held_out[: _CELL_QUERIES[1]]
         encoder = self.trainer.encoder if self._stored is None else self._stored[0]
-        query_ND, held_out_ND = (_queries(encoder, part) for part in (features[fitted], held_out))
-        cells = fit_cells(table, bias, query_ND, seed=self.config.training.seed)
-        index = CellIndex(table, bias, cells, effort or tune_effort(table, bias, cells, held_out_ND))
+        cells = fit_cells(table, bias, _queries(encoder, features[fitted]), seed=self.config.training.seed)
         if effort is None:
+            held_out = features[tuned if len(tuned) else fitted] if self.held_out is None else self.held_out[0]
+            effort = tune_effort(table, bias, cells, _queries(encoder, held_out[: _CELL_QUERIES[1]]))
+        index = CellIndex(table, bias, cells, effort)
+        if self.first is None:
             self.run_directory.write_cells(index.as_arrays())
             self.reporter.message(
-                f"label cells: a search reads {index.effort.depth:,} of {bias.shape[0]:,} labels and finds "
-                f"{index.effort.recall:.2%} of the five best"
+                f"label cells: a search reads {effort.depth:,} of {bias.shape[0]:,} labels and finds "
+                f"{effort.recall:.2%} of the five best"
             )
         if self._stored is not None:
             self._stored = encoder, index

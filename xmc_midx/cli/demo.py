@@ -11,6 +11,7 @@ import typer
 
 from xmc_midx.cli import options, render
 from xmc_midx.cli.evaluate import print_evaluation
+from xmc_midx.cli.train import trained
 
 EPILOG = """\b
 Example:
@@ -46,9 +47,7 @@ def demo(
         )
         return
     seconds = render.duration(training.seconds)
-    done, of_first = f"{training.epochs} epochs", ""
-    if training.num_models > 1:
-        done, of_first = f"{training.num_models} models of {done}", " of the first model"
+    done, of_first = trained(training)
     render.print_text(f"Trained {done} in {seconds}; the best{of_first} was epoch {training.best_epoch}.")
     render.print_line()
     print_evaluation(evaluation, title="Test split")

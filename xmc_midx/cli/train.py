@@ -237,11 +237,17 @@ def _replacing(run: Path) -> Iterator[None]:
                 aside.rename(run)
 
 
+def trained(result: TrainResult) -> tuple[str, str]:
+    """What was trained, and of which model one speaks where there are several."""
+    size, epochs = result.num_models, f"{result.epochs} epochs"
+    if size == 1:
+        return epochs, ""
+    done = f"{size} models of {epochs}" if result.finished else f"{result.num_finished} of {size} models"
+    return done, " of the first model"
+
+
 def _print_summary(result: TrainResult) -> None:
-    size, of_first = result.num_models, " of the first model" if result.num_models > 1 else ""
-    done = f"{result.epochs} epochs"
-    if size > 1:
-        done = f"{size} models of {done}" if result.finished else f"{result.num_finished} of {size} models"
+    done, of_first = trained(result)
     render.print_facts(
         [
             ("run", str(result.run)),

@@ -1,19 +1,20 @@
 """Layer 5. The last step of a prediction: the model's shortlist, the labels of the nearest training instances and the
 linear ranker's margins, in one ranking.
 
-With the model's probability p over the shortlist, the neighbours' votes v (`xmc_midx.neighbors`) and the margin m of
-the linear ranker (`xmc_midx.ranker`), cut to -1..1, the score of a label with n training instances is
+With the model's probability p over the shortlist, the neighbours' votes v (`xmc_midx.neighbors`), the margin m of the
+linear ranker (`xmc_midx.ranker`), cut to -1..1, and the largest part t of it that one feature makes, cut to 0..1, the
+score of a label with n training instances is
 
     model log p + mixture log(p + v) + votes log(v + 1e-3) + frequency log(n + 1) + outside [not in the shortlist]
-    + margin m,
+    + margin m + peak log(1 + t / 0.03),
 
 where p of a label outside the shortlist is 1/e of the shortlist's smallest. (A label outside of it that no neighbour
-votes for has a score below all others, in the order of the logits.) The encoder generalises, the neighbours
-remember, the ranker sees each feature as it is; a negative frequency term moves mass to the tail (a logit adjustment).
-The six coefficients minimise, on held-out training instances, the loss of the training itself, each positive weighted
-by a power of its inverse propensity so that the tail counts; terms that do not pay stay 0. Source: ours, after kNN-LM
-(arXiv 1911.00172), logit adjustment (arXiv 2007.07314) and stacking (Wolpert 1992); the figures are in EXPERIMENTS.md,
-"The last step" and "Linear ranker".
+votes for has a score below all others, in the order of the logits.) The encoder generalises, the neighbours remember,
+the ranker sees each feature as it is, and whether a single one gives a label away, which no sum says; a negative
+frequency term moves mass to the tail (a logit adjustment). The seven coefficients minimise, on held-out training
+instances, the loss of the training itself, each positive weighted by a power of its inverse propensity so that the tail
+counts; terms that do not pay stay 0. Source: ours, after kNN-LM (arXiv 1911.00172), logit adjustment (arXiv 2007.07314)
+and stacking (Wolpert 1992); the figures are in EXPERIMENTS.md, "The last step" and "Linear ranker".
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from xmc_midx.errors import DataError
 from xmc_midx.metrics import instance_scores, inverse_propensity
 from xmc_midx.neighbors import NeighborIndex
 from xmc_midx.newton import minimize_convex
+from xmc_midx.ranker import Margins
 from xmc_midx.selection import insert_best
 from xmc_midx.threads import in_threads, zeros
 from xmc_midx.types import DEFAULT_KS, DEFAULT_PROPENSITY, TopK
@@ -49,6 +51,7 @@ __all__ = [
     "score_behind",
     "score_candidates",
     "score_label",
+    "score_margin",
 ]
 
 SHORTLIST = 100
@@ -56,6 +59,8 @@ SHORTLIST = 100
 _TEMPERATURES = (0.05, 0.1)
 _NO_VOTES = 1e-3
 """What a label without votes has, so that its logarithm is finite."""
+_NO_PEAK = 0.03
+"""What is added to a peak, so that its logarithm is finite; in margins, which are 1 where a label is sure."""
 _MOST_FREQUENT = math.log1p(2**31)
 """The frequency term of a label that more instances have than there can be."""
 _PROPENSITY_POWERS = {0.5: 0.0, 0.25: 1.0, 0.0: 2.0}
@@ -78,23 +83,24 @@ _WORTH = 5e-4
 """What neighbours or ranker must add to the mean of P and PSP to be kept: they cost space and time."""
 _ENOUGH = 1000
 """Held-out instances from which that can be told; fewer keep all that is there, and the fit weighs it."""
-_ADDED_LATER = ("margin", "budget", "idf_power")
-_NAMES = ("model", "mixture", "votes", "frequency", "outside", "margin")
+_ADDED_LATER = ("margin", "budget", "idf_power", "peak")
+_NAMES = ("model", "mixture", "votes", "frequency", "outside", "margin", "peak")
 _NUM_SUMS = 1 + len(_NAMES) + len(_NAMES) ** 2
 """Of an instance: its loss and the derivatives."""
-_BOUNDS = ((0.0, np.inf), (0.0, np.inf), (0.0, np.inf), (-np.inf, np.inf), (-np.inf, 0.0), (0.0, np.inf))
+_POSITIVE = (0.0, np.inf)
+_BOUNDS = (_POSITIVE, _POSITIVE, _POSITIVE, (-np.inf, np.inf), (-np.inf, 0.0), _POSITIVE, _POSITIVE)
 """Of the coefficients: more mass, votes or margin never lower a score, absence from the shortlist never raises it."""
-_ALONE, _WITH_RANKER, _WITH_NEIGHBORS, _EVERYTHING = (0, 3), (0, 3, 5), (0, 1, 2, 3, 4), (0, 1, 2, 3, 4, 5)
+_ALONE, _WITH_RANKER, _WITH_NEIGHBORS, _EVERYTHING = (0, 3), (0, 3, 5, 6), (0, 1, 2, 3, 4), (0, 1, 2, 3, 4, 5, 6)
 """Coefficients that are fitted, by what takes part."""
 
 _Floats = NDArray[np.float64]
-MarginOf = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]
-"""Row numbers, which never fall, and label ids -> the ranker's margins."""
+MarginOf = Callable[[NDArray[np.int64], NDArray[np.int64]], Margins]
+"""Row numbers, which never fall, and label ids -> what the ranker has for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interpolation:
-    """How model and neighbours are added; the default is the model alone. The first six are the coefficients."""
+    """How model and neighbours are added; the default is the model alone. The first seven are the coefficients."""
 
     model: float = 1.0
     mixture: float = 0.0
@@ -102,6 +108,7 @@ class Interpolation:
     frequency: float = 0.0
     outside: float = 0.0
     margin: float = 0.0
+    peak: float = 0.0
     temperature: float = 0.1
     """Of the softmax over the neighbours' cosines."""
     count: int = 50
@@ -113,7 +120,7 @@ class Interpolation:
 
     @property
     def coefficients(self) -> _Floats:
-        """(6,), in the order of the formula."""
+        """(7,), in the order of the formula."""
         return np.array([getattr(self, name) for name in _NAMES])
 
     def as_dict(self) -> dict[str, Any]:
@@ -134,7 +141,7 @@ class Interpolation:
 
     @property
     def is_identity(self) -> bool:
-        return self.mixture == self.votes == self.frequency == self.margin == 0.0
+        return self.mixture == self.votes == self.frequency == self.margin == self.peak == 0.0
 
     @property
     def needs_neighbors(self) -> bool:
@@ -142,7 +149,12 @@ class Interpolation:
 
     @property
     def needs_ranker(self) -> bool:
-        return self.margin > 0.0
+        return self.margin > 0.0 or self.peak > 0.0
+
+    @property
+    def margin_span(self) -> float:
+        """By how much the ranker's part of the score can differ between two labels."""
+        return 2.0 * self.margin + self.peak * math.log1p(1.0 / _NO_PEAK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +164,7 @@ class _Terms:
     instance: NDArray[np.int64]
     label_ids: NDArray[np.int64]
     terms: _Floats
-    """(candidates, 6): what the coefficients are multiplied by."""
+    """(candidates, 7): what the coefficients are multiplied by."""
 
 
 def interpolate(
@@ -197,15 +209,15 @@ def interpolate(
         zeros(label_frequencies.shape[0], np.float64),
         found,
     )
-    drop_hopeless(found, k, settings.margin)
+    drop_hopeless(found, k, settings.margin_span)
     used = found.offsets[-1]
     instance = np.repeat(np.arange(num_rows), np.diff(found.offsets))
     label_ids, scores = found.label_ids[:used], found.scores[:used]
     if settings.needs_ranker:
         assert margin_of is not None, "a margin comes with its ranker"
         asked = np.flatnonzero(~found.is_behind[:used])
-        margins = margin_of(instance[asked], label_ids[asked]).astype(np.float64)
-        scores[asked] += settings.margin * np.clip(margins, -1.0, 1.0)
+        margin_term, peak_term = _margin_terms(*margin_of(instance[asked], label_ids[asked]))
+        scores[asked] += settings.margin * margin_term + settings.peak * peak_term
     return _best(instance, label_ids, scores, num_rows, k)
 
 
@@ -302,8 +314,8 @@ def scale_of(label_ids: Any, logits: Any, peak: float, smallest: float, coeffici
 
 @numba.njit(nogil=True, cache=True)
 def score_label(log_p: Any, vote: Any, num_instances: Any, is_outside: Any, coefficients: Any) -> Any:
-    """The formula, without its margin."""
-    model, mixture, voted, frequency, outside, _ = coefficients
+    """The formula, without what the ranker has."""
+    model, mixture, voted, frequency, outside, _, _ = coefficients
     score = model * log_p + frequency * math.log1p(num_instances)
     if mixture != 0.0:
         score += mixture * math.log(math.exp(log_p) + vote + 1e-300)
@@ -313,16 +325,29 @@ def score_label(log_p: Any, vote: Any, num_instances: Any, is_outside: Any, coef
 
 
 @numba.njit(nogil=True, cache=True)
+def score_margin(margin: Any, peak: Any, coefficients: Any) -> Any:
+    """The ranker's part of the formula."""
+    cut = min(max(np.float64(margin), -1.0), 1.0)
+    return coefficients[5] * cut + coefficients[6] * math.log1p(min(np.float64(peak), 1.0) / _NO_PEAK)
+
+
+def _margin_terms(margins: NDArray[np.float32], peaks: NDArray[np.float32]) -> tuple[_Floats, _Floats]:
+    """What the last two coefficients are multiplied by."""
+    cut, peak = np.clip(margins.astype(np.float64), -1.0, 1.0), np.minimum(peaks.astype(np.float64), 1.0)
+    return cut, np.log1p(peak / _NO_PEAK)
+
+
+@numba.njit(nogil=True, cache=True)
 def score_behind(floor: Any, coefficients: Any) -> Any:
     """Below the least that a label can have that is not behind all others."""
-    model, mixture, voted, frequency, outside, margin = coefficients
+    model, mixture, voted, frequency, outside, margin, _ = coefficients
     least = (model + mixture) * floor + voted * math.log(_NO_VOTES) + outside - margin
     return least + min(frequency, 0.0) * _MOST_FREQUENT
 
 
 @numba.njit(nogil=True, cache=True)
-def drop_hopeless(found: Any, k: int, margin: float) -> None:
-    """Leave those that may be among the k best when `margin` times a number from -1 to 1 has been added to each."""
+def drop_hopeless(found: Any, k: int, span: float) -> None:
+    """Leave those that may be among the k best when numbers that differ by `span` at most have been added to all."""
     best_ids, best_scores = np.empty(k, dtype=np.int64), np.empty(k)
     used, last = 0, np.int64(0)
     for row in range(found.offsets.shape[0] - 1):
@@ -333,7 +358,7 @@ def drop_hopeless(found: Any, k: int, margin: float) -> None:
             for place in range(first, last):
                 insert_best(best_ids, best_scores, found.label_ids[place], found.scores[place])
             # A little less, for rounding.
-            least = best_scores[k - 1] - 2.0 * abs(margin) - 1e-9 * (1.0 + abs(best_scores[k - 1]))
+            least = best_scores[k - 1] - span - 1e-9 * (1.0 + abs(best_scores[k - 1]))
         for place in range(first, last):
             if found.scores[place] >= least:
                 found.label_ids[used], found.scores[used] = found.label_ids[place], found.scores[place]
@@ -384,7 +409,7 @@ def _candidates(
         np.log(vote + _NO_VOTES),
         np.log1p(label_frequencies[label_ids]),
         ~shortlisted,
-        np.zeros_like(log_p) if margin_of is None else np.clip(margin_of(instance, label_ids), -1.0, 1.0),
+        *(np.zeros((2, log_p.shape[0])) if margin_of is None else _margin_terms(*margin_of(instance, label_ids))),
     ]
     return _Terms(instance, label_ids, np.stack(terms, axis=1))
 
@@ -482,7 +507,7 @@ def _most_voted(votes: csr_matrix) -> csr_matrix:
 
 
 def _fit(candidates: _Terms, labels: csr_matrix, weight_L: _Floats, free: list[int]) -> _Floats:
-    """The six coefficients with the least decoupled softmax loss over the candidates; those that are not `free` stay
+    """The coefficients with the least decoupled softmax loss over the candidates; those that are not `free` stay
     the model's alone.
 
     The loss is convex: the mean over the positives p among the candidates, weighted by `weight_L` and by 1/|Y|, of

@@ -25,11 +25,12 @@ from xmc_midx.interpolation import (
     score_behind,
     score_candidates,
     score_label,
+    score_margin,
 )
 from xmc_midx.intrinsics import AHEAD, fetch_row
 from xmc_midx.neighbors import NeighborIndex, Neighbors, count_votes, sum_votes
 from xmc_midx.quantization import StoredTable, read_only, row_product
-from xmc_midx.ranker import LinearRanker, row_margins
+from xmc_midx.ranker import LinearRanker, Margins, row_margins
 from xmc_midx.selection import insert_best
 from xmc_midx.threads import in_threads, zeros
 from xmc_midx.types import TopK
@@ -76,11 +77,10 @@ class LastStep:
             self.neighbors, self._searched = neighbors, needing[0]
             self._labels = neighbors.labels.indptr, neighbors.labels.indices
         self._sources = [_arrays_of(one.source) for one in scorers]
-        self._numbers = [
-            (one.settings.coefficients, 1.0 / len(scorers), 1.0 / one.settings.temperature) for one in scorers
-        ]
+        self._share = 1.0 / len(scorers)
+        self._numbers = [(one.settings.coefficients, self._share, 1.0 / one.settings.temperature) for one in scorers]
         self._margins = [
-            (one.ranker.arrays, one.settings.margin / len(scorers))
+            (one.ranker.arrays, one.settings.coefficients, one.settings.margin_span)
             for one in scorers
             if one.ranker is not None and one.settings.needs_ranker
         ]
@@ -122,7 +122,7 @@ class LastStep:
         if found is None:
             found = np.empty((num_rows, 0), dtype=np.int64), np.empty((num_rows, 0), dtype=np.float32)
         rows = features.indptr, features.indices.astype(np.int32, copy=False), features.data
-        is_all = reference is None
+        is_all, share = reference is None, self._share
         listed, known = (top.label_ids, top.scores), (top.label_ids, top.scores)
         if reference is not None:
             known = reference.label_ids, reference.scores
@@ -147,10 +147,10 @@ class LastStep:
             for query_BD, source, numbers in zip(queries[1:], self._sources[1:], self._numbers[1:], strict=True):
                 logits = (query_BD[part], *source)
                 _add(known_part[0], is_all, near, self._labels, logits, self.frequencies, *numbers, total, candidates)
-            for place, (arrays, margin) in enumerate(self._margins):
+            for place, (arrays, coefficients, _) in enumerate(self._margins):
                 # To look at their weights takes the longest.
-                drop_hopeless(candidates, k, sum(one[1] for one in self._margins[place:]))
-                _add_margins(rows, begin, arrays, margin, zeros(num_features, np.float32), candidates)
+                drop_hopeless(candidates, k, share * sum(one[-1] for one in self._margins[place:]))
+                _add_margins(rows, begin, arrays, coefficients, share, zeros(num_features, np.float32), candidates)
             _write(candidates, result.label_ids[part], result.scores[part])
 
         in_threads(run, num_rows)
@@ -290,16 +290,16 @@ def _add(
 
 
 @numba.njit(nogil=True, cache=True)
-def _add_margins(rows: Any, begin: int, ranker: Any, weight: float, dense: Any, found: Any) -> None:
+def _add_margins(rows: Any, begin: int, ranker: Any, coefficients: Any, share: float, dense: Any, found: Any) -> None:
     """Of the candidates that are not behind all others; `dense` (F,) is zeros, and left so."""
     offsets, feature_ids, values = rows
     for row in range(found.offsets.shape[0] - 1):
         mine = slice(offsets[begin + row], offsets[begin + row + 1])
         asked = found.offsets[row] + np.flatnonzero(~found.is_behind[found.offsets[row] : found.offsets[row + 1]])
-        margins = np.empty(asked.shape[0], dtype=np.float32)
-        row_margins(feature_ids[mine], values[mine], found.label_ids[asked], ranker, dense, margins)
+        both = np.empty((2, asked.shape[0]), dtype=np.float32)
+        row_margins(feature_ids[mine], values[mine], found.label_ids[asked], ranker, dense, Margins(both[0], both[1]))
         for number in range(asked.shape[0]):
-            found.scores[asked[number]] += weight * min(max(np.float64(margins[number]), -1.0), 1.0)
+            found.scores[asked[number]] += share * score_margin(both[0, number], both[1, number], coefficients)
 
 
 @numba.njit(nogil=True, cache=True)

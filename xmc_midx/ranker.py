@@ -3,8 +3,9 @@
 The encoder squeezes an instance into D numbers; a label's own weights on the features lose nothing. Such a classifier
 only has to tell a label from its rivals: its negatives are the instances that have the label among the model's best,
 not all others, so that training costs what a few passes over the positives cost. `xmc_midx.interpolation` adds the
-margin to the model's score. Source: the squared hinge loss and its dual coordinate descent are liblinear's (Hsieh et
-al. 2008), matching-aware negatives are PECOS's (arXiv 2010.05878); the use beside a sampled softmax is ours.
+margin, and the largest part of it that a single feature makes, to the model's score. Source: the squared hinge loss and
+its dual coordinate descent are liblinear's (Hsieh et al. 2008), matching-aware negatives are PECOS's (arXiv
+2010.05878); the use beside a sampled softmax is ours.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -24,7 +25,7 @@ from xmc_midx.intrinsics import AHEAD, fetch
 from xmc_midx.packing import pack_rows, unpack_rows
 from xmc_midx.threads import in_threads, zeros
 
-__all__ = ["LinearRanker", "row_margins"]
+__all__ = ["LinearRanker", "Margins", "row_margins"]
 
 _COST = 1.0
 """Of a violated margin against the norm of the weights."""
@@ -39,6 +40,16 @@ _VALUES = 100
 """Of a row: more of them make up a margin by smaller weights."""
 _BLOCK = 1 << 21
 """Weights held at once, before the small ones are dropped."""
+
+
+class Margins(NamedTuple):
+    """Of pairs of an instance and a label."""
+
+    margins: NDArray[np.float32]
+    """(C,) `weights . features + bias`"""
+    peaks: NDArray[np.float32]
+    """(C,) the largest product of a weight and its feature, at least 0: how much a single feature speaks for the
+    label."""
 
 
 class LinearRanker:
@@ -117,10 +128,8 @@ class LinearRanker:
         found.sort_indices()
         return cls(with_values(found, found.data.view(np.float16)), bias)
 
-    def margins(
-        self, features: csr_matrix, instance: NDArray[np.int64], label_ids: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
-        """(C,) float32: `weights . features + bias` of C pairs of an instance and a label.
+    def margins(self, features: csr_matrix, instance: NDArray[np.int64], label_ids: NDArray[np.int64]) -> Margins:
+        """Of C pairs of an instance and a label.
 
         Parameters
         ----------
@@ -130,7 +139,7 @@ class LinearRanker:
         assert features.shape[1] == self.num_features, "instances and training rows have the same features"
         num_rows = features.shape[0]
         borders = np.searchsorted(instance, np.arange(num_rows + 1))
-        found = np.empty(label_ids.shape[0], dtype=np.float32)
+        found = Margins(*np.empty((2, label_ids.shape[0]), dtype=np.float32))
         queries = (features.indptr, features.indices, features.data)
 
         def run(first: int, last: int) -> None:
@@ -249,7 +258,8 @@ def _margins(
     query_offsets, query_ids, query_values = queries
     for row in range(first, last):
         mine, pairs = slice(query_offsets[row], query_offsets[row + 1]), slice(borders[row], borders[row + 1])
-        row_margins(query_ids[mine], query_values[mine], label_ids[pairs], model, dense, found[pairs])
+        part = Margins(found.margins[pairs], found.peaks[pairs])
+        row_margins(query_ids[mine], query_values[mine], label_ids[pairs], model, dense, part)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -264,9 +274,11 @@ def row_margins(query_ids: Any, query_values: Any, label_ids: Any, model: Any, d
         fetch(feature_ids, offsets[ahead], offsets[ahead + 1])
         fetch(weights, offsets[ahead], offsets[ahead + 1])
         label = label_ids[place]
-        margin = bias[label]
+        margin, peak = bias[label], np.float32(0.0)
         for entry in range(offsets[label], offsets[label + 1]):
-            margin += dense[feature_ids[entry]] * weights[entry]
-        found[place] = margin
+            product = dense[feature_ids[entry]] * weights[entry]
+            margin += product
+            peak = max(peak, product)
+        found.margins[place], found.peaks[place] = margin, peak
     for entry in range(query_ids.shape[0]):
         dense[query_ids[entry]] = 0.0

@@ -18,6 +18,7 @@ from xmc_midx.interpolation import Interpolation, fit_interpolation, interpolate
 from xmc_midx.metrics import evaluate_topk, instance_scores
 from xmc_midx.neighbors import NeighborIndex
 from xmc_midx.predictor import Predictor
+from xmc_midx.ranker import Margins
 from xmc_midx.topk import exact_topk
 from xmc_midx.types import TopK
 
@@ -29,12 +30,12 @@ def shortlist_of(logits: np.ndarray) -> TopK:
     return TopK(label_ids=order.astype(np.int64), scores=np.take_along_axis(logits, order, 1).astype(np.float32))
 
 
-def no_margin(instance: np.ndarray, label_ids: np.ndarray) -> np.ndarray:
-    return np.zeros(len(label_ids), dtype=np.float32)
+def no_margin(instance: np.ndarray, label_ids: np.ndarray) -> Margins:
+    return Margins(*np.zeros((2, len(label_ids)), dtype=np.float32))
 
 
 def formula(
-    log_p: np.ndarray, votes: np.ndarray, outside: np.ndarray, settings: Interpolation, margins: np.ndarray
+    log_p: np.ndarray, votes: np.ndarray, outside: np.ndarray, settings: Interpolation, known: Margins
 ) -> np.ndarray:
     """The head of the module, over all labels."""
     return (
@@ -43,18 +44,27 @@ def formula(
         + settings.votes * np.log(votes + 1e-3)
         + settings.frequency * np.log(FREQUENCIES + 1.0)
         + settings.outside * outside
-        + settings.margin * np.clip(margins, -1, 1)
+        + settings.margin * np.clip(known.margins, -1, 1)
+        + settings.peak * np.log(1 + np.minimum(known.peaks, 1) / 0.03)
     )
 
 
-SETTINGS = Interpolation(model=0.9, mixture=0.4, votes=0.7, frequency=-0.3, outside=-0.6, margin=0.8)
-MARGINS = np.random.default_rng(9).normal(size=(4, 5)).astype(np.float32)
-"""Of the ranker, for four instances; a third of them are beyond -1..1."""
+SETTINGS = Interpolation(model=0.9, mixture=0.4, votes=0.7, frequency=-0.3, outside=-0.6, margin=0.8, peak=0.5)
 
 
-def margin_of(instance: np.ndarray, label_ids: np.ndarray) -> np.ndarray:
+def random_margins(rng: np.random.Generator, *shape: int) -> Margins:
+    """A third of the margins are beyond -1..1, some of the peaks are nothing and some beyond 1."""
+    margins = rng.normal(size=shape).astype(np.float32)
+    return Margins(margins, np.maximum(rng.normal(size=shape), 0).astype(np.float32))
+
+
+MARGINS = random_margins(np.random.default_rng(9), 4, 5)
+"""Of the ranker, for four instances."""
+
+
+def margin_of(instance: np.ndarray, label_ids: np.ndarray) -> Margins:
     assert (np.diff(instance) >= 0).all(), "as the ranker asks"
-    return MARGINS[instance, label_ids]
+    return Margins(*(known[instance, label_ids] for known in MARGINS))
 
 
 def test_the_score_is_the_formula() -> None:
@@ -73,7 +83,8 @@ def test_a_label_outside_the_shortlist_has_an_eth_of_its_smallest_probability() 
     top = interpolate(shortlist, votes, FREQUENCIES, SETTINGS, 4, margin_of=margin_of)
     p = np.exp([1.0, 0.5]) / np.exp([1.0, 0.5]).sum()
     log_p = np.log([p[1], p[1] / np.e, p[0], 1.0, 1.0])
-    scores = formula(log_p, votes.toarray()[0], np.array([0, 1, 0, 0, 0]), SETTINGS, MARGINS[0])
+    known = Margins(MARGINS.margins[0], MARGINS.peaks[0])
+    scores = formula(log_p, votes.toarray()[0], np.array([0, 1, 0, 0, 0]), SETTINGS, known)
     expected = sorted([0, 1, 2], key=lambda label: -scores[label])
     assert top.label_ids.tolist() == [[*expected, -1]]
     np.testing.assert_allclose(top.scores[0, :3], scores[expected], rtol=1e-5)
@@ -128,15 +139,16 @@ def test_the_first_results_do_not_depend_on_how_many_are_asked_for(frequency: fl
     num_rows, num_labels, listed = 20, 300, 100
     settings = replace(SETTINGS, frequency=frequency)
     frequencies = np.where(rng.random(num_labels) < 0.5, 0, rng.integers(1, 10**6, num_labels))
-    margins = rng.normal(size=(num_rows, num_labels)).astype(np.float32)
+    known = random_margins(rng, num_rows, num_labels)
     votes = sp.csr_matrix(rng.random((num_rows, num_labels)) * (rng.random((num_rows, num_labels)) < 0.05) * is_voted)
     full = shortlist_of(rng.normal(size=(num_rows, num_labels)) / 2)
     reference = TopK(label_ids=full.label_ids[:, :listed], scores=full.scores[:, :listed])
 
+    def margin_of(instance: np.ndarray, label_ids: np.ndarray) -> Margins:
+        return Margins(*(values[instance, label_ids] for values in known))
+
     def ranked(top: TopK, k: int) -> TopK:
-        return interpolate(
-            top, votes, frequencies, settings, k, margin_of=lambda row, label: margins[row, label], reference=reference
-        )
+        return interpolate(top, votes, frequencies, settings, k, margin_of=margin_of, reference=reference)
 
     few, all_of_them = ranked(reference, listed), ranked(full, num_labels)
     np.testing.assert_array_equal(all_of_them.label_ids[:, :listed], few.label_ids)
@@ -226,13 +238,15 @@ def test_the_fit_is_a_minimum_of_the_loss() -> None:
     truth = (rng.random((num_rows, 5)) < 0.4).astype(np.float32)
     shortlist = shortlist_of(rng.normal(size=(num_rows, 5)) + truth)
     labels, votes = sp.csr_matrix(truth), sp.csr_matrix(rng.random((num_rows, 5)) * truth)
-    margins = rng.normal(size=(num_rows, 5)) + 0.3 * truth
-    candidates = interpolation._candidates(shortlist, votes, FREQUENCIES, lambda row, label: margins[row, label])
+    known = Margins(*(values + 0.3 * truth for values in random_margins(rng, num_rows, 5)))
+    candidates = interpolation._candidates(
+        shortlist, votes, FREQUENCIES, lambda row, label: Margins(*(values[row, label] for values in known))
+    )
     weight_L = np.linspace(1.0, 2.0, 5)
-    fitted = interpolation._fit(candidates, labels, weight_L, [0, 1, 2, 3, 4, 5])
+    fitted = interpolation._fit(candidates, labels, weight_L, [0, 1, 2, 3, 4, 5, 6])
     scale = np.where(candidates.terms.std(0) > 0, candidates.terms.std(0), 1.0)
-    start = np.array([1.0, 0, 0, 0, 0, 0])
-    pulled = [0, 1, 2, 3, 5]  # no label is outside the shortlist
+    start = np.array([1.0, 0, 0, 0, 0, 0, 0])
+    pulled = [0, 1, 2, 3, 5, 6]  # no label is outside the shortlist
 
     def loss(coefficients: np.ndarray) -> float:
         scores = (candidates.terms @ coefficients).reshape(num_rows, 5)
@@ -249,18 +263,21 @@ def test_the_fit_is_a_minimum_of_the_loss() -> None:
 
     least = loss(fitted)
     assert least < loss(start)
-    for step in 0.01 * np.vstack([np.eye(6)[pulled], -np.eye(6)[pulled]]):
+    for step in 0.01 * np.vstack([np.eye(7)[pulled], -np.eye(7)[pulled]]):
         moved = fitted + step
-        if (moved[[0, 1, 2, 5]] >= 0).all():
+        if (moved[[0, 1, 2, 5, 6]] >= 0).all():
             assert loss(moved) >= least - 1e-9
 
 
-def test_a_ranker_that_knows_the_answer_gets_weight_and_a_useless_one_none() -> None:
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_ranker_that_knows_the_answer_gets_weight_and_a_useless_one_none(place: int) -> None:
+    """By its margins or by its peaks."""
     rng = np.random.default_rng(8)
     truth = np.eye(20, dtype=np.float32)[rng.integers(20, size=1200)]
     frequencies = np.full(20, 60)
     for knows in (1.0, 0.0):
-        margins = rng.normal(size=(1200, 20)).clip(-1, 1) * 0.5 + knows * truth
+        known = [rng.normal(size=(1200, 20)).clip(-1, 1) * 0.5, rng.random((1200, 20)) * 0.5]
+        known[place] += knows * truth
         shortlist = shortlist_of(rng.normal(size=(1200, 20)) + (1.0 if knows else 9.0) * truth)
         chosen = fit_interpolation(
             shortlist,
@@ -269,9 +286,11 @@ def test_a_ranker_that_knows_the_answer_gets_weight_and_a_useless_one_none() -> 
             sp.csr_matrix(truth),
             frequencies,
             1200,
-            margin_of=lambda row, label, margins=margins: margins[row, label],
+            margin_of=lambda row, label, known=known: Margins(*(values[row, label] for values in known)),
         )
         assert chosen.needs_ranker == bool(knows) and not chosen.needs_neighbors
+        if knows:
+            assert (chosen.margin, chosen.peak)[place] > 0.3
 
 
 def test_p_is_never_paid_for_psp_where_another_fit_has_more_of_it() -> None:
@@ -338,7 +357,8 @@ def test_settings_survive_their_dictionary_and_a_damaged_one_is_a_data_error() -
     assert Interpolation.from_dict(settings.as_dict()) == settings
     with pytest.raises(DataError, match="expected what `train` wrote"):
         Interpolation.from_dict(settings.as_dict() | {"votes": "many"})
-    old = {name: value for name, value in settings.as_dict().items() if name not in ("margin", "budget", "idf_power")}
+    later = ("margin", "budget", "idf_power", "peak")
+    old = {name: value for name, value in settings.as_dict().items() if name not in later}
     assert Interpolation.from_dict(old) == settings
     for wrong in ({"idf_power": 11.0}, {"idf_power": float("nan")}, {"budget": 0}, {"votes": float("inf")}):
         with pytest.raises(DataError, match="out of range"):

@@ -14,7 +14,7 @@ from xmc_midx.interpolation import Interpolation, interpolate
 from xmc_midx.laststep import LastStep, Scorer
 from xmc_midx.neighbors import NeighborIndex
 from xmc_midx.quantization import StoredTable, quantize
-from xmc_midx.ranker import LinearRanker
+from xmc_midx.ranker import LinearRanker, Margins
 from xmc_midx.types import TopK
 
 L, F, N, B = 70, 40, 90, 37
@@ -54,7 +54,7 @@ class Parts:
         return self.neighbors.votes(*found, self.settings.temperature)
 
     def expected(self, top: TopK, k: int, votes: sp.csr_matrix, **options: Any) -> TopK:
-        def margin_of(instance: np.ndarray, label_ids: np.ndarray) -> np.ndarray:
+        def margin_of(instance: np.ndarray, label_ids: np.ndarray) -> Margins:
             return self.ranker.margins(self.asked, instance, label_ids)
 
         return interpolate(top, votes, self.frequencies, self.settings, k, margin_of=margin_of, **options)
@@ -62,7 +62,7 @@ class Parts:
 
 def random_settings(seed: int) -> Interpolation:
     rng = np.random.default_rng(1000 + seed)
-    model, mixture, votes, margin = rng.random(4) * (rng.random(4) < 0.7)
+    model, mixture, votes, margin, peak = rng.random(5) * (rng.random(5) < 0.7)
     return Interpolation(
         model=model + 0.1,
         mixture=mixture,
@@ -70,6 +70,7 @@ def random_settings(seed: int) -> Interpolation:
         frequency=rng.normal() / 3,
         outside=-rng.random(),
         margin=margin,
+        peak=peak,
         count=int(rng.integers(1, 9)),
         temperature=0.1,
     )
@@ -198,7 +199,7 @@ def test_several_models_rank_by_the_mean_of_their_scores(
             # The logits of a model to which nothing is added stay what they are.
             shift = 0.0 if one.settings.is_identity and one.settings.model == 1.0 else shift
             log_p = np.where(inside, logits - shift, least - shift - 1.0)
-            margins = one.ranker.margins(first.asked[row], np.zeros(L, dtype=np.int64), np.arange(L))
+            margins, peaks = one.ranker.margins(first.asked[row], np.zeros(L, dtype=np.int64), np.arange(L))
             s = one.settings
             total += (
                 s.model * log_p
@@ -207,6 +208,7 @@ def test_several_models_rank_by_the_mean_of_their_scores(
                 + s.frequency * np.log1p(one.frequencies)
                 + s.outside * ~inside
                 + s.margin * np.clip(margins, -1, 1)
+                + s.peak * np.log1p(np.minimum(peaks, 1) / 0.03)
             ) / num_models
         candidates = (np.isin(np.arange(L), known) | voted) & allowed
         expected = np.argsort(np.where(candidates, -total, np.inf), kind="stable")[: min(5, candidates.sum())]

@@ -33,8 +33,8 @@ _PASSES = 6
 """Over a label's instances, at most."""
 _TOLERANCE = 0.1
 """Largest projected gradient at which a label is done."""
-_SMALLEST = 0.2
-"""Smaller weights are dropped, for rows of length 1 with `_VALUES` values: a fifth are left, and rank as well
+_SMALLEST = 0.25
+"""Smaller weights are dropped, for rows of length 1 with `_VALUES` values: a tenth are left, and rank as well
 (EXPERIMENTS.md, "Linear ranker")."""
 _VALUES = 100
 """Of a row: more of them make up a margin by smaller weights."""

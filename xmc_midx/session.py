@@ -172,6 +172,7 @@ class TrainingSession:
         if self.trainer.step == 0:
             self.reporter.start("initialize", None)
             self.trainer.initialize(self.config.model.label_init, self.config.training.seed)
+            release_freed_memory()
         # A kill may have left other lines than the checkpoint's.
         self.run_directory.write_metrics(self.history)
         with deferred_signals() as self._signals:

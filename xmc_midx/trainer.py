@@ -23,7 +23,7 @@ from xmc_midx.capture import CapturedSteps
 from xmc_midx.config import TrainingConfig
 from xmc_midx.crash import crash_point
 from xmc_midx.data.batches import BatchStream, made_ahead
-from xmc_midx.device import has_kernels
+from xmc_midx.device import has_kernels, release_freed_memory
 from xmc_midx.encoder import SparseEncoder
 from xmc_midx.errors import DivergedError
 from xmc_midx.optim import RowAdam, add_to_rows
@@ -128,6 +128,7 @@ class Trainer:
                     self.graphs.forget()
                 crash_point("refresh.begun")
                 self.softmax.refresh()
+                release_freed_memory()
                 crash_point("refresh.done")
             self._set_rates()
             if sizes is None:

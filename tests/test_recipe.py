@@ -109,6 +109,16 @@ def test_slopes_are_rounded_where_a_pool_has_many_labels() -> None:
     assert negatives(10**6, "sampler.name=full") == "all"
 
 
+def test_the_ranker_learns_from_a_share_of_many_instances() -> None:
+    def rivalled(num_instances: int, preset: str) -> object:
+        config = load_config(assignments=[f"training.preset={preset}"])
+        return resolve(config, data(num_instances, 100)).ranker.num_instances
+
+    sizes = (5000, 240_000, 480_000)
+    assert [rivalled(size, "default") for size in sizes] == [30_000, 30_000, 60_000]
+    assert [rivalled(size, "fast") for size in sizes] == [10_000, 10_000, 20_000]
+
+
 def test_one_given_value_leaves_the_others_open() -> None:
     shape = data(5000, 100)
     plain = resolve(Config(), shape).model_dump()

@@ -40,6 +40,10 @@ _ROUNDED_FROM = 512
 """Labels from which that pays."""
 
 
+_RIVALLED_OF = 240_000
+"""Instances from which on more of them say more about the rivals (EXPERIMENTS.md, "What a single feature says")."""
+
+
 _MOST_MODELS = 5
 """Of an ensemble whose size is not given."""
 
@@ -64,7 +68,8 @@ class _Effort:
     """Instances that share a pool: more of them are negatives of each other, at the price of larger products
     (EXPERIMENTS.md, "Groups")."""
     num_rivalled: int
-    """Training instances whose rivals the linear ranker learns from."""
+    """Training instances whose rivals the linear ranker learns from, of `_RIVALLED_OF` or fewer; of more the same
+    share."""
     ensemble_size: int
     """Models that predict together, at least (EXPERIMENTS.md, "Ensembles")."""
     ensembled: int
@@ -174,7 +179,7 @@ def resolve(config: Config, shape: DataShape) -> Config:
     num_steps = num_epochs * shape.num_instances / tree["training"]["batch_size"]
     derive("training", "label_learning_rate", _label_learning_rate(_share_of_labels(tree, shape), num_steps))
     derive("training", "cuda_graphs", True)
-    derive("ranker", "num_instances", effort.num_rivalled)
+    derive("ranker", "num_instances", round(effort.num_rivalled * max(1.0, shape.num_instances / _RIVALLED_OF)))
     return Config.model_validate(tree)
 
 

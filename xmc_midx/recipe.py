@@ -28,8 +28,6 @@ _TARGET_STEPS = 1000
 larger batches. Fewer epochs keep the batch: it costs no quality, and half of it twice the time."""
 
 
-_FEW_LABELS = 4096
-"""Up to so many the pool holds them all at every step."""
 CELLS_FROM = 4096
 """Labels from which cells are built with a model (EXPERIMENTS.md, "Label index")."""
 
@@ -58,8 +56,6 @@ class _Effort:
     """Where there are several: two models of half are worth more than one of all (EXPERIMENTS.md, "Ensembles")."""
     dim: int
     """Of each model."""
-    dim_of_few: int
-    """Where labels are few, and their rows cost next to nothing; more than 512 gain nothing there."""
     num_draws: int
     """Where there are more labels than a pool holds, at most."""
     num_pairs: int
@@ -82,7 +78,6 @@ _PRESETS = {
         epochs=0.3,
         epochs_of_each=0.3,
         dim=256,
-        dim_of_few=256,
         num_draws=512,
         num_pairs=1 << 19,
         pool_instances=512,
@@ -94,7 +89,6 @@ _PRESETS = {
         epochs=1.0,
         epochs_of_each=0.6,
         dim=384,
-        dim_of_few=512,
         num_draws=2048,
         num_pairs=1 << 20,
         pool_instances=512,
@@ -104,15 +98,14 @@ _PRESETS = {
     ),
     "best": _Effort(
         epochs=1.2,
-        epochs_of_each=1.2,
-        dim=1024,
-        dim_of_few=512,
+        epochs_of_each=0.6,
+        dim=512,
         num_draws=2048,
         num_pairs=1 << 21,
         pool_instances=1024,
         num_rivalled=60_000,
-        ensemble_size=3,
-        ensembled=1 << 16,
+        ensemble_size=5,
+        ensembled=0,
     ),
 }
 
@@ -161,7 +154,7 @@ def resolve(config: Config, shape: DataShape) -> Config:
     # twice is not learned by heart yet, what is seen ten times is (EXPERIMENTS.md, "Passes, dropout and rate").
     num_epochs = tree["training"]["epochs"]
     derive("training", "encoder_learning_rate", 0.36 / math.sqrt(num_epochs))
-    derive("model", "dim", effort.dim if shape.num_labels > _FEW_LABELS else effort.dim_of_few)
+    derive("model", "dim", effort.dim)
     derive("model", "dropout", min(0.6, num_epochs / 20))
     # What the last step is fitted to is what is stored (EXPERIMENTS.md, "The saved model").
     derive("model", "storage", "int4" if shape.num_labels >= CELLS_FROM else "int8")

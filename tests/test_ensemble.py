@@ -338,10 +338,9 @@ def test_best_and_few_instances_make_an_ensemble(monkeypatch: pytest.MonkeyPatch
         shape = DataShape(num_instances=num_instances, num_features=9, num_labels=9, num_positives=num_instances)
         return resolve(load_config(assignments=assignments), shape).training.ensemble_size
 
-    assert size(10**6, "training.preset=best") == 3
+    assert [size(n, "training.preset=best") for n in (1, 10**6)] == [5, 5]
     assert size(10**6) == 2 and size(10**6, "training.preset=fast") == 1
     assert [size(n) for n in (1, 1000, 1638, 1639, 2048, 2730, 4096, 4097)] == [5, 5, 5, 4, 4, 3, 2, 2]
-    assert [size(n, "training.preset=best") for n in (1000, 13_107, 13_108, 16_385)] == [5, 5, 4, 3]
     assert size(10, "training.preset=fast") == 1 and size(10, "training.ensemble_size=2") == 2
 
     def epochs(*assignments: str) -> int:
@@ -350,5 +349,7 @@ def test_best_and_few_instances_make_an_ensemble(monkeypatch: pytest.MonkeyPatch
         assert isinstance(found, int)
         return found
 
-    # A model that is alone has all of them.
-    assert epochs() < epochs("training.ensemble_size=1") and epochs() == epochs("training.ensemble_size=3")
+    # A model that is alone has all of them, and one of `best` more.
+    assert (epochs(), epochs("training.ensemble_size=3"), epochs("training.ensemble_size=1")) == (6, 6, 10)
+    best = "training.preset=best"
+    assert (epochs(best), epochs(best, "training.ensemble_size=1")) == (6, 11)

@@ -175,17 +175,6 @@ def test_draws_times_batch_is_bounded_where_labels_are_many() -> None:
         assert few.sampler.num_draws == 1000, "all labels, however large the batch"
 
 
-@pytest.mark.parametrize("num_instances", [100, 5000, 10**6])
-def test_the_best_preset_has_five_models_of_fewer_epochs_than_one_alone(num_instances: int) -> None:
-    def trained(*assignments: str) -> tuple[object, object]:
-        config = load_config(assignments=["training.preset=best", *assignments])
-        training = resolve(config, data(num_instances, 10_000)).training
-        return training.ensemble_size, training.epochs
-
-    (number, epochs), (one, all_epochs) = trained(), trained("training.ensemble_size=1")
-    assert (number, one) == (5, 1) and all_epochs == pytest.approx(2 * epochs, abs=1)
-
-
 def test_fewer_passes_get_less_dropout_and_larger_steps_whoever_set_them() -> None:
     shape = data(90_000, 40_000)
     few, many, most = (

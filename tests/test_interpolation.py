@@ -90,6 +90,24 @@ def test_a_label_outside_the_shortlist_has_an_eth_of_its_smallest_probability() 
     np.testing.assert_allclose(top.scores[0, :3], scores[expected], rtol=1e-5)
 
 
+def test_a_peak_alone_needs_the_ranker_and_can_put_a_label_before_all_others() -> None:
+    settings = Interpolation(peak=2.0)
+    assert settings.needs_ranker and not settings.is_identity and not settings.needs_neighbors
+    assert settings.margin_span == pytest.approx(2.0 * np.log(1 + 1 / 0.03))
+    # The last label's logit is less by nearly what a peak can add.
+    logits = np.array([[0.0, -0.1, -0.2, -0.3, 0.1 - settings.margin_span]])
+    known = Margins(np.zeros((1, 5), dtype=np.float32), np.array([[0, 0, 0, 0, 7.0]], dtype=np.float32))
+    top = interpolate(
+        shortlist_of(logits),
+        None,
+        FREQUENCIES,
+        settings,
+        1,
+        margin_of=lambda row, label: Margins(*(values[row, label] for values in known)),
+    )
+    assert top.label_ids.tolist() == [[4]]
+
+
 def test_an_instance_without_shortlist_and_votes_has_no_result() -> None:
     shortlist = TopK(label_ids=np.array([[-1], [3]]), scores=np.array([[-np.inf], [0.0]], dtype=np.float32))
     top = interpolate(shortlist, sp.csr_matrix((2, 5)), FREQUENCIES, SETTINGS, 2, margin_of=margin_of)
@@ -354,13 +372,15 @@ def test_of_many_votes_the_largest_take_part_in_the_fit() -> None:
 
 def test_settings_survive_their_dictionary_and_a_damaged_one_is_a_data_error() -> None:
     settings = Interpolation(model=0.8, votes=0.5, outside=-0.2, temperature=0.05, count=30)
-    assert Interpolation.from_dict(settings.as_dict()) == settings
+    for one in (settings, SETTINGS):
+        assert Interpolation.from_dict(one.as_dict()) == one
     with pytest.raises(DataError, match="expected what `train` wrote"):
         Interpolation.from_dict(settings.as_dict() | {"votes": "many"})
     later = ("margin", "budget", "idf_power", "peak")
     old = {name: value for name, value in settings.as_dict().items() if name not in later}
     assert Interpolation.from_dict(old) == settings
-    for wrong in ({"idf_power": 11.0}, {"idf_power": float("nan")}, {"budget": 0}, {"votes": float("inf")}):
+    lies = {"idf_power": 11.0}, {"idf_power": float("nan")}, {"budget": 0}, {"votes": float("inf")}, {"peak": -0.1}
+    for wrong in (*lies, {"margin": -1.0}):
         with pytest.raises(DataError, match="out of range"):
             Interpolation.from_dict(settings.as_dict() | wrong)
 

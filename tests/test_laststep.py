@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -81,9 +82,10 @@ def same(found: TopK, expected: TopK) -> None:
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(8))
 def test_it_is_the_interpolation(seed: int) -> None:
-    parts = Parts(seed, random_settings(seed))
+    alone = {6: {"margin": 0.0, "peak": 1.5}, 7: {"margin": 1.5, "peak": 0.0}}
+    parts = Parts(seed, replace(random_settings(seed), **alone.get(seed, {})))
     top = parts.exact.search(parts.query, 12)
     for k in (1, 5, 12, 40):
         found = parts.step.rank(top, parts.asked, parts.step.find(parts.asked), k, queries=parts.queries)
@@ -227,8 +229,9 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     LastStep([scorer, further], parts.frequencies, parts.neighbors)
     with pytest.raises(ValueError, match="votes come"):
         LastStep([Scorer(settings=Interpolation(votes=1.0), source=None, ranker=None)], parts.frequencies, None)
-    with pytest.raises(ValueError, match="a margin comes"):
-        LastStep([Scorer(settings=Interpolation(margin=1.0), source=None, ranker=None)], parts.frequencies, None)
+    for alone in (Interpolation(margin=1.0), Interpolation(peak=1.0)):
+        with pytest.raises(ValueError, match="a margin comes"):
+            LastStep([Scorer(settings=alone, source=None, ranker=None)], parts.frequencies, None)
     with pytest.raises(ValueError, match="by its table"):
         LastStep([scorer, scorer], parts.frequencies, parts.neighbors)
     with pytest.raises(ValueError, match=r"parts of \[69, 70\] labels"):

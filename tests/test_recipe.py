@@ -117,6 +117,7 @@ def test_the_ranker_learns_from_a_share_of_many_instances() -> None:
     sizes = (5000, 240_000, 480_000)
     assert [rivalled(size, "default") for size in sizes] == [30_000, 30_000, 60_000]
     assert [rivalled(size, "fast") for size in sizes] == [10_000, 10_000, 20_000]
+    assert [rivalled(size, "best") for size in sizes] == [60_000, 60_000, 120_000]
 
 
 def test_one_given_value_leaves_the_others_open() -> None:

@@ -194,7 +194,8 @@ class NeighborsConfig(_Section):
 
 
 class RankerConfig(_Section):
-    """The sparse linear classifiers, whose margins are added to the model's scores at prediction."""
+    """The sparse linear classifiers, whose margins, and largest parts of them, are added to the model's scores at
+    prediction."""
 
     enabled: bool = True
     """Whether they may be used; as with the neighbours, the validation instances decide."""

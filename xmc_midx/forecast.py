@@ -21,7 +21,7 @@ the positives, `u` and `l` the rows of the two tables that an average batch touc
     sketches, the directions, fragments
   - neighbours, 12 nnz + 164 F + 16 Y + 160 MB + 70 MB: the index, the shortlist (or 300 bytes for each label that is
     voted for, where that is more: instances with many labels), compiled code; and
-    24 (Y + 50 x 30,000, or an eighth of N if more) + 50 MB for the linear ranker
+    24 (Y + 50 R) + 50 MB for the linear ranker, R = `ranker.num_instances`, or N if less
   in the last two, on a CPU, the stored tables (`model.storage`) stand for tables, optimiser and sampler
 
 u is exact in expectation: the sum over the features of 1 - (1 - share of the instances that have it)^B, and likewise l

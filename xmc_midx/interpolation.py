@@ -89,7 +89,8 @@ _NUM_SUMS = 1 + len(_NAMES) + len(_NAMES) ** 2
 """Of an instance: its loss and the derivatives."""
 _POSITIVE = (0.0, np.inf)
 _BOUNDS = (_POSITIVE, _POSITIVE, _POSITIVE, (-np.inf, np.inf), (-np.inf, 0.0), _POSITIVE, _POSITIVE)
-"""Of the coefficients: more mass, votes or margin never lower a score, absence from the shortlist never raises it."""
+"""Of the coefficients: more mass, votes, margin or peak never lower a score, absence from the shortlist never raises
+it."""
 _ALONE, _WITH_RANKER, _WITH_NEIGHBORS, _EVERYTHING = (0, 3), (0, 3, 5, 6), (0, 1, 2, 3, 4), (0, 1, 2, 3, 4, 5, 6)
 """Coefficients that are fitted, by what takes part."""
 
@@ -133,7 +134,10 @@ class Interpolation:
             # What older runs do not say has its default.
             known = {name: getattr(cls(), name) for name in _ADDED_LATER} | dict(values)
             typed = {field.name: float(known[field.name]) for field in fields(cls)}
-            if not (np.isfinite([*typed.values()]).all() and typed["budget"] >= 1 and abs(typed["idf_power"]) <= 10):
+            is_sound = (
+                typed["budget"] >= 1 and abs(typed["idf_power"]) <= 10 and min(typed["margin"], typed["peak"]) >= 0
+            )
+            if not (np.isfinite([*typed.values()]).all() and is_sound):
                 raise ValueError("a number that is out of range")
             return cls(**typed | {name: int(known[name]) for name in ("count", "budget")})  # type: ignore[arg-type]
         except (KeyError, TypeError, ValueError) as error:

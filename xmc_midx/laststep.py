@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -49,6 +49,15 @@ class Scorer:
     """Where the settings need it."""
 
 
+class _Ranking(NamedTuple):
+    """What a model's linear ranker adds."""
+
+    arrays: tuple[NDArray[Any], ...]
+    coefficients: NDArray[np.float64]
+    span: float
+    """By how much that can differ between two labels."""
+
+
 class LastStep:
     """Adds what there is to the scores of models.
 
@@ -79,8 +88,8 @@ class LastStep:
         self._sources = [_arrays_of(one.source) for one in scorers]
         self._share = 1.0 / len(scorers)
         self._numbers = [(one.settings.coefficients, self._share, 1.0 / one.settings.temperature) for one in scorers]
-        self._margins = [
-            (one.ranker.arrays, one.settings.coefficients, one.settings.margin_span)
+        self._rankings = [
+            _Ranking(one.ranker.arrays, one.settings.coefficients, self._share * one.settings.margin_span)
             for one in scorers
             if one.ranker is not None and one.settings.needs_ranker
         ]
@@ -147,10 +156,11 @@ class LastStep:
             for query_BD, source, numbers in zip(queries[1:], self._sources[1:], self._numbers[1:], strict=True):
                 logits = (query_BD[part], *source)
                 _add(known_part[0], is_all, near, self._labels, logits, self.frequencies, *numbers, total, candidates)
-            for place, (arrays, coefficients, _) in enumerate(self._margins):
+            for place, one in enumerate(self._rankings):
                 # To look at their weights takes the longest.
-                drop_hopeless(candidates, k, share * sum(one[-1] for one in self._margins[place:]))
-                _add_margins(rows, begin, arrays, coefficients, share, zeros(num_features, np.float32), candidates)
+                drop_hopeless(candidates, k, sum(later.span for later in self._rankings[place:]))
+                dense = zeros(num_features, np.float32)
+                _add_margins(rows, begin, one.arrays, one.coefficients, share, dense, candidates)
             _write(candidates, result.label_ids[part], result.scores[part])
 
         in_threads(run, num_rows)

@@ -34,8 +34,8 @@ _PASSES = 6
 _TOLERANCE = 0.1
 """Largest projected gradient at which a label is done."""
 _SMALLEST = 0.25
-"""Smaller weights are dropped, for rows of length 1 with `_VALUES` values: a tenth are left, and rank as well
-(EXPERIMENTS.md, "Linear ranker")."""
+"""Smaller weights are dropped, for rows of length 1 with `_VALUES` values: a tenth of those from 0.1 on is left where
+rows are long, half where they are short, and they rank as well (EXPERIMENTS.md, "What a single feature says")."""
 _VALUES = 100
 """Of a row: more of them make up a margin by smaller weights."""
 _BLOCK = 1 << 21

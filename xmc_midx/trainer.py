@@ -128,7 +128,8 @@ class Trainer:
                     self.graphs.forget()
                 crash_point("refresh.begun")
                 self.softmax.refresh()
-                release_freed_memory()
+                if self.step % self.stream.steps_per_epoch == 0:
+                    release_freed_memory()
                 crash_point("refresh.done")
             self._set_rates()
             if sizes is None:

@@ -210,7 +210,7 @@ def test_plan_names_memory_where_it_does_not_fit() -> None:
     assert plan(data, config=load_config(assignments=["model.dim=10000000"])).bound == "memory"
 
 
-@pytest.mark.parametrize(("preset", "dim"), [("fast", 256), ("default", 384), ("best", 512)])
+@pytest.mark.parametrize(("preset", "dim"), [("fast", 256), ("default", 512), ("best", 512)])
 def test_plan_knows_the_presets(topic_dir: Path, capsys: pytest.CaptureFixture[str], preset: str, dim: int) -> None:
     assert app.run(["plan", str(topic_dir), "--preset", preset, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["config"]["model"]["dim"] == dim

@@ -109,6 +109,11 @@ def test_slopes_are_rounded_where_a_pool_has_many_labels() -> None:
     assert negatives(10**6, "sampler.name=full") == "all"
 
 
+@pytest.mark.parametrize("num_labels", [10, 100_000])
+def test_the_default_is_wider_where_instances_are_few(num_labels: int) -> None:
+    assert [resolve(Config(), data(size, num_labels)).model.dim for size in (100, 8192, 8193)] == [512, 512, 384]
+
+
 def test_the_ranker_learns_from_a_share_of_many_instances() -> None:
     def rivalled(num_instances: int, preset: str) -> object:
         config = load_config(assignments=[f"training.preset={preset}"])

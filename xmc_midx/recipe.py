@@ -56,6 +56,9 @@ class _Effort:
     """Where there are several: two models of half are worth more than one of all (EXPERIMENTS.md, "Ensembles")."""
     dim: int
     """Of each model."""
+    dim_of_few: int
+    """Where instances are no more than `ensembled`: the smallest sets gain, and it costs little (EXPERIMENTS.md,
+    "Ensembles")."""
     num_draws: int
     """Where there are more labels than a pool holds, at most."""
     num_pairs: int
@@ -78,6 +81,7 @@ _PRESETS = {
         epochs=0.3,
         epochs_of_each=0.3,
         dim=256,
+        dim_of_few=256,
         num_draws=512,
         num_pairs=1 << 19,
         pool_instances=512,
@@ -89,6 +93,7 @@ _PRESETS = {
         epochs=1.0,
         epochs_of_each=0.6,
         dim=384,
+        dim_of_few=512,
         num_draws=2048,
         num_pairs=1 << 20,
         pool_instances=512,
@@ -100,6 +105,7 @@ _PRESETS = {
         epochs=1.2,
         epochs_of_each=0.6,
         dim=512,
+        dim_of_few=512,
         num_draws=2048,
         num_pairs=1 << 21,
         pool_instances=1024,
@@ -154,7 +160,7 @@ def resolve(config: Config, shape: DataShape) -> Config:
     # twice is not learned by heart yet, what is seen ten times is (EXPERIMENTS.md, "Passes, dropout and rate").
     num_epochs = tree["training"]["epochs"]
     derive("training", "encoder_learning_rate", 0.36 / math.sqrt(num_epochs))
-    derive("model", "dim", effort.dim)
+    derive("model", "dim", effort.dim_of_few if of_few else effort.dim)
     derive("model", "dropout", min(0.6, num_epochs / 20))
     # What the last step is fitted to is what is stored (EXPERIMENTS.md, "The saved model").
     derive("model", "storage", "int4" if shape.num_labels >= CELLS_FROM else "int8")

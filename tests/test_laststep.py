@@ -34,7 +34,7 @@ class Parts:
         self.known, self.asked = rows(N, F, 0.2), rows(B, F, 0.2)
         self.neighbors = NeighborIndex(self.known, rows(N, L, 0.1))
         weights = rows(L, F, 0.3)
-        weights.data -= 0.5
+        weights.data = 4 * (weights.data - 0.5)
         self.ranker = LinearRanker(weights, rng.normal(size=L).astype(np.float16) / 2)
         self.query = torch.from_numpy(rng.normal(size=(B, 6)).astype(np.float32))
         self.table, self.bias = rng.normal(size=(L, 6)).astype(np.float32), rng.normal(size=L).astype(np.float32)

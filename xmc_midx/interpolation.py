@@ -331,14 +331,24 @@ def score_label(log_p: Any, vote: Any, num_instances: Any, is_outside: Any, coef
 @numba.njit(nogil=True, cache=True)
 def score_margin(margin: Any, peak: Any, coefficients: Any) -> Any:
     """The ranker's part of the formula."""
-    cut = min(max(np.float64(margin), -1.0), 1.0)
-    return coefficients[5] * cut + coefficients[6] * math.log1p(min(np.float64(peak), 1.0) / _NO_PEAK)
+    margin_term, peak_term = _terms_of(margin, peak)
+    return coefficients[5] * margin_term + coefficients[6] * peak_term
 
 
-def _margin_terms(margins: NDArray[np.float32], peaks: NDArray[np.float32]) -> tuple[_Floats, _Floats]:
+@numba.njit(nogil=True, cache=True)
+def _terms_of(margin: Any, peak: Any) -> Any:
     """What the last two coefficients are multiplied by."""
-    cut, peak = np.clip(margins.astype(np.float64), -1.0, 1.0), np.minimum(peaks.astype(np.float64), 1.0)
-    return cut, np.log1p(peak / _NO_PEAK)
+    cut = min(max(np.float64(margin), -1.0), 1.0)
+    return cut, math.log1p(min(np.float64(peak), 1.0) / _NO_PEAK)
+
+
+@numba.njit(nogil=True, cache=True)
+def _margin_terms(margins: Any, peaks: Any) -> Any:
+    """`_terms_of` each of C pairs, (2, C) float64."""
+    terms = np.empty((2, margins.shape[0]))
+    for place in range(margins.shape[0]):
+        terms[0, place], terms[1, place] = _terms_of(margins[place], peaks[place])
+    return terms
 
 
 @numba.njit(nogil=True, cache=True)

@@ -472,25 +472,28 @@ def _search(
     total, dense, touched, score = workspace
     budget, num_candidates = limits
     lengths = np.empty(np.diff(query_offsets[begin : end + 1]).max(), dtype=np.int64)
+    room = np.uint64(total.shape[0])
     for query in range(begin, end):
         first, last = query_offsets[query], query_offsets[query + 1]
         everything = _plan(queries, lists, budget, first, last, lengths)
-        num_touched = 0
+        count = np.uint64(0)
         for entry in range(first, last):
             feature, weight = query_ids[entry], query_values[entry]
-            for position in range(offsets[feature], offsets[feature] + lengths[entry - first]):
-                row = rows[position]
+            start, stop = np.uint64(offsets[feature]), np.uint64(offsets[feature] + lengths[entry - first])
+            for position in range(start, stop):
+                row = np.uint32(rows[position])
                 before = total[row]
                 # No branch: whether a row is new is a coin toss, and the processor would guess wrong.
-                touched[min(num_touched, total.shape[0])] = row
+                touched[min(count, room)] = row
                 is_new = np.isnan(before)
-                num_touched += is_new
+                count += np.uint64(is_new)
                 total[row] = weight * values[position] + (np.float32(0.0) if is_new else before)
         # A row whose sum is no number stays new.
-        num_touched = min(num_touched, total.shape[0])
+        num_touched = np.int64(min(count, room))
         for index in range(num_touched):
-            score[index] = total[touched[index]]
-            total[touched[index]] = np.nan
+            row = np.uint32(touched[index])
+            score[index] = total[row]
+            total[row] = np.nan
         if everything:
             write_best(touched, score, num_touched, found_BK[query], score_BK[query])
             continue
@@ -504,9 +507,9 @@ def _search(
             fetch(row_entries, row_offsets[ahead], row_offsets[ahead + 1])
             row = touched[index]
             product = np.float32(0.0)
-            for place in range(row_offsets[row], row_offsets[row + 1]):
-                entry = row_entries[place]
-                product += dense[entry >> 8] * np.float32(np.int8(entry & 0xFF))
+            for place in range(np.uint64(row_offsets[row]), np.uint64(row_offsets[row + 1])):
+                entry = np.uint64(row_entries[place])
+                product += dense[entry >> np.uint64(8)] * np.float32(np.int8(entry & np.uint64(0xFF)))
             score[index] = product * row_scale[row]
         write_best(touched, score, num_touched, found_BK[query], score_BK[query])
         for entry in range(first, last):
@@ -545,14 +548,15 @@ def sum_votes(
             weight = math.exp(sharpness * score_BK[query, place] - peak) / mass if row >= 0 else 0.0
             if weight <= 0.0:
                 continue
-            for entry in range(label_offsets[row], label_offsets[row + 1]):
-                label = label_ids[entry]
+            for entry in range(np.uint64(label_offsets[row]), np.uint64(label_offsets[row + 1])):
+                label = np.uint32(label_ids[entry])
                 if total[label] == 0.0:
                     ids[used] = label
                     used += 1
                 total[label] += weight
         for entry in range(first, used):
-            values[entry] = total[ids[entry]]
-            total[ids[entry]] = 0.0
+            label = np.uint32(ids[entry])
+            values[entry] = total[label]
+            total[label] = 0.0
         offsets[query + 1] = used
     return used

@@ -40,6 +40,8 @@ _VALUES = 100
 """Of a row: more of them make up a margin by smaller weights."""
 _BLOCK = 1 << 21
 """Weights held at once, before the small ones are dropped."""
+_SPOTS, _STRETCH = 1 << 14, 1 << 10
+"""Places that a row's features are marked at, by their last bits, and weights looked through at once."""
 
 
 class Margins(NamedTuple):
@@ -104,7 +106,7 @@ class LinearRanker:
         pairs.sort_indices()
         counts = np.diff(features.indptr).astype(np.int64)
         entries = np.concatenate([[0], np.cumsum(counts[pairs.indices])])[pairs.indptr]
-        rows = (features.indptr.astype(np.int64), features.indices, features.data.astype(np.float32))
+        rows = (features.indptr.astype(np.uint64), features.indices.astype(np.uint32), features.data.astype(np.float32))
         squares = np.asarray(features.multiply(features).sum(axis=1)).ravel().astype(np.float32)
         targets = (pairs.indptr.astype(np.int64), pairs.indices, pairs.data)
         blocks = _blocks(np.minimum(np.diff(entries), num_features))
@@ -266,19 +268,32 @@ def _margins(
 def row_margins(query_ids: Any, query_values: Any, label_ids: Any, model: Any, dense: Any, found: Any) -> None:
     """Of one row with labels, into `found`; `dense` (F,) is zeros, and left so."""
     offsets, feature_ids, weights, bias = model
+    marked, spots = np.zeros(_SPOTS, dtype=np.uint8), np.uint32(_SPOTS - 1)
     for entry in range(query_ids.shape[0]):
         dense[query_ids[entry]] = query_values[entry]
+        marked[np.uint32(query_ids[entry]) & spots] = 1
     last = label_ids.shape[0] - 1
+    shared = np.empty(_STRETCH, dtype=np.uint64)
     for place in range(label_ids.shape[0]):
         ahead = label_ids[min(place + AHEAD, last)]
         fetch(feature_ids, offsets[ahead], offsets[ahead + 1])
-        fetch(weights, offsets[ahead], offsets[ahead + 1])
         label = label_ids[place]
         margin, peak = bias[label], np.float32(0.0)
-        for entry in range(offsets[label], offsets[label + 1]):
-            product = dense[feature_ids[entry]] * weights[entry]
-            margin += product
-            peak = max(peak, product)
+        first, end = np.uint64(offsets[label]), np.uint64(offsets[label + 1])
+        while first < end:
+            stop = min(first + np.uint64(_STRETCH), end)
+            # A label has hundreds of features, of which an instance has few: to list those first, without a branch or
+            # a sum that waits for the one before, takes a third of the time. Unsigned numbers count from no end.
+            count = np.uint64(0)
+            for entry in range(first, stop):
+                shared[count] = entry
+                count += np.uint64(marked[np.uint32(feature_ids[entry]) & spots])
+            for number in range(count):
+                entry = shared[number]
+                product = dense[np.uint32(feature_ids[entry])] * weights[entry]
+                margin += product
+                peak = max(peak, product)
+            first = stop
         found.margins[place], found.peaks[place] = margin, peak
     for entry in range(query_ids.shape[0]):
         dense[query_ids[entry]] = 0.0

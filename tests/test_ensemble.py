@@ -19,7 +19,8 @@ from xmc_midx.config import Config
 from xmc_midx.data.dataset import load_dataset
 from xmc_midx.errors import DataError
 from xmc_midx.interpolation import Interpolation
-from xmc_midx.pipeline import TrainResult, _model_digest, plan
+from xmc_midx.pipeline import TrainResult, plan
+from xmc_midx.pipeline.prediction import _model_digest
 from xmc_midx.recipe import DataShape, resolve
 from xmc_midx.session import TrainingSession
 from xmc_midx.types import SilentReporter, TopK

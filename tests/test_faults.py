@@ -509,9 +509,9 @@ def test_a_disk_that_is_full_at_500_bytes(store: CheckpointStore, record_propert
 def test_too_little_disk_is_said_before_the_first_epoch(
     topic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from xmc_midx import pipeline
+    from xmc_midx.pipeline import planning
 
-    monkeypatch.setattr(pipeline, "_free_disk", lambda path: 1234)
+    monkeypatch.setattr(planning, "_free_disk", lambda path: 1234)
     with pytest.raises(ResourceError, match=r"needs [\d,]+ bytes on disk; 1,234 are free.*keep_checkpoints"):
         train(topic_dir, output=tmp_path / "run")
     assert not (tmp_path / "run").exists()

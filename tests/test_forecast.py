@@ -217,7 +217,7 @@ def test_plan_knows_the_presets(topic_dir: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_the_counts_of_the_data_are_those_of_the_training_split(topic_dir: Path) -> None:
-    from xmc_midx.pipeline import _training_data
+    from xmc_midx.pipeline.planning import _training_data
 
     dataset = load_dataset(topic_dir)
     assert dataset.train is not None

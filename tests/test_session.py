@@ -212,7 +212,7 @@ def test_propensities_of_a_known_dataset_hold_for_the_held_out_instances_too(
     topic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = find_spec("Amazon-670K")
-    monkeypatch.setattr("xmc_midx.pipeline.match_spec", lambda *_: spec)
+    monkeypatch.setattr("xmc_midx.pipeline.inputs.match_spec", lambda *_: spec)
     seen: list[tuple[float, float]] = []
     fit = session.fit_interpolation
 
@@ -222,7 +222,7 @@ def test_propensities_of_a_known_dataset_hold_for_the_held_out_instances_too(
 
     monkeypatch.setattr(session, "fit_interpolation", noted)
     known = train(topic_dir, output=tmp_path / "known", config=make_config("ranker.enabled=true"))
-    monkeypatch.setattr("xmc_midx.pipeline.match_spec", lambda *_: None)
+    monkeypatch.setattr("xmc_midx.pipeline.inputs.match_spec", lambda *_: None)
     unknown = train(topic_dir, output=tmp_path / "unknown", config=make_config("ranker.enabled=true"))
     assert seen == [known.propensity, unknown.propensity] == [(0.6, 2.6), (0.55, 1.5)]
     first = [history(tmp_path / name)[0]["validation"] for name in ("known", "unknown")]

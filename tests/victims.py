@@ -17,6 +17,7 @@ import torch._dynamo  # noqa: F401  # torch's optimisers load it when they are f
 from xmc_midx import crash, pipeline
 from xmc_midx.cli import app
 from xmc_midx.config import load_config
+from xmc_midx.pipeline import training
 from xmc_midx.signals import interrupt_on_signals
 from xmc_midx.types import SilentReporter
 
@@ -56,13 +57,13 @@ def command(words: list[str], points: str | None, number: int, log: str, loading
     interrupt_on_signals()
     crash.arm(points, number)
     if loading:
-        read = pipeline.load_dataset
+        read = training.load_dataset
 
         def interrupted(*arguments: Any, **options: Any) -> Any:
             os.kill(os.getpid(), number)
             return read(*arguments, **options)
 
-        pipeline.load_dataset = interrupted
+        training.load_dataset = interrupted
     code = app.run(words)
     sys.stdout.flush()
     sys.stderr.flush()

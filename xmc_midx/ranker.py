@@ -40,6 +40,8 @@ _VALUES = 100
 """Of a row: more of them make up a margin by smaller weights."""
 _BLOCK = 1 << 21
 """Weights held at once, before the small ones are dropped."""
+_TURNS = 4
+"""Of each thread: labels of the same number of weights do not take the same time."""
 _SPOTS, _STRETCH = 1 << 14, 1 << 10
 """Places that a row's features are marked at, by their last bits, and weights looked through at once."""
 
@@ -109,7 +111,8 @@ class LinearRanker:
         rows = (features.indptr.astype(np.uint64), features.indices.astype(np.uint32), features.data.astype(np.float32))
         squares = np.asarray(features.multiply(features).sum(axis=1)).ravel().astype(np.float32)
         targets = (pairs.indptr.astype(np.int64), pairs.indices, pairs.data)
-        blocks = _blocks(np.minimum(np.diff(entries), num_features))
+        num_threads = num_threads or numba.get_num_threads()
+        blocks = _blocks(np.minimum(np.diff(entries), num_features), at_least=_TURNS * num_threads)
 
         def train(block: tuple[int, int]) -> tuple[NDArray[Any], ...]:
             room = int(np.minimum(np.diff(entries[block[0] : block[1] + 1]), num_features).sum())
@@ -120,7 +123,7 @@ class LinearRanker:
             used = _train(rows, squares, targets, num_features, limits, *block, ids, weights, sizes, bias)
             return sizes, ids[:used].copy(), weights[:used].astype(np.float16), bias.astype(np.float16)
 
-        with ThreadPoolExecutor(num_threads or numba.get_num_threads()) as pool:
+        with ThreadPoolExecutor(num_threads) as pool:
             parts = list(pool.map(train, blocks))
         sizes, ids, weights, bias = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         assert bias.shape[0] == num_labels
@@ -164,10 +167,11 @@ class LinearRanker:
         return cls(weights, bias)
 
 
-def _blocks(sizes: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Ranges of labels with about `_BLOCK` weights each, one label at the least."""
+def _blocks(sizes: NDArray[np.int64], *, at_least: int) -> list[tuple[int, int]]:
+    """About so many ranges of labels or more, with about `_BLOCK` weights each at the most, one label at the least."""
     total = np.cumsum(sizes)
-    borders = np.searchsorted(total, np.arange(_BLOCK, total[-1] + _BLOCK, _BLOCK), side="left") + 1
+    block = min(_BLOCK, int(total[-1]) // at_least + 1)
+    borders = np.searchsorted(total, np.arange(block, total[-1] + block, block), side="left") + 1
     borders = np.unique(np.concatenate([[0], np.minimum(borders, sizes.shape[0]), [sizes.shape[0]]]))
     return [(int(begin), int(end)) for begin, end in itertools.pairwise(borders)]
 

@@ -237,3 +237,21 @@ def test_the_readme_draws_every_module_and_script() -> None:
     scripts = {str(path.relative_to(ROOT / "scripts")) for path in (ROOT / "scripts").rglob("*.[ps][yh]")}
     assert modules | scripts <= drawn
     assert {name for name in drawn if name not in modules | scripts} == set()
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def test_every_command_is_in_the_readme_and_has_a_place_in_the_reference() -> None:
+    commands = {name.removeprefix("cli.") for name in MODULES if name.startswith("cli.")}
+    commands -= {"app", "answers", "options", "render"}
+    readme, reference = (page.read_text(encoding="utf-8") for page in (PAGES[0], ROOT / "docs" / "commands.md"))
+    table = set(re.findall(r"`([a-z]+)\b", "\n".join(line for line in readme.splitlines() if line.startswith("| `"))))
+    headings = set(re.findall(r"[a-z]+", " ".join(re.findall(r"^## (.+)$", reference, flags=re.MULTILINE))))
+    assert commands <= table and commands == headings

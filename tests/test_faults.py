@@ -1,6 +1,6 @@
 """Faults, on real trainings in processes of their own: kills, signals, crash points, want of memory, damaged files.
 
-Each test bears the name of its fault in the table of the README (`scripts/fault_table.py` prints it).
+Each test bears the name of its fault in the table of docs/reliability.md (`scripts/fault_table.py` prints it).
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ falling order of
 
     z . codeword1 + z . codeword2 + bias of the cell, the largest of its labels',
 
-until they hold `num_candidates` labels, which are scored exactly, z . row + bias. README.md describes the files, and
-`scripts/read_midx.py` is the reference reader.
+until they hold `num_candidates` labels, which are scored exactly, z . row + bias. docs/commands.md describes the files,
+and `scripts/read_midx.py` is the reference reader.
 """
 
 from __future__ import annotations

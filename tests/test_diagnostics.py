@@ -28,6 +28,7 @@ from xmc_midx.diagnostics import Instances, TrainedModel, choose_instances, diag
 from xmc_midx.encoder import SparseEncoder
 from xmc_midx.errors import DataError, ResourceError, UsageError, XmcMidxError
 from xmc_midx.pipeline import Diagnosis, diagnose, train
+from xmc_midx.quantization import dequantize
 from xmc_midx.recipe import DataShape, resolve
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.types import SamplerDiagnosis, SilentReporter, Spread
@@ -380,7 +381,7 @@ def test_on_a_trained_model_the_theory_orders_the_samplers(diagnosis: Diagnosis)
 def test_a_diagnosis_is_of_the_run_s_model_on_scaled_rows(diagnosis: Diagnosis, run: Path, topic_dir: Path) -> None:
     """The uniform proposal from the model's tensors alone: relu(x E + e) W^T + b, x of length 1."""
     split = load_split(topic_dir / "train.txt")
-    table = {name: array.astype(float) for name, array in RunDirectory.open(run).read_model().items()}
+    table = {name: array.astype(float) for name, array in dequantize(RunDirectory.open(run).map_model()).items()}
     rows = split.features[choose_instances(split.labels, 100, seed=0)].toarray().astype(float)
     rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     queries = np.maximum(rows @ table["encoder.embedding"] + table["encoder.bias"], 0.0)

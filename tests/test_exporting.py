@@ -286,7 +286,7 @@ def test_what_is_in_the_directory_is_all_there_is_to_know(exported: Path, run: P
         "normalize": "l2",
         "num_train": 320,
     }
-    assert source.interpolation is not None and document["interpolation"] == source.interpolation.as_dict()
+    assert document["interpolation"] == source.interpolation.as_dict()
     assert source.calibration is not None and document["calibration"] == source.calibration.as_dict()
     for name in ("labels.txt", "vocabulary.txt"):
         assert (exported / name).read_bytes() == (data / name).read_bytes()

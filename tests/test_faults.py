@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 import victims
+from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from scipy.sparse import csr_matrix
@@ -34,6 +35,7 @@ from xmc_midx.checkpoint import CheckpointStore
 from xmc_midx.config import load_config
 from xmc_midx.data.files import sha256_of
 from xmc_midx.errors import DataError, DivergedError, ResourceError, UsageError
+from xmc_midx.exporting.source import ExportSource
 from xmc_midx.interpolation import Interpolation
 from xmc_midx.packing import pack_rows
 from xmc_midx.pipeline import evaluate, resume, train
@@ -740,6 +742,38 @@ def test_sealed_tensors_of_wrong_shapes_and_ids_are_refused(whole: Path, tmp_pat
 
 
 @pytest.mark.fault("R7")
+@pytest.mark.parametrize("name", ["labels.bias", "labels.weight", "train.label_frequencies", "encoder.bias", "D"])
+def test_arrays_of_a_finished_model_that_do_not_fit_together_are_refused(
+    whole: Path, tmp_path: Path, name: str
+) -> None:
+    """Compiled code reads as many numbers as one of them has: of the others, whatever lies behind."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    model = load_arrays(run / "model.safetensors")
+    for stored in [known for known in model if known.removesuffix(".int8").removesuffix(".scale") == name]:
+        model[stored] = model[stored][:-1].copy()
+    if name == "D":
+        model["labels.weight.int8"] = model["labels.weight.int8"][:, :-1].copy()
+    save_arrays(model, run / "model.safetensors")
+    RunDirectory.open(run).seal_model()
+    with pytest.raises(DataError, match="is no checkpoint of this run: ValueError"):
+        Predictor.load(run)
+    with pytest.raises(DataError, match="is no checkpoint of this run: ValueError"):
+        ExportSource.load(run)
+
+
+@pytest.mark.fault("R7")
+@pytest.mark.parametrize("record", [{}, {"data": 5}, {"test": 5}, {"fingerprint": []}, {"seconds": "long"}])
+def test_an_edited_record_of_a_training_is_refused(whole: Path, tmp_path: Path, record: dict[str, Any]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    known = json.loads((run / "run.json").read_text()) if record else {}
+    (run / "run.json").write_text(json.dumps(known | record))
+    with pytest.raises(DataError, match=r"run\.json: (is not what|does not say)"):
+        resume(run)
+
+
+@pytest.mark.fault("R7")
 @pytest.mark.parametrize(
     "text",
     [
@@ -786,7 +820,16 @@ def test_malicious_json_and_training_rows_are_refused(whole: Path, tmp_path: Pat
             Predictor.load(run)
     (best / "state.json").write_bytes(state)
     seal(best)
-    for text in ("[" * 200_000, "7", '{"weight": "x"}', "{}"):
+    changes = (
+        {"temperature": 0.0},
+        {"temperature": 1e-320},
+        {"count": -3},
+        {"count": 0, "votes": 1.0},
+        {"votes": -1.0},
+        {"outside": 0.5},
+    )
+    edited = [json.dumps(Interpolation().as_dict() | change) for change in changes]
+    for text in ("[" * 200_000, "7", '{"weight": "x"}', "{}", *edited):
         (run / "interpolation.json").write_text(text)
         with pytest.raises(DataError):
             Predictor.load(run)

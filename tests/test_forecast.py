@@ -239,3 +239,17 @@ def test_a_step_of_static_shapes_counts_twice_and_only_where_a_pool_is_whole() -
     # So many logits of a batch are never held at once.
     assert epoch("full", True, 70_000) == epoch("full", False, 70_000)
     assert epoch("lsh", True, 50_000) == epoch("lsh", False, 50_000)
+
+
+def test_what_the_forecast_knows_of_other_modules_is_so() -> None:
+    from xmc_midx import codebook, encoder, estimators, forecast, interpolation, neighbors, session, topk, trainer
+
+    assert trainer._START_POSITIVES == forecast._START_POSITIVES
+    assert interpolation._MOST_VOTED == forecast._MOST_VOTED
+    assert session._CELL_QUERIES == forecast._CELL_QUERIES
+    assert codebook._ASSIGN_CHUNK["cpu"] == forecast._ASSIGN_CHUNK
+    assert codebook._POINTS_PER_CODEWORD == forecast._POINTS_PER_CODEWORD
+    assert encoder._ENCODE_CHUNK == forecast._ENCODE_CHUNK
+    assert topk._CHUNK_ELEMENTS == estimators._CHUNK_ELEMENTS["cpu"] == forecast._SCORES_AT_ONCE
+    assert estimators._CHUNK_ELEMENTS["cuda"] == forecast._LOGITS_AT_ONCE_CUDA
+    assert 4 * (neighbors._LEVELS + 1) == forecast._FEATURE_LEVELS

@@ -66,6 +66,14 @@ def test_equal_neighbours_come_in_the_order_of_their_rows() -> None:
     assert scores.tolist() == [[1.0, 1.0, 1.0, 1.0]]
 
 
+@pytest.mark.parametrize("num_rows", [9, 1000])
+def test_equal_neighbours_of_dense_rows_too(num_rows: int) -> None:
+    rows = sp.csr_matrix(np.full((num_rows, 20), 0.25, dtype=np.float32))
+    found, scores = NeighborIndex(rows, sp.csr_matrix(np.ones((num_rows, 1)))).search(rows[:2], 3)
+    assert found.tolist() == [[0, 1, 2]] * 2
+    np.testing.assert_allclose(scores, np.full((2, 3), 1.25))
+
+
 def test_negative_values_are_neighbours_too_and_come_last() -> None:
     rows = sp.csr_matrix(np.array([[-1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=np.float32))
     found, scores = NeighborIndex(rows, sp.csr_matrix(np.ones((3, 1)))).search(rows[1:2], 3)
@@ -223,7 +231,10 @@ def test_compiled_code_is_found_where_it_is_kept(monkeypatch: pytest.MonkeyPatch
     rows = normalize_rows(random_rows(20, 9, 0.3, seed=1))
     NeighborIndex(rows, sp.csr_matrix((20, 2), dtype=np.float32)).search(rows, 2)
     assert module.is_compiled()
-    monkeypatch.setattr(module, "_search", SimpleNamespace(stats=SimpleNamespace(cache_path=str(tmp_path))))
+    stats = SimpleNamespace(cache_path=str(tmp_path))
+    monkeypatch.setattr(module, "_search", SimpleNamespace(stats=stats, py_func=module._search.py_func))
+    for name in ("neighbors._search-1.py311.nbi", "neighbors.count_votes-516.py311.nbi"):  # of an earlier release
+        (tmp_path / name).touch()
     assert not module.is_compiled()
 
 

@@ -25,6 +25,7 @@ from xmc_midx.errors import DataError, DivergedError, ResourceError, UsageError
 from xmc_midx.metrics import evaluate_topk, without_ignored
 from xmc_midx.pipeline import TrainResult, evaluate, export, plan, predict, resume, train
 from xmc_midx.predictor import Predictor
+from xmc_midx.quantization import dequantize
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.session import TrainingSession
 from xmc_midx.types import SilentReporter, TopK
@@ -299,7 +300,7 @@ def test_a_stored_models_mean_logits_are_those_of_the_trained_one(
 ) -> None:
     train(topic_dir, output=tmp_path / "run", config=make_config("training.epochs=1", f"model.storage={storage}"))
     run = RunDirectory.open(tmp_path / "run")
-    trained, stored = map_model(run, "latest")[0], run.read_model()
+    trained, stored = map_model(run, "latest")[0], dequantize(run.map_model())
     rows = load_split(topic_dir / "train.txt").features.toarray()
     rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
 

@@ -50,6 +50,30 @@ def test_each_label_is_liblinears_optimum_over_its_positives_and_rivals(monkeypa
     assert not found[6].any()
 
 
+def test_margins_of_long_labels_and_of_features_whose_marks_are_the_same() -> None:
+    """More weights than are looked through at once, and pairs of features that lie where the marks begin anew."""
+    rng = np.random.default_rng(11)
+    num_features, apart = 40_000, ranker._SPOTS
+    lengths = (0, 1, ranker._STRETCH - 1, ranker._STRETCH, ranker._STRETCH + 1, 3000, num_features)
+    weights = np.zeros((len(lengths), num_features), dtype=np.float16)
+    for label, length in enumerate(lengths):
+        ids = rng.choice(num_features, length, replace=False)
+        weights[label, ids] = rng.normal(size=length)
+    weights[1:, [5, 5 + apart]] = [[0.5, 4.0]]
+    bias = rng.normal(size=len(lengths)).astype(np.float16)
+    stored = sp.csr_matrix(weights.astype(np.float32))
+    half = csr_matrix((stored.data.astype(np.float16), stored.indices, stored.indptr), shape=stored.shape)
+    rows = np.zeros((4, num_features), dtype=np.float32)
+    for row in rows[1:]:
+        row[rng.choice(num_features, 200, replace=False)] = rng.normal(size=200)
+    rows[1, [5, 5 + apart]], rows[2, [5, 5 + apart]] = (1.0, 0.0), (0.0, 1.0)  # one of the two is the row's
+    instance, label = np.divmod(np.arange(4 * len(lengths)), len(lengths))
+    found = LinearRanker(half, bias).margins(csr_matrix(rows), instance, label)
+    products = rows[instance].astype(np.float64) * weights[label].astype(np.float64)
+    np.testing.assert_allclose(found.margins, products.sum(axis=1) + bias[label], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.peaks, products.max(axis=1, initial=0.0), rtol=1e-6)
+
+
 def test_few_passes_separate_and_small_weights_are_dropped() -> None:
     rows, truth, rivals = problem()
     rows = normalize_rows(rows)

@@ -333,9 +333,9 @@ def map_model(
     return arrays, saved.path, False
 
 
-def read_model(run: RunDirectory, name: str = "best", *, verify: bool = True) -> tuple[dict[str, torch.Tensor], Path]:
-    """The tensors of `map_model`, tables in float32, and where they lie."""
-    arrays, source, _ = map_model(run, name, verify=verify)
+def read_model(run: RunDirectory) -> tuple[dict[str, torch.Tensor], Path]:
+    """The tensors of the best model as of `map_model`, tables in float32, and where they lie."""
+    arrays, source, _ = map_model(run)
     with refuse_misfits(source):
         return {name: torch.from_numpy(array) for name, array in dequantize(arrays).items()}, source
 

@@ -41,6 +41,7 @@ from xmc_midx.config import Config
 from xmc_midx.data.features import FeatureScaling
 from xmc_midx.encoder import SparseEncoder
 from xmc_midx.errors import DataError, UsageError
+from xmc_midx.quantization import require_one_model
 from xmc_midx.rows import sparse_rows
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.softmax import LabelSoftmax
@@ -90,12 +91,13 @@ class TrainedModel:
                 f"{source}: does not hold the label frequencies, which the samplers need.",
                 hint="It is of an older release; train again.",
             )
-        num_features = model["encoder.embedding"].shape[0]
         with refuse_misfits(source):
+            require_one_model({name: tensor.numpy() for name, tensor in model.items()})
+            num_features = model["encoder.embedding"].shape[0]
             scaling = FeatureScaling.of(run.config.data, model, num_features)
-        encoder = build_encoder(run.config, num_features)
-        names = {n.removeprefix("encoder."): t for n, t in model.items() if n.startswith("encoder.")}
-        encoder.load_state_dict(names, assign=True)
+            encoder = build_encoder(run.config, num_features)
+            names = {n.removeprefix("encoder."): t for n, t in model.items() if n.startswith("encoder.")}
+            encoder.load_state_dict(names, assign=True)
         return cls(
             config=run.config,
             encoder=encoder.to(device).eval(),

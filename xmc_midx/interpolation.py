@@ -57,6 +57,8 @@ __all__ = [
 SHORTLIST = 100
 """Labels of the model that take part."""
 _TEMPERATURES = (0.05, 0.1)
+_LEAST_TEMPERATURE = 1e-6
+"""That is read from a file: a softmax still is a number."""
 _NO_VOTES = 1e-3
 """What a label without votes has, so that its logarithm is finite."""
 _NO_PEAK = 0.03
@@ -135,7 +137,11 @@ class Interpolation:
             known = {name: getattr(cls(), name) for name in _ADDED_LATER} | dict(values)
             typed = {field.name: float(known[field.name]) for field in fields(cls)}
             is_sound = (
-                typed["budget"] >= 1 and abs(typed["idf_power"]) <= 10 and min(typed["margin"], typed["peak"]) >= 0
+                typed["budget"] >= 1
+                and typed["count"] >= (typed["mixture"] > 0 or typed["votes"] > 0)
+                and typed["temperature"] >= _LEAST_TEMPERATURE
+                and abs(typed["idf_power"]) <= 10
+                and all(low <= typed[name] <= high for name, (low, high) in zip(_NAMES, _BOUNDS, strict=True))
             )
             if not (np.isfinite([*typed.values()]).all() and is_sound):
                 raise ValueError("a number that is out of range")

@@ -196,8 +196,8 @@ class NeighborIndex:
 
 def is_compiled() -> bool:
     """Whether the code of this module was compiled on this machine before, as after the first training it is."""
-    place = _search.stats.cache_path
-    return place is not None and any(Path(place).glob(f"{Path(__file__).stem}*.nbi"))
+    place, line = _search.stats.cache_path, _search.py_func.__code__.co_firstlineno
+    return place is not None and any(Path(place).glob(f"{Path(__file__).stem}._search-{line}.*.nbi"))
 
 
 def tune_budget(index: NeighborIndex, features: csr_matrix, count: int) -> int:
@@ -368,21 +368,23 @@ def _dense_search(
     query_BF: NDArray[np.float32], row_NF: NDArray[np.float32], count: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """As `NeighborIndex.search`, from all products."""
-    num_rows, most = query_BF.shape[0], min(count, row_NF.shape[0])
+    num_rows = query_BF.shape[0]
     rows_BK = np.full((num_rows, count), -1, dtype=np.int64)
     scores_BK = np.zeros((num_rows, count), dtype=np.float32)
     step = max(1, _CHUNK // row_NF.shape[0])
     for begin in range(0, num_rows, step):
         part = slice(begin, begin + step)
-        products = query_BF[part] @ row_NF.T
-        best = np.argpartition(-products, most - 1, axis=1)[:, :most]
-        score = np.take_along_axis(products, best, axis=1)
-        order = np.lexsort((best, -score), axis=1)
-        rows_BK[part, :most] = np.take_along_axis(best, order, axis=1)
-        scores_BK[part, :most] = np.take_along_axis(score, order, axis=1)
+        _write_best_rows(query_BF[part] @ row_NF.T, rows_BK[part], scores_BK[part])
     # Without features, no row is nearer than another.
     rows_BK[~query_BF.any(axis=1)] = -1
     return rows_BK, scores_BK
+
+
+@numba.njit(nogil=True, cache=True)
+def _write_best_rows(products_BN: Any, rows_BK: Any, scores_BK: Any) -> None:
+    for query in range(products_BN.shape[0]):
+        rows = np.arange(products_BN.shape[1])
+        write_best(rows, products_BN[query], products_BN.shape[1], rows_BK[query], scores_BK[query])
 
 
 def _is_dense(features: csr_matrix) -> bool:
@@ -489,7 +491,7 @@ def _search(
                 count += np.uint64(is_new)
                 total[row] = weight * values[position] + (np.float32(0.0) if is_new else before)
         # A row whose sum is no number stays new.
-        num_touched = np.int64(min(count, room))
+        num_touched: Any = np.int64(min(count, room))
         for index in range(num_touched):
             row = np.uint32(touched[index])
             score[index] = total[row]
@@ -508,8 +510,8 @@ def _search(
             row = touched[index]
             product = np.float32(0.0)
             for place in range(np.uint64(row_offsets[row]), np.uint64(row_offsets[row + 1])):
-                entry = np.uint64(row_entries[place])
-                product += dense[entry >> np.uint64(8)] * np.float32(np.int8(entry & np.uint64(0xFF)))
+                both = np.uint64(row_entries[place])
+                product += dense[both >> np.uint64(8)] * np.float32(np.int8(both & np.uint64(0xFF)))
             score[index] = product * row_scale[row]
         write_best(touched, score, num_touched, found_BK[query], score_BK[query])
         for entry in range(first, last):

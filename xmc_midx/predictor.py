@@ -24,9 +24,9 @@ from xmc_midx.index import CellIndex, StoredIndex, build_index, excluded_of
 from xmc_midx.interpolation import SHORTLIST, Interpolation
 from xmc_midx.laststep import LastStep, Scorer
 from xmc_midx.neighbors import NeighborIndex
-from xmc_midx.quantization import StoredTable
+from xmc_midx.quantization import StoredTable, require_one_model
 from xmc_midx.ranker import LinearRanker
-from xmc_midx.rundir import RunDirectory
+from xmc_midx.rundir import Added, RunDirectory
 from xmc_midx.topk import concatenate_topk
 from xmc_midx.types import LabelIndex, Reporter, SilentReporter, TopK
 
@@ -140,14 +140,14 @@ class Predictor:
         where = find_device(device)
         with refuse_misfits(source):
             cells = directory.map_cells() if is_finished and where.type == "cpu" else None
-            added = directory.interpolation(verify=verify)
+            added = directory.added(verify=verify)
             found = cls._build(directory, model, where, added, cells=cells, exact=exact)
         neighbors = found.neighbors
         for path in directory.finished_members if is_finished else ():
             member = RunDirectory.open(path)
             model = member.map_model(verify=verify)
             with refuse_misfits(path):
-                added = member.interpolation(verify=verify, neighbors=neighbors)
+                added = member.added(verify=verify, neighbors=neighbors)
                 one = cls._build(member, model, where, added, is_member=True)
             if (one.num_features, one.num_labels) != (found.num_features, found.num_labels):
                 raise DataError(f"{path}: is of other features or labels than {directory.path}.", hint="It was edited.")
@@ -162,13 +162,14 @@ class Predictor:
         directory: RunDirectory,
         model: Mapping[str, np.ndarray],
         device: torch.device,
-        added: tuple[Interpolation, NeighborIndex | None, LinearRanker | None] | None,
+        added: Added,
         *,
         cells: Mapping[str, np.ndarray] | None = None,
         exact: bool = False,
         is_member: bool = False,
     ) -> Predictor:
         """Of a run directory's arrays and what is added to them; a member looks for no labels."""
+        require_one_model(model)
         table, bias = StoredTable.take(model, "labels.weight"), model["labels.bias"]
         index: LabelIndex
         if cells is not None:
@@ -192,10 +193,10 @@ class Predictor:
             vocabulary=directory.vocabulary(),
             label_frequencies=np.asarray(model["train.label_frequencies"]),
             num_train=int(model["train.num_instances"]),
-            interpolation=added[0] if added else None,
-            neighbors=added[1] if added else None,
-            ranker=added[2] if added else None,
-            calibration=directory.calibration(),
+            interpolation=added.settings,
+            neighbors=added.neighbors,
+            ranker=added.ranker,
+            calibration=added.calibration,
         )
 
     @property
@@ -322,11 +323,7 @@ class Predictor:
         top, background = self._search(queries, features, max(k, BACKGROUND), allow, deny), None
         if allow is not None or deny is not None:
             background = self._search(queries, features, BACKGROUND, None, None)
-        tops = [
-            calibrate(top, one.calibration, background=background)
-            for one in (self, *self.members)
-            if one.calibration is not None
-        ]
+        tops = [calibrate(top, one.require_calibration(), background=background) for one in (self, *self.members)]
         scores = np.mean([one.scores for one in tops], axis=0) if len(tops) > 1 else tops[0].scores
         return TopK(label_ids=tops[0].label_ids[:, :k], scores=scores[:, :k])
 

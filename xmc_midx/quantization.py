@@ -17,7 +17,7 @@ from scipy.sparse import csr_matrix
 from xmc_midx.intrinsics import AHEAD, fetch_row, for_each_type
 from xmc_midx.threads import in_threads
 
-__all__ = ["StoredTable", "dequantize", "quantize", "read_only", "row_product"]
+__all__ = ["StoredTable", "dequantize", "quantize", "read_only", "require_one_model", "row_product"]
 
 _BYTES, _HALVES, _SCALES = ".int8", ".int4", ".scale"
 _CHUNK_ROWS = 1 << 12
@@ -47,7 +47,10 @@ class StoredTable:
         """A table of what `quantize` gave; a LookupError or ValueError where it is not there, or damaged."""
         kind = _HALVES if name + _HALVES in arrays else _BYTES
         if name + kind not in arrays:
-            return cls.of(np.ascontiguousarray(arrays[name], dtype=np.float32))
+            table = np.ascontiguousarray(arrays[name], dtype=np.float32)
+            if table.ndim != 2:
+                raise ValueError(f"{name}: {table.ndim} dimensions, expected 2")
+            return cls.of(table)
         codes, scales = arrays[name + kind], arrays[name + _SCALES]
         expected = np.uint8 if kind == _HALVES else np.int8
         if codes.dtype != expected or codes.ndim != 2 or scales.dtype != np.float32:
@@ -98,6 +101,28 @@ class StoredTable:
             rows = slice(begin, begin + _CHUNK_ROWS)
             found_R[rows] = table_RD[rows] @ before_D - self.rows(rows) @ after_D
         return found_R
+
+
+def require_one_model(arrays: Arrays) -> None:
+    """That tables, biases and label frequencies are of the same labels and the same D: compiled code follows sizes
+    without looking.
+
+    Parameters
+    ----------
+    arrays : of a whole model, as `quantize` gave them.
+
+    Raises
+    ------
+    ValueError, LookupError : they are not, or one is missing.
+    """
+    labels, features = (StoredTable.take(arrays, name).shape for name in ("labels.weight", "encoder.embedding"))
+    vectors = {name: (arrays[name].shape, labels[:1]) for name in ("labels.bias", "train.label_frequencies")}
+    vectors["encoder.bias"] = arrays["encoder.bias"].shape, features[1:]
+    for name, (found, expected) in vectors.items():
+        if found != expected:
+            raise ValueError(f"{name}: shape {found}, expected {expected}")
+    if labels[1] != features[1]:
+        raise ValueError(f"labels of {labels[1]} numbers and features of {features[1]}")
 
 
 def read_only(array: NDArray[Any]) -> NDArray[Any]:

@@ -41,7 +41,9 @@ _VALUES = 100
 _BLOCK = 1 << 21
 """Weights held at once, before the small ones are dropped."""
 _TURNS = 4
-"""Of each thread: labels of the same number of weights do not take the same time."""
+"""Blocks of each thread, at least: those of the same number of weights do not take the same time."""
+_OWN = 2
+"""Beside 1 for a rival."""
 _SPOTS, _STRETCH = 1 << 14, 1 << 10
 """Places that a row's features are marked at, by their last bits, and weights looked through at once."""
 
@@ -69,7 +71,8 @@ class LinearRanker:
         self.weights, self.bias = weights, bias
         offsets, ids = weights.indptr.astype(np.int64), weights.indices
         self.arrays = (offsets, ids, weights.data.astype(np.float32), bias.astype(np.float32))
-        """What compiled code takes."""
+        """What compiled code takes: where each label's weights begin (L + 1), their feature ids and values, the biases
+        (L,)."""
 
     @property
     def num_labels(self) -> int:
@@ -99,18 +102,19 @@ class LinearRanker:
         """
         assert labels.shape == rivals.shape and features.shape[0] == labels.shape[0]
         num_features, num_labels = features.shape[1], labels.shape[1]
-        signs = csr_matrix((np.full(labels.nnz, 2, dtype=np.int8), labels.indices, labels.indptr), shape=labels.shape)
+        # Of a pair that is both, the sum is of its own.
+        own = csr_matrix((np.full(labels.nnz, _OWN, dtype=np.int8), labels.indices, labels.indptr), shape=labels.shape)
         others = csr_matrix((np.ones(rivals.nnz, dtype=np.int8), rivals.indices, rivals.indptr), shape=rivals.shape)
         if not others.has_canonical_format:
             others.sum_duplicates()
             others.data[:] = 1
-        pairs = (signs + others).tocsc()
+        pairs = (own + others).tocsc()
         pairs.sort_indices()
         counts = np.diff(features.indptr).astype(np.int64)
         entries = np.concatenate([[0], np.cumsum(counts[pairs.indices])])[pairs.indptr]
         rows = (features.indptr.astype(np.uint64), features.indices.astype(np.uint32), features.data.astype(np.float32))
         squares = np.asarray(features.multiply(features).sum(axis=1)).ravel().astype(np.float32)
-        targets = (pairs.indptr.astype(np.int64), pairs.indices, pairs.data)
+        targets = (pairs.indptr.astype(np.int64), pairs.indices, pairs.data >= _OWN)
         num_threads = num_threads or numba.get_num_threads()
         blocks = _blocks(np.minimum(np.diff(entries), num_features), at_least=_TURNS * num_threads)
 
@@ -168,7 +172,8 @@ class LinearRanker:
 
 
 def _blocks(sizes: NDArray[np.int64], *, at_least: int) -> list[tuple[int, int]]:
-    """About so many ranges of labels or more, with about `_BLOCK` weights each at the most, one label at the least."""
+    """Ranges of labels, some `at_least` of them, with about `_BLOCK` weights each at the most and one label at the
+    least."""
     total = np.cumsum(sizes)
     block = min(_BLOCK, int(total[-1]) // at_least + 1)
     borders = np.searchsorted(total, np.arange(block, total[-1] + block, block), side="left") + 1
@@ -190,9 +195,15 @@ def _train(
     sizes: Any,
     bias: Any,
 ) -> int:
-    """Labels begin..end one after the other; returns the number of weights that were kept."""
+    """Labels begin..end one after the other, into `sizes` and `bias` and one behind the other into `found_ids` and
+    `found_weights`; returns the number of weights that were kept.
+
+    `rows`: offsets (N + 1), feature ids and values of the instances; `squares` (N,) their squared lengths; `targets`:
+    offsets (L + 1), instances and, of each, whether the label is its own, or else a rival; `limits`: cost, passes,
+    tolerance, smallest weight.
+    """
     row_offsets, row_ids, row_values = rows
-    offsets, instances, signs = targets
+    offsets, instances, is_own = targets
     weight = np.zeros(num_features, dtype=np.float32)
     cost, passes, tolerance, smallest = limits
     diagonal = np.float32(0.5 / cost)
@@ -212,7 +223,7 @@ def _train(
                 order[last], order[pick] = order[pick], order[last]
                 place = order[last]
                 row = instances[first + place]
-                sign = np.float32(1.0 if signs[first + place] >= 2 else -1.0)
+                sign = np.float32(1.0 if is_own[first + place] else -1.0)
                 margin = offset
                 for entry in range(row_offsets[row], row_offsets[row + 1]):
                     margin += weight[row_ids[entry]] * row_values[entry]
@@ -270,7 +281,8 @@ def _margins(
 
 @numba.njit(nogil=True, cache=True)
 def row_margins(query_ids: Any, query_values: Any, label_ids: Any, model: Any, dense: Any, found: Any) -> None:
-    """Of one row with labels, into `found`; `dense` (F,) is zeros, and left so."""
+    """Of one row, its features and their values, with labels (C,), into `found`; `model` is `LinearRanker.arrays`, and
+    `dense` (F,) float32 is zeros, and left so."""
     offsets, feature_ids, weights, bias = model
     marked, spots = np.zeros(_SPOTS, dtype=np.uint8), np.uint32(_SPOTS - 1)
     for entry in range(query_ids.shape[0]):

@@ -20,6 +20,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,7 +35,6 @@ from xmc_midx.data.files import atomic_write, read_json, sha256_of
 from xmc_midx.errors import DataError, ResourceError, UsageError
 from xmc_midx.interpolation import Interpolation
 from xmc_midx.neighbors import NeighborIndex, save_rows
-from xmc_midx.quantization import dequantize
 from xmc_midx.ranker import LinearRanker
 from xmc_midx.tensorfile import write_arrays
 
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 
     from xmc_midx.data.vocabulary import Vocabulary
 
-__all__ = ["RunDirectory"]
+__all__ = ["Added", "Provenance", "RunDirectory"]
 
-_Added = TypeVar("_Added", NeighborIndex, LinearRanker)
+_Part = TypeVar("_Part", NeighborIndex, LinearRanker)
 _MODEL, _MODEL_RECORD = "model.safetensors", "model.json"
 _MODEL_FORMAT, _READ_FORMATS = 2, (1, 2)
 """The second may hold tables in int4."""
@@ -59,6 +59,27 @@ _OURS = {
     *("config.yaml", "run.json", "metrics.jsonl", "checkpoints", "best", "latest", ".lock", _LABELS, _VOCABULARY),
     *(_MODEL, _MODEL_RECORD, _CELLS, _INTERPOLATION, _NEIGHBORS, _RANKER, _MEMBERS),
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """What `run.json` says of a training; None where it says nothing."""
+
+    data: str | None
+    test: str | None
+    fingerprint: str | None
+    seconds: float | None
+    """Of a finished training."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Added:
+    """What is added to a model's scores, and what makes probabilities of them; the default is nothing."""
+
+    settings: Interpolation = field(default_factory=Interpolation)
+    neighbors: NeighborIndex | None = None
+    ranker: LinearRanker | None = None
+    calibration: Calibration | None = None
 
 
 class RunDirectory:
@@ -247,6 +268,18 @@ class RunDirectory:
             raise DataError(f"{self.path / name}: expected a JSON object.")
         return value
 
+    def provenance(self) -> Provenance:
+        """What `run.json` says of the training; a DataError where the file is missing, damaged or edited."""
+        record = self.read_json("run.json")
+        texts = {name: record.get(name) for name in ("data", "test", "fingerprint")}
+        seconds = record.get("seconds")
+        if not (
+            all(value is None or isinstance(value, str) for value in texts.values())
+            and (seconds is None or (isinstance(seconds, int | float) and seconds >= 0))
+        ):
+            raise DataError(f"{self.path / 'run.json'}: is not what `train` wrote.", hint="It was edited.")
+        return Provenance(**texts, seconds=seconds)
+
     def finish(self, seconds: float) -> None:
         """Note in `run.json` that the training has come to its end, after so long; a second note changes nothing."""
         record = self.read_json("run.json")
@@ -284,13 +317,6 @@ class RunDirectory:
         paths = [self.path / name for name in names if (self.path / name).exists()]
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
         self.write_json(_MODEL_RECORD, {"format": _MODEL_FORMAT, "files": files})
-
-    def read_model(self, *, verify: bool = True) -> dict[str, NDArray[Any]]:
-        """What `write_model` was given, tables in float32; errors as of `map_model`."""
-        try:
-            return dequantize(self.map_model(verify=verify))
-        except (LookupError, ValueError, TypeError) as error:
-            raise DataError(f"{self.path / _MODEL}: holds no model: {error}.", hint="It was edited.") from None
 
     def map_model(self, *, verify: bool = True) -> dict[str, NDArray[Any]]:
         """What `write_model` was given, mapped from the file: only what is used is read.
@@ -354,8 +380,9 @@ class RunDirectory:
     def write_interpolation(
         self,
         interpolation: Interpolation,
-        training_rows: tuple[csr_matrix, csr_matrix] | None,
-        ranker: LinearRanker | None,
+        *,
+        training_rows: tuple[csr_matrix, csr_matrix] | None = None,
+        ranker: LinearRanker | None = None,
         validation: Mapping[str, float],
         calibration: Calibration | None = None,
     ) -> None:
@@ -406,10 +433,8 @@ class RunDirectory:
             hint = "It was edited, or an earlier version wrote it: train anew."
             raise DataError(f"{self.path / _INTERPOLATION}: {error.message}", hint=hint) from None
 
-    def interpolation(
-        self, *, verify: bool = True, neighbors: NeighborIndex | None = None
-    ) -> tuple[Interpolation, NeighborIndex | None, LinearRanker | None] | None:
-        """What `write_interpolation` kept; None where it was not called.
+    def added(self, *, verify: bool = True, neighbors: NeighborIndex | None = None) -> Added:
+        """What `write_interpolation` kept; nothing where it was not called.
 
         Parameters
         ----------
@@ -422,7 +447,7 @@ class RunDirectory:
         """
         settings = self.settings()
         if settings is None:
-            return None
+            return Added()
         values = self.read_json(_INTERPOLATION)
         if neighbors is None or not settings.needs_neighbors:
             read_rows = functools.partial(NeighborIndex.load, idf_power=settings.idf_power)
@@ -438,11 +463,11 @@ class RunDirectory:
             )
         if (settings.needs_neighbors and neighbors is None) or (settings.needs_ranker and ranker is None):
             raise DataError(f"{self.path / _INTERPOLATION}: names no file of what it needs.", hint="It was edited.")
-        return settings, neighbors, ranker
+        return Added(settings=settings, neighbors=neighbors, ranker=ranker, calibration=self.calibration())
 
     def _read_added(
-        self, values: Mapping[str, Any], name: str, hash_name: str, read: Callable[[Path], _Added], verify: bool
-    ) -> _Added | None:
+        self, values: Mapping[str, Any], name: str, hash_name: str, read: Callable[[Path], _Part], verify: bool
+    ) -> _Part | None:
         expected = values.get(hash_name)
         if expected is None:
             return None

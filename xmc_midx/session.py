@@ -338,7 +338,7 @@ class TrainingSession:
         self.reporter.start("interpolation", None)
         if neighbors is None and ranker is None:
             calibration = fit_calibration(shortlist, labels)
-            self.run_directory.write_interpolation(Interpolation(), None, None, self.validation, calibration)
+            self.run_directory.write_interpolation(Interpolation(), validation=self.validation, calibration=calibration)
             return
         num_train = self.trainer.stream.num_instances
         chosen = fit_interpolation(
@@ -373,7 +373,9 @@ class TrainingSession:
         if chosen.needs_neighbors and (self.first is None or self.first.settings_of_rows() is None):
             rows = self._scaling(self._training.features), self._training.labels
         kept = ranker if chosen.needs_ranker else None
-        self.run_directory.write_interpolation(chosen, rows, kept, self.validation, calibration)
+        self.run_directory.write_interpolation(
+            chosen, training_rows=rows, ranker=kept, validation=self.validation, calibration=calibration
+        )
 
     def _train_ranker(self) -> LinearRanker:
         """Classifiers that tell the labels which the model confuses apart, on the training instances."""
@@ -599,7 +601,7 @@ class TrainingSession:
                 self._forget_best(error)
         if self.run_directory.has_model:
             # The checkpoints were saved before the end.
-            self.seconds = float(self.run_directory.read_json("run.json").get("seconds", self.seconds))
+            self.seconds = self.run_directory.provenance().seconds or self.seconds
         self._saved = (self.trainer.step, self._pending is not None)
         self._point_back()
 

@@ -178,7 +178,7 @@ def _refuse_changes(run: Path, test: str | None, config: str | None, assignments
 
     directory = RunDirectory.open(run)
     changed = changed_keys(directory.config, config, assignments=assignments)
-    if test is not None and os.path.realpath(test) != directory.read_json("run.json").get("test"):
+    if test is not None and os.path.realpath(test) != directory.provenance().test:
         changed.append("--test")
     if changed:
         raise UsageError(

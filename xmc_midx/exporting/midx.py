@@ -63,10 +63,9 @@ def export_midx(source: ExportSource, queries: Queries | None, target: Path) -> 
     measured = [Measurement.missing("midx", settings)]
     if queries is not None:
         measured = [queries.measure("midx", search_at(num_candidates), settings), queries.exact()]
-    interpolation = source.interpolation
     for name, is_needed in (
-        ("neighbors.safetensors", interpolation is not None and interpolation.needs_neighbors),
-        ("ranker.safetensors", interpolation is not None and interpolation.needs_ranker),
+        ("neighbors.safetensors", source.interpolation.needs_neighbors),
+        ("ranker.safetensors", source.interpolation.needs_ranker),
     ):
         if is_needed:
             (target / name).write_bytes((source.directory.path / name).read_bytes())
@@ -77,7 +76,7 @@ def export_midx(source: ExportSource, queries: Queries | None, target: Path) -> 
         "kind": "midx",
         "model": source.facts(),
         "index": {"quantizer": _QUANTIZER, "num_codewords": len(index["index.codewords1"]), **settings},
-        "interpolation": None if interpolation is None else interpolation.as_dict(),
+        "interpolation": source.interpolation.as_dict(),
         "calibration": None if source.calibration is None else source.calibration.as_dict(),
         "measured": [one.as_dict() for one in measured],
     }

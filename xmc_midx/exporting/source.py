@@ -70,7 +70,7 @@ class ExportSource:
 
     directory: RunDirectory
     model: TrainedModel
-    interpolation: Interpolation | None
+    interpolation: Interpolation
     calibration: Calibration | None
     label_names: Sequence[str] | None
     has_vocabulary: bool
@@ -84,12 +84,12 @@ class ExportSource:
         DataError : a file is missing or damaged.
         """
         directory = RunDirectory.open(run)
-        added = directory.interpolation()
+        added = directory.added()
         return cls(
             directory=directory,
             model=TrainedModel.load(directory, find_device("cpu")),
-            interpolation=added[0] if added else None,
-            calibration=directory.calibration(),
+            interpolation=added.settings,
+            calibration=added.calibration,
             label_names=directory.label_names(),
             has_vocabulary=directory.vocabulary() is not None,
         )

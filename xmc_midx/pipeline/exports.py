@@ -137,12 +137,7 @@ def _validation_of(run: RunDirectory) -> tuple[Mapping[str, float], Mapping[str,
 
 def _instances_to_measure(source: ExportSource, data: str | Path | None) -> tuple[csr_matrix, str | None]:
     """Some instances of the data, the same each time; none where the run's data is gone."""
-    place = data
-    if place is None:
-        record = source.directory.read_json("run.json")
-        place = record.get("data")
-        if not isinstance(place, str):
-            place = None
+    place = source.directory.provenance().data if data is None else data
     try:
         dataset = None if place is None else load_dataset(place)
     except DataError:

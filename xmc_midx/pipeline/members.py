@@ -42,8 +42,7 @@ def train_members(first: TrainingSession, training: Split, *, verify: bool) -> l
     first.release()
     for number, path in enumerate(run.members, start=2):
         if path in run.finished_members:
-            seconds = RunDirectory.open(path).read_json("run.json").get("seconds", 0.0)
-            found.append(Member(finished=True, seconds=float(seconds)))
+            found.append(Member(finished=True, seconds=RunDirectory.open(path).provenance().seconds or 0.0))
             continue
         if first.deadline is not None and time.monotonic() >= first.deadline:
             break

@@ -183,11 +183,13 @@ def resume(
     reporter = reporter or SilentReporter()
     directory = RunDirectory.open(run)
     with RunDirectory.lock(directory.path):
-        provenance = directory.read_json("run.json")
+        provenance = directory.provenance()
+        data = provenance.data if data is None else data
+        if data is None or provenance.fingerprint is None:
+            raise DataError(f"{directory.path / 'run.json'}: does not say what data the run was started with.")
         reporter.start("read", None)
-        data = provenance["data"] if data is None else data
-        dataset = load_dataset(data, test=provenance["test"])
-        if dataset.fingerprint() != provenance["fingerprint"]:
+        dataset = load_dataset(data, test=provenance.test)
+        if dataset.fingerprint() != provenance.fingerprint:
             raise DataError(
                 f"{data}: is not the data that {directory.path} was started with.",
                 hint="Start a new run: xmc-midx train DATA --output RUN.",
@@ -203,7 +205,7 @@ def resume(
                 reporter.message("the run is finished already")
             session.run()
             others = train_members(session, training, verify=verify)
-        return _train_result(session, others, dataset, data, provenance["test"])
+        return _train_result(session, others, dataset, data, provenance.test)
 
 
 def _train_result(

@@ -130,7 +130,8 @@ class TopK:
     label_ids: NDArray[np.int64]
     """(N, K) int64; -1 pads a row that has fewer than K results."""
     scores: NDArray[np.float32]
-    """(N, K) float32 logits; -inf where `label_ids` is -1."""
+    """(N, K) float32: logits of a label table, scores of a whole prediction in nats, or probabilities where they were
+    asked for; -inf where `label_ids` is -1."""
 
     @classmethod
     def empty(cls, num_instances: int, k: int) -> TopK:

@@ -376,10 +376,13 @@ def load_dataset(
     data, test : see `find_files`.
     sizes : features and labels of a model that the data is for. Files that do not state their sizes get these.
 
+    Returns
+    -------
+    XmcDataset : its splits' features are CSR float32 (N, F), perhaps mapped from the cache, and labels CSR (N, L).
+
     Raises
     ------
-    DataError : DATA is not found; a file is not what it should be (with file and line); the splits differ
-    in their
+    DataError : DATA is not found; a file is not what it should be (with file and line); the splits differ in their
         features or labels; or names, vocabulary or filter files do not fit them.
     """
     files = find_files(data, test=test)

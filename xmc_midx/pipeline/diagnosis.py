@@ -49,7 +49,8 @@ class Diagnosis:
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON document of `diagnose`."""
-        return asdict(self) | {"seconds": round(self.seconds, 3), "samplers": [asdict(one) for one in self.samplers]}
+        samplers = [asdict(one) for one in self.samplers]
+        return asdict(self) | {"positives": "certain", "seconds": round(self.seconds, 3), "samplers": samplers}
 
 
 def diagnose(
@@ -67,6 +68,10 @@ def diagnose(
     reporter: Reporter | None = None,
 ) -> Diagnosis:
     """Measure how near samplers come to the full softmax of a trained model, and what they cost.
+
+    Gradients are those of an estimator in which the batch's positives count once each (`sampler.positives = certain`),
+    so that nothing but the sampler is measured: by default a training takes them for the random sample that they are,
+    and its gradients deviate less.
 
     Parameters
     ----------

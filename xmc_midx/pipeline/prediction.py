@@ -41,6 +41,8 @@ def predict(
     threshold: float | None = None,
     allow: str | Path | None = None,
     deny: str | Path | None = None,
+    text: bool | None = None,
+    exact: bool = False,
     device: str = "auto",
     verify: bool = True,
     reporter: Reporter | None = None,
@@ -51,9 +53,18 @@ def predict(
     ----------
     input : a sparse feature file or a file of raw texts, a sequence of raw texts, or feature rows (N, F).
     The others : as in `predict_stream`.
+
+    Returns
+    -------
+    Prediction : (N, k) label ids and scores, and the labels' names where the run knows them.
+
+    Raises
+    ------
+    XmcMidxError : an option, the model or the input is at fault.
     """
     options: dict[str, Any] = {"k": k, "scores": scores, "threshold": threshold, "allow": allow, "deny": deny}
-    stream = predict_stream(run, input=input, **options, device=device, verify=verify, reporter=reporter)
+    options |= {"text": text, "exact": exact, "device": device, "verify": verify}
+    stream = predict_stream(run, input=input, **options, reporter=reporter)
     return Prediction(top=_concatenate([chunk.top for chunk in stream], k), label_names=stream.label_names)
 
 

@@ -18,6 +18,7 @@ from scipy.sparse import csr_matrix
 
 from xmc_midx.index import insert_logits
 from xmc_midx.interpolation import (
+    Coefficients,
     Interpolation,
     drop_hopeless,
     empty_candidates,
@@ -53,7 +54,7 @@ class _Ranking(NamedTuple):
     """What a model's linear ranker adds."""
 
     arrays: tuple[NDArray[Any], ...]
-    coefficients: NDArray[np.float64]
+    coefficients: Coefficients
     span: float
     """By how much that can differ between two labels."""
 
@@ -274,14 +275,15 @@ def _add(
         for entry in range(num_votes):
             total[ids[entry]] = shares[entry]
         known = reference_BS[row]
-        peak, smallest, last = -np.inf, np.inf, known.shape[0] - 1
+        largest, smallest, last = -np.inf, np.inf, known.shape[0] - 1
         for place in range(known.shape[0]):
             fetch_row(codes, max(known[min(place + AHEAD, last)], 0))
             label = known[place]
             logit_S[place] = row_product(query_BD[row], codes, scales, label) + bias[label] if label >= 0 else -np.inf
             if label >= 0:
-                peak, smallest = max(peak, np.float64(logit_S[place])), min(smallest, np.float64(logit_S[place]))
-        shift, floor = scale_of(known, logit_S, peak, smallest, coefficients)
+                logit = np.float64(logit_S[place])
+                largest, smallest = max(largest, logit), min(smallest, logit)
+        shift, floor = scale_of(known, logit_S, largest, smallest, coefficients)
         begin, end = found.offsets[row], found.offsets[row + 1]
         for place in range(begin, end):
             label = found.label_ids[place]

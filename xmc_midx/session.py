@@ -30,7 +30,7 @@ from xmc_midx.device import find_device, keep_freed_memory, release_freed_memory
 from xmc_midx.encoder import SparseEncoder, stored_encoder
 from xmc_midx.errors import DataError, DivergedError
 from xmc_midx.index import CellIndex, Effort, Reach, StoredIndex, build_index, tune_effort
-from xmc_midx.interpolation import SHORTLIST, Interpolation, fit_interpolation, interpolate
+from xmc_midx.interpolation import SHORTLIST, Interpolation, interpolate
 from xmc_midx.metrics import evaluate_topk
 from xmc_midx.neighbors import NeighborIndex, choose_idf_power, is_compiled, tune_budget
 from xmc_midx.predictor import Predictor
@@ -39,6 +39,7 @@ from xmc_midx.ranker import LinearRanker
 from xmc_midx.recipe import CELLS_FROM
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.signals import PendingSignal, deferred_signals
+from xmc_midx.stacking import fit_interpolation
 from xmc_midx.topk import concatenate_topk
 from xmc_midx.trainer import Trainer
 from xmc_midx.types import DEFAULT_KS, DEFAULT_PROPENSITY, EpochStats, Reporter, TopK

@@ -124,7 +124,7 @@ def test_models_to_which_nothing_is_added_keep_their_logits(
 ) -> None:
     """And what is calibrated on these is a probability of their mean."""
     if cells:
-        monkeypatch.setattr("xmc_midx.session.CELLS_FROM", 2)
+        monkeypatch.setattr("xmc_midx.finish.CELLS_FROM", 2)
     plain = ("neighbors.enabled=false", "ranker.enabled=false", "training.ensemble_size=3", "model.storage=int4")
     train(topic_dir, output=tmp_path / "run", config=make_config(*plain))
     assert (tmp_path / "run" / "cells.safetensors").exists() == cells
@@ -146,7 +146,7 @@ def test_the_training_rows_are_with_the_first_model_that_needs_them(
     topic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = iter([Interpolation(), *2 * [Interpolation(model=0.5, votes=0.4, count=7)]])
-    monkeypatch.setattr("xmc_midx.session.fit_interpolation", lambda *_, **__: next(settings))
+    monkeypatch.setattr("xmc_midx.finish.fit_interpolation", lambda *_, **__: next(settings))
     train(topic_dir, output=tmp_path / "run", config=make_config("training.ensemble_size=3", "neighbors.count=7"))
     kept = [(path / "neighbors.safetensors").exists() for path in members_of(tmp_path / "run")]
     assert kept == [False, True, False]

@@ -36,12 +36,12 @@ from xmc_midx.config import load_config
 from xmc_midx.data.files import sha256_of
 from xmc_midx.errors import DataError, DivergedError, ResourceError, UsageError
 from xmc_midx.exporting.source import ExportSource
+from xmc_midx.finish import Finish
 from xmc_midx.interpolation import Interpolation
 from xmc_midx.packing import pack_rows
 from xmc_midx.pipeline import evaluate, resume, train
 from xmc_midx.predictor import Predictor
 from xmc_midx.rundir import RunDirectory
-from xmc_midx.session import TrainingSession
 from xmc_midx.types import SilentReporter
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -897,7 +897,7 @@ def test_a_damaged_best_checkpoint_is_gone_on_without(topic_dir: Path, tmp_path:
     falling = iter(range(9, 0, -1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("xmc_midx.session._score", lambda _: next(falling) / 10)
-        patch.setattr(TrainingSession, "_keep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Finish, "keep_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(topic_dir, output=run, config=load_config(assignments=options))
     store = CheckpointStore(run / "checkpoints")

@@ -242,11 +242,11 @@ def test_a_step_of_static_shapes_counts_twice_and_only_where_a_pool_is_whole() -
 
 
 def test_what_the_forecast_knows_of_other_modules_is_so() -> None:
-    from xmc_midx import codebook, encoder, estimators, forecast, neighbors, session, stacking, topk, trainer
+    from xmc_midx import codebook, encoder, estimators, finish, forecast, neighbors, stacking, topk, trainer
 
     assert trainer._START_POSITIVES == forecast._START_POSITIVES
     assert stacking._MOST_VOTED == forecast._MOST_VOTED
-    assert session._CELL_QUERIES == forecast._CELL_QUERIES
+    assert finish._CELL_QUERIES == forecast._CELL_QUERIES
     assert codebook._ASSIGN_CHUNK["cpu"] == forecast._ASSIGN_CHUNK
     assert codebook._POINTS_PER_CODEWORD == forecast._POINTS_PER_CODEWORD
     assert encoder._ENCODE_CHUNK == forecast._ENCODE_CHUNK

@@ -741,8 +741,8 @@ def test_validation_instances_are_not_trained_on(topic_dir: Path, tmp_path: Path
     config = make_config("data.validation_fraction=0.25", "data.normalize=none")
     with RunDirectory.create(tmp_path / "run", config) as run:
         session = TrainingSession(run, split, SilentReporter())
-    assert session.held_out is not None
-    held_out, labels = session.held_out
+    assert session.validator.held_out is not None
+    held_out, labels = session.validator.held_out
     kept = session.trainer.stream
     assert held_out.shape[0] == labels.shape[0] == 80 and kept.num_instances == 240
     together = np.vstack([kept.features.toarray(), held_out.toarray()])
@@ -761,7 +761,7 @@ def test_another_seed_holds_out_other_instances(topic_dir: Path, tmp_path: Path)
     for seed in (0, 0, 1):
         config = make_config(f"training.seed={seed}")
         with RunDirectory.create(tmp_path / f"run{len(chosen)}", config) as run:
-            held_out = TrainingSession(run, split, SilentReporter()).held_out
+            held_out = TrainingSession(run, split, SilentReporter()).validator.held_out
         assert held_out is not None
         chosen.append(held_out[0].toarray().tolist())
     assert chosen[0] == chosen[1] != chosen[2]

@@ -10,14 +10,14 @@ import pytest
 import scipy.sparse as sp
 from test_pipeline import STEPS, TOTAL, Interruption, StopAfter, history, make_config, model_bytes
 
-from xmc_midx import session
+from xmc_midx import finish, session, validation
 from xmc_midx.checkpoint import CheckpointStore
 from xmc_midx.data.registry import find_spec
 from xmc_midx.errors import DivergedError
 from xmc_midx.pipeline import resume, train
-from xmc_midx.session import TrainingSession
 from xmc_midx.trainer import Trainer
 from xmc_midx.types import SilentReporter
+from xmc_midx.validation import Validator
 
 EACH_EPOCH = "training.save_every_steps=1000000"
 
@@ -39,13 +39,13 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def best_is(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
     """Let the validations rise to that of one epoch, and fall after it."""
-    metrics = TrainingSession._metrics
+    metrics = Validator.metrics
 
-    def chosen(self: TrainingSession, top: Any) -> dict[str, float]:
+    def chosen(self: Validator, top: Any) -> dict[str, float]:
         distance = abs(self.trainer.step // STEPS - epoch)
         return dict.fromkeys(metrics(self, top), 1.0 / (1 + distance))
 
-    monkeypatch.setattr(TrainingSession, "_metrics", chosen)
+    monkeypatch.setattr(Validator, "metrics", chosen)
 
 
 def fail_after(monkeypatch: pytest.MonkeyPatch, epochs: int, error: BaseException) -> None:
@@ -159,7 +159,7 @@ def test_an_interruption_at_the_end_of_the_best_epoch_saves_it_once(
 
 
 def held_out(features: np.ndarray, labels: np.ndarray, fraction: float, seed: int = 0) -> tuple[list[int], list[int]]:
-    kept, out = session._hold_out(sp.csr_matrix(features), sp.csr_matrix(labels), fraction, seed)
+    kept, out = validation.hold_out(sp.csr_matrix(features), sp.csr_matrix(labels), fraction, seed)
     assert sorted([*kept, *out]) == list(range(len(features)))
     assert (np.diff(kept) > 0).all() and (np.diff(out) > 0).all()
     return kept.tolist(), out.tolist()
@@ -200,7 +200,7 @@ def test_of_epochs_that_are_equal_the_last_is_kept(
 ) -> None:
     """With a label an instance each, nothing of what is held out was ever seen: all epochs have 0."""
     monkeypatch.setattr(
-        TrainingSession, "_metrics", lambda *_: dict.fromkeys(("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5"), 0.0)
+        Validator, "metrics", lambda *_: dict.fromkeys(("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5"), 0.0)
     )
     result = train(topic_dir, output=tmp_path / "run", config=make_config())
     assert result.best_epoch == result.epochs == 4
@@ -214,13 +214,13 @@ def test_propensities_of_a_known_dataset_hold_for_the_held_out_instances_too(
     spec = find_spec("Amazon-670K")
     monkeypatch.setattr("xmc_midx.pipeline.inputs.match_spec", lambda *_: spec)
     seen: list[tuple[float, float]] = []
-    fit = session.fit_interpolation
+    fit = finish.fit_interpolation
 
     def noted(*given: Any, **named: Any) -> Any:
         seen.append(named["propensity"])
         return fit(*given, **named)
 
-    monkeypatch.setattr(session, "fit_interpolation", noted)
+    monkeypatch.setattr(finish, "fit_interpolation", noted)
     known = train(topic_dir, output=tmp_path / "known", config=make_config("ranker.enabled=true"))
     monkeypatch.setattr("xmc_midx.pipeline.inputs.match_spec", lambda *_: None)
     unknown = train(topic_dir, output=tmp_path / "unknown", config=make_config("ranker.enabled=true"))

@@ -50,6 +50,20 @@ class Scorer:
     """Where the settings need it."""
 
 
+class _Model(NamedTuple):
+    """What compiled code scores a label by."""
+
+    codes: NDArray[Any]
+    scales: NDArray[np.float32]
+    """The label table's arrays, as of `StoredTable`; empty where a first model's search misses no label."""
+    bias: NDArray[np.float32]
+    coefficients: Coefficients
+    share: float
+    """Of the ensemble's score."""
+    sharpness: float
+    """Of the softmax over the neighbours' cosines: 1 / temperature."""
+
+
 class _Ranking(NamedTuple):
     """What a model's linear ranker adds."""
 
@@ -86,9 +100,8 @@ class LastStep:
         if neighbors is not None and needing:
             self.neighbors, self._searched = neighbors, needing[0]
             self._labels = neighbors.labels.indptr, neighbors.labels.indices
-        self._sources = [_arrays_of(one.source) for one in scorers]
         self._share = 1.0 / len(scorers)
-        self._numbers = [(one.settings.coefficients, self._share, 1.0 / one.settings.temperature) for one in scorers]
+        self._models = [_model_of(one, self._share) for one in scorers]
         self._rankings = [
             _Ranking(one.ranker.arrays, one.settings.coefficients, self._share * one.settings.margin_span)
             for one in scorers
@@ -143,20 +156,29 @@ class LastStep:
             near = found[0][part], found[1][part]
             known_part = known[0][part], known[1][part]
             candidates = _first(
+                queries[0][part],
+                self._models[0],
                 (listed[0][part], listed[1][part]),
                 known_part,
                 is_all,
                 near,
                 self._labels,
-                (queries[0][part], *self._sources[0]),
                 self.frequencies,
-                *self._numbers[0],
                 kept,
                 total,
             )
-            for query_BD, source, numbers in zip(queries[1:], self._sources[1:], self._numbers[1:], strict=True):
-                logits = (query_BD[part], *source)
-                _add(known_part[0], is_all, near, self._labels, logits, self.frequencies, *numbers, total, candidates)
+            for query_BD, model in zip(queries[1:], self._models[1:], strict=True):
+                _add(
+                    query_BD[part],
+                    model,
+                    known_part[0],
+                    is_all,
+                    near,
+                    self._labels,
+                    self.frequencies,
+                    total,
+                    candidates,
+                )
             for place, one in enumerate(self._rankings):
                 # To look at their weights takes the longest.
                 drop_hopeless(candidates, k, sum(later.span for later in self._rankings[place:]))
@@ -190,49 +212,49 @@ _NO_NUMBERS = read_only(np.empty(0, dtype=np.float32))
 _NO_CODES = read_only(np.empty((0, 0), dtype=np.int8)), _NO_NUMBERS, _NO_NUMBERS
 
 
-def _arrays_of(source: tuple[StoredTable, NDArray[np.float32]] | None) -> tuple[NDArray[Any], ...]:
-    """As compiled code takes them; without codes where a search misses nothing."""
-    return _NO_CODES if source is None else (*source[0].arrays, read_only(source[1]))
+def _model_of(one: Scorer, share: float) -> _Model:
+    """As compiled code takes it."""
+    codes, scales, bias = _NO_CODES if one.source is None else (*one.source[0].arrays, read_only(one.source[1]))
+    return _Model(codes, scales, bias, one.settings.coefficients, share, 1.0 / one.settings.temperature)
 
 
 @numba.njit(nogil=True, cache=True)
 def _first(
+    query_BD: Any,
+    model: Any,
     shortlist: Any,
     reference: Any,
     is_all: bool,
     near: Any,
     labels: Any,
-    logits: Any,
     frequencies: Any,
-    coefficients: Any,
-    share: float,
-    sharpness: float,
     allowed: Any,
     total: Any,
 ) -> Any:
     """The candidates, with the first model's part of their scores; `total` (L,) is zeros, and left so. With `is_all`,
     `shortlist` is `reference`."""
-    query_BD, codes, scales, bias = logits
     num_rows = query_BD.shape[0]
     room = count_votes(near[0], labels[0])
     offsets, ids, shares = np.zeros(num_rows + 1, dtype=np.int64), np.empty(room, dtype=np.int64), np.empty(room)
-    sum_votes(near[0], near[1], sharpness, labels, total, offsets, ids, shares)
-    if codes.shape[0]:
-        _complete(query_BD, (codes, scales), bias, offsets, ids, reference)
+    sum_votes(near[0], near[1], model.sharpness, labels, total, offsets, ids, shares)
+    if model.codes.shape[0]:
+        _complete(query_BD, model, offsets, ids, reference)
     if allowed.shape[0]:
         _keep(allowed, offsets, ids, shares)
-    if codes.shape[0] and not is_all:
-        _complete(query_BD, (codes, scales), bias, offsets, ids, shortlist)
+    if model.codes.shape[0] and not is_all:
+        _complete(query_BD, model, offsets, ids, shortlist)
     found = empty_candidates(num_rows, num_rows * shortlist[0].shape[1] + offsets[-1])
-    score_candidates(shortlist, reference, (offsets, ids, shares), frequencies, coefficients, share, total, found)
+    votes = (offsets, ids, shares)
+    score_candidates(shortlist, reference, votes, frequencies, model.coefficients, model.share, total, found)
     return found
 
 
 @numba.njit(nogil=True, cache=True)
-def _complete(query_BD: Any, table: Any, bias: Any, offsets: Any, ids: Any, top: Any) -> None:
+def _complete(query_BD: Any, model: Any, offsets: Any, ids: Any, top: Any) -> None:
+    table = (model.codes, model.scales)
     for row in range(query_BD.shape[0]):
         voted = ids[offsets[row] : offsets[row + 1]]
-        insert_logits(query_BD[row], table, bias, voted, top[0][row], top[1][row])
+        insert_logits(query_BD[row], table, model.bias, voted, top[0][row], top[1][row])
 
 
 @numba.njit(nogil=True, cache=True)
@@ -250,21 +272,19 @@ def _keep(allowed: Any, offsets: Any, ids: Any, shares: Any) -> None:
 
 @numba.njit(nogil=True, cache=True)
 def _add(
+    query_BD: Any,
+    model: Any,
     reference_BS: Any,
     is_all: bool,
     near: Any,
     labels: Any,
-    logits: Any,
     frequencies: Any,
-    coefficients: Any,
-    share: float,
-    sharpness: float,
     total: Any,
     found: Any,
 ) -> None:
     """Add another model's part to the candidates' scores. A label is in its shortlist if its logit is no less than the
     least that it gives to the first model's. With `is_all`, the first candidates are those labels, in their order."""
-    query_BD, codes, scales, bias = logits
+    codes, scales, bias, coefficients, share, sharpness = model
     logit_S = np.empty(reference_BS.shape[1], dtype=np.float32)
     one = np.zeros(2, dtype=np.int64)
     for row in range(query_BD.shape[0]):

@@ -8,7 +8,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, cast
@@ -120,20 +120,9 @@ def predict(
             options.require_file(option, file)
     if threshold is not None and math.isnan(threshold):
         raise UsageError("--threshold nan: expected a number.")
-    part = re.fullmatch(r"(\d{1,9})/(\d{1,9})", shard)
-    if part is None:
-        raise UsageError(f"--shard {shard}: expected I/N, such as 2/8.")
+    part = _part(shard)
     if output is not None:
-        _check_writable(Path(output))
-        for name, file in (("INPUT", source), ("--allow", allow), ("--deny", deny)):
-            if file is not None and Path(output).is_file() and Path(file).is_file() and Path(output).samefile(file):
-                raise UsageError(f"--output {output}: is the file of {name}, which would be lost.")
-        from xmc_midx.data.files import plain_name
-
-        form = form or _FORMATS.get(Path(plain_name(Path(output))).suffix)
-        if form is Format.NPZ and Path(output).suffix in COMPRESSED:
-            raise UsageError(f"--output {output}: an .npz file is compressed already.")
-
+        form = _form_of(Path(output), form, {"INPUT": source, "--allow": allow, "--deny": deny})
     if resume and (output is None or form is Format.NPZ or Path(output).suffix in COMPRESSED or _is_special(output)):
         raise UsageError("--resume: expected --output FILE with it, of tsv, jsonl or xmc, not compressed.")
     from xmc_midx import pipeline
@@ -151,7 +140,7 @@ def predict(
             allow=allow,
             deny=deny,
             text=True if text else None,
-            shard=(int(part[1]), int(part[2])),
+            shard=part,
             live=not (to_file or as_json),
             exact=exact,
             device=device,
@@ -177,6 +166,28 @@ def predict(
 
 def _stdin() -> BinaryIO:
     return cast("BinaryIO", sys.stdin.buffer)
+
+
+def _part(shard: str) -> tuple[int, int]:
+    """Of `2/8`: 2 and 8."""
+    part = re.fullmatch(r"(\d{1,9})/(\d{1,9})", shard)
+    if part is None:
+        raise UsageError(f"--shard {shard}: expected I/N, such as 2/8.")
+    return int(part[1]), int(part[2])
+
+
+def _form_of(output: Path, form: Format | None, inputs: Mapping[str, str | None]) -> Format | None:
+    """The format of an output that can be written, and is none of the inputs: the given one, or as it is called."""
+    from xmc_midx.data.files import plain_name
+
+    _check_writable(output)
+    for name, file in inputs.items():
+        if file is not None and output.is_file() and Path(file).is_file() and output.samefile(file):
+            raise UsageError(f"--output {output}: is the file of {name}, which would be lost.")
+    form = form or _FORMATS.get(Path(plain_name(output)).suffix)
+    if form is Format.NPZ and output.suffix in COMPRESSED:
+        raise UsageError(f"--output {output}: an .npz file is compressed already.")
+    return form
 
 
 # Writing

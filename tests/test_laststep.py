@@ -1,4 +1,4 @@
-"""Claims about `xmc_midx.laststep`: it is what `xmc_midx.interpolation` does in pieces."""
+"""Claims about `xmc_midx.laststep`: it is what the reference does in pieces."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from reference import interpolate
 
 from xmc_midx.index import ExactIndex, StoredIndex
-from xmc_midx.interpolation import Interpolation, interpolate
+from xmc_midx.interpolation import Interpolation
 from xmc_midx.laststep import LastStep, Scorer
 from xmc_midx.neighbors import NeighborIndex
 from xmc_midx.quantization import StoredTable, quantize

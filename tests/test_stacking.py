@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from reference import interpolate
 from test_interpolation import FREQUENCIES, random_margins, shortlist_of
 
 from xmc_midx import stacking
-from xmc_midx.interpolation import Coefficients, Interpolation, interpolate
+from xmc_midx.interpolation import Coefficients, Interpolation
 from xmc_midx.neighbors import NeighborIndex
 from xmc_midx.ranker import Margins
 from xmc_midx.stacking import fit_interpolation

@@ -22,7 +22,8 @@ from xmc_midx.data.features import FeatureScaling
 from xmc_midx.device import release_freed_memory
 from xmc_midx.encoder import SparseEncoder, stored_encoder
 from xmc_midx.index import CellIndex, Effort, StoredIndex, tune_effort
-from xmc_midx.interpolation import SHORTLIST, Interpolation, interpolate
+from xmc_midx.interpolation import SHORTLIST, Interpolation
+from xmc_midx.laststep import LastStep, Scorer
 from xmc_midx.neighbors import NeighborIndex, Neighbors, choose_idf_power, is_compiled, tune_budget
 from xmc_midx.quantization import StoredTable, quantize
 from xmc_midx.ranker import LinearRanker
@@ -30,7 +31,7 @@ from xmc_midx.recipe import CELLS_FROM
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.stacking import fit_interpolation
 from xmc_midx.trainer import Trainer
-from xmc_midx.types import Reporter
+from xmc_midx.types import Reporter, TopK
 from xmc_midx.validation import Validator
 
 __all__ = ["Finish"]
@@ -133,20 +134,16 @@ class Finish:
             margin_of=margin_of,
             propensity=self.validator.propensity,
         )
-        votes = None
         if near is not None:
             chosen = dataclasses.replace(chosen, budget=near.budget, idf_power=near.idf_power)
-            votes = near.index.votes(*near.found, chosen.temperature)
-        top = shortlist
-        if not chosen.is_identity:
-            top = interpolate(shortlist, votes, frequencies, chosen, BACKGROUND, margin_of=margin_of)
+        top = shortlist if chosen.is_identity else self._rank(shortlist, features, chosen, near, ranker)
         validation = self.validator.metrics(top)
         self.reporter.message(
             f"used: {'neighbours, ' * chosen.needs_neighbors}{'ranker, ' * chosen.needs_ranker}frequency "
             f"{chosen.frequency:+.2f}; validation P@1 {100 * before['P@1']:.2f}% -> {100 * validation['P@1']:.2f}%"
         )
         calibration = fit_calibration(top, labels)
-        del near, votes, shortlist, top
+        del near, shortlist, top
         release_freed_memory()
         # What is kept knows all training rows, the held-out ones too.
         rows = None
@@ -157,6 +154,21 @@ class Finish:
             chosen, training_rows=rows, ranker=kept, validation=validation, calibration=calibration
         )
         return validation
+
+    def _rank(
+        self,
+        shortlist: TopK,
+        features: csr_matrix,
+        chosen: Interpolation,
+        near: _Near | None,
+        ranker: LinearRanker | None,
+    ) -> TopK:
+        """As a prediction ranks. The shortlist is of all labels: there are no logits for a search to have missed."""
+        scorer = Scorer(settings=chosen, source=None, ranker=ranker)
+        step = LastStep([scorer], self.validator.label_frequencies, None if near is None else near.index)
+        found = near.found if near is not None and chosen.needs_neighbors else None
+        no_queries = np.empty((features.shape[0], 0), dtype=np.float32)
+        return step.rank(shortlist, features, found, BACKGROUND, queries=[no_queries])
 
     def _find_neighbors(self, features: csr_matrix) -> _Near:
         """Of the held-out rows, by what finds most of them; a further model takes what the first has chosen."""

@@ -1,5 +1,5 @@
-"""Layer 5. The last step of a prediction: the model's shortlist, the labels of the nearest training instances and the
-linear ranker's margins, in one ranking.
+"""Layer 5. The formula of the last step: the model's shortlist, the labels of the nearest training instances and the
+linear ranker's margins, in one score.
 
 With the model's probability p over the shortlist, the neighbours' votes v (`xmc_midx.neighbors`), the margin m of the
 linear ranker (`xmc_midx.ranker`), cut to -1..1, and the largest part t of it that one feature makes, cut to 0..1, the
@@ -27,13 +27,10 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
 
 from xmc_midx.errors import DataError
 from xmc_midx.ranker import Margins
 from xmc_midx.selection import insert_best
-from xmc_midx.threads import zeros
-from xmc_midx.types import TopK
 
 __all__ = [
     "BOUNDS",
@@ -43,10 +40,8 @@ __all__ = [
     "Coefficients",
     "Interpolation",
     "MarginOf",
-    "best_candidates",
     "drop_hopeless",
     "empty_candidates",
-    "interpolate",
     "margin_terms",
     "scale_of",
     "score_behind",
@@ -159,60 +154,6 @@ class Interpolation:
     def margin_span(self) -> float:
         """By how much the ranker's part of the score can differ between two labels."""
         return 2.0 * self.margin + self.peak * math.log1p(1.0 / _NO_PEAK)
-
-
-def interpolate(
-    shortlist: TopK,
-    votes: csr_matrix | None,
-    label_frequencies: NDArray[np.integer[Any]],
-    settings: Interpolation,
-    k: int,
-    *,
-    margin_of: MarginOf | None = None,
-    reference: TopK | None = None,
-) -> TopK:
-    """Rescore a shortlist together with the neighbours' labels.
-
-    Parameters
-    ----------
-    shortlist : (B, S) logits of the model. What no neighbour votes for and the reference does not hold stands behind
-        all that is scored, in the order of the logits: so the first results do not depend on how many are asked for.
-    votes : (B, L) of the neighbours; None for none.
-    label_frequencies : (L,) of the training split.
-    k : results.
-    margin_of : of the ranker for the same instances; None where the settings do not need it.
-    reference : the (B, S) shortlist of all labels where `shortlist` is of chosen ones only: their probabilities, and
-        which are outside, are what they are there, so that a choice of labels changes no order.
-
-    Returns
-    -------
-    TopK : (B, k); scores in nats, ties to the smaller id.
-    """
-    num_rows, width = shortlist.label_ids.shape
-    reference = reference or shortlist
-    if votes is None or not settings.needs_neighbors:
-        votes = csr_matrix((num_rows, label_frequencies.shape[0]))
-    found: Candidates = empty_candidates(num_rows, num_rows * width + votes.nnz)
-    score_candidates(
-        (shortlist.label_ids, shortlist.scores),
-        (reference.label_ids, reference.scores),
-        (votes.indptr, votes.indices, votes.data),
-        label_frequencies,
-        settings.coefficients,
-        1.0,
-        zeros(label_frequencies.shape[0], np.float64),
-        found,
-    )
-    drop_hopeless(found, k, settings.margin_span)
-    used = found.offsets[-1]
-    instance = np.repeat(np.arange(num_rows), np.diff(found.offsets))
-    label_ids, scores = found.label_ids[:used], found.scores[:used]
-    if settings.needs_ranker:
-        assert margin_of is not None, "a margin comes with its ranker"
-        asked = np.flatnonzero(~found.is_behind[:used])
-        margin_term, peak_term = margin_terms(*margin_of(instance[asked], label_ids[asked]))
-        scores[asked] += settings.margin * margin_term + settings.peak * peak_term
-    return best_candidates(instance, label_ids, scores, num_rows, k)
 
 
 class Candidates(NamedTuple):
@@ -368,21 +309,3 @@ def drop_hopeless(found: Any, k: int, span: float) -> None:
                 found.is_behind[used] = found.is_behind[place]
                 used += 1
         found.offsets[row + 1] = used
-
-
-@numba.njit(nogil=True, cache=True)
-def _keep_best(instance: Any, label_ids: Any, scores: Any, found_BK: Any, score_BK: Any) -> None:
-    for place in range(instance.shape[0]):
-        row = instance[place]
-        insert_best(found_BK[row], score_BK[row], label_ids[place], scores[place])
-
-
-def best_candidates(
-    instance: NDArray[np.int64], label_ids: NDArray[np.int64], scores: _Floats, num_rows: int, k: int
-) -> TopK:
-    """The k best candidates of each instance, ties to the smaller id."""
-    result = TopK.empty(num_rows, k)
-    scores_BK = np.full((num_rows, k), -np.inf)
-    _keep_best(instance, label_ids, scores, result.label_ids, scores_BK)
-    result.scores[:] = scores_BK
-    return result

@@ -1,4 +1,5 @@
-"""Layer 5. The last step of a prediction (`xmc_midx.interpolation`), of a model or of several of one ensemble.
+"""Layer 5. The last step of a prediction: a ranking by the scores of `xmc_midx.interpolation`, of a model or of several
+of one ensemble.
 
 The first model finds labels and neighbours; what is among its hundred best or voted for is a candidate. Every model
 scores all candidates, by logits, votes and margins of its own, and the mean of the scores ranks them. It is made of
@@ -135,7 +136,9 @@ class LastStep:
         features : (B, F) rows, scaled like those of training.
         found : the neighbours, as of `find`.
         queries : (B, D) of each model.
-        reference : as of `interpolation.interpolate`, and completed like `top`; None: `top`.
+        reference : (B, S) logits of all labels where `top` is of chosen ones only, completed like it: their
+            probabilities, and which are outside of the shortlist, are what they are there, so that a choice of labels
+            changes no order; None: `top`.
         allowed : (L,) the labels that may be returned; None: all.
         """
         num_rows, num_labels = len(top.label_ids), len(self.frequencies)

@@ -23,12 +23,12 @@ from xmc_midx.interpolation import (
     Coefficients,
     Interpolation,
     MarginOf,
-    best_candidates,
     margin_terms,
 )
 from xmc_midx.metrics import instance_scores, inverse_propensity
 from xmc_midx.neighbors import NeighborIndex
 from xmc_midx.newton import minimize_convex
+from xmc_midx.selection import insert_best
 from xmc_midx.threads import in_threads
 from xmc_midx.types import DEFAULT_KS, DEFAULT_PROPENSITY, TopK
 
@@ -104,7 +104,7 @@ def fit_interpolation(
 
     def scored(candidates: _Terms, settings: Interpolation) -> _Trial:
         scores = candidates.terms @ np.array(settings.coefficients)
-        top = best_candidates(candidates.instance, candidates.label_ids, scores, labels.shape[0], max(DEFAULT_KS))
+        top = _best(candidates.instance, candidates.label_ids, scores, labels.shape[0], max(DEFAULT_KS))
         a, b = propensity
         return settings, instance_scores(top, labels, label_frequencies, num_train, A=a, B=b)
 
@@ -319,3 +319,19 @@ def _candidates(
         *(np.zeros((2, log_p.shape[0])) if margin_of is None else margin_terms(*margin_of(instance, label_ids))),
     ]
     return _Terms(instance, label_ids, np.stack(terms, axis=1))
+
+
+@numba.njit(nogil=True, cache=True)
+def _keep_best(instance: Any, label_ids: Any, scores: Any, found_BK: Any, score_BK: Any) -> None:
+    for place in range(instance.shape[0]):
+        row = instance[place]
+        insert_best(found_BK[row], score_BK[row], label_ids[place], scores[place])
+
+
+def _best(instance: NDArray[np.int64], label_ids: NDArray[np.int64], scores: _Floats, num_rows: int, k: int) -> TopK:
+    """The k best candidates of each instance, ties to the smaller id."""
+    result = TopK.empty(num_rows, k)
+    scores_BK = np.full((num_rows, k), -np.inf)
+    _keep_best(instance, label_ids, scores, result.label_ids, scores_BK)
+    result.scores[:] = scores_BK
+    return result

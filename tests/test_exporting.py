@@ -11,12 +11,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from scipy.sparse import csr_matrix
 
@@ -24,6 +26,7 @@ from xmc_midx.cli import app
 from xmc_midx.config import load_config
 from xmc_midx.data.dataset import load_dataset
 from xmc_midx.data.vocabulary import Vocabulary
+from xmc_midx.encoder import SparseEncoder
 from xmc_midx.errors import DataError, ResourceError, UsageError
 from xmc_midx.exporting import midx as midx_module
 from xmc_midx.exporting import sealed
@@ -446,6 +449,30 @@ def test_stock_onnxruntime_encodes_as_torch_does(
         )
         assert found.shape == expected.shape and found.dtype == np.float32
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_onnxruntimes_threads_do_not_change_a_bit(run: Path) -> None:
+    """A scatter that adds loses some of what several threads add to one row, where rows are long and wide."""
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    from xmc_midx.exporting.onnx import _build
+
+    source = ExportSource.load(run)
+    assert source.model.scaling.idf is None
+    encoder = SparseEncoder(2000, 256)
+    encoder.reset_parameters(torch.Generator().manual_seed(0))
+    graph = _build(onnx, replace(source, model=replace(source.model, encoder=encoder)))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 4
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    part = sp.random(64, 2000, density=0.05, format="csr", dtype=np.float32, random_state=np.random.default_rng(0))
+    inputs = {
+        "feature_ids": part.indices.astype(np.int64),
+        "values": part.data,
+        "offsets": part.indptr.astype(np.int64),
+    }
+    first = session.run(["queries"], inputs)[0]
+    for _ in range(100):
+        np.testing.assert_array_equal(session.run(["queries"], inputs)[0], first)
 
 
 def test_a_graph_that_computes_something_else_is_not_exported(

@@ -2,7 +2,7 @@
 
 Inputs, of any number of rows B and entries nnz: `feature_ids` (nnz,) int64, `values` (nnz,) float32 as they are in the
 data, `offsets` (B + 1,) int64; row i owns `offsets[i]:offsets[i+1]`. Output: `queries` (B, D) float32. Where the model
-was trained on rows of length 1, the graph scales them.
+was trained on rows of length 1, the graph scales them. It holds B W D numbers, W the entries of the longest row.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from xmc_midx.topk import exact_topk
 __all__ = ["export_onnx", "require_onnx"]
 
 _OPSET, _IR_VERSION = 17, 8
-"""Of 2022: ScatterND and ScatterElements that add came with opset 16."""
+"""Of 2022."""
+_TOGETHER = 64
+"""Rows that are asked at once: the graph holds the vectors of as many entries for each as the longest has."""
 _EXTERNAL_BYTES = 2**30
 """From this size on, the tables lie in a file beside the graph: a protobuf message ends at 2 GiB."""
 _TOLERANCE = 1e-4
@@ -95,7 +97,8 @@ def _measure(session: Any, source: ExportSource, queries: Queries | None) -> tup
         found: NDArray[np.float32] = session.run(["queries"], inputs)[0]
         return found
 
-    query_ND = run(queries.features)
+    begins = range(0, max(queries.features.shape[0], 1), _TOGETHER)
+    query_ND = np.concatenate([run(queries.features[begin : begin + _TOGETHER]) for begin in begins])
     largest = float(np.abs(query_ND - queries.vectors).max(initial=0.0))
     if largest > _TOLERANCE * max(float(np.abs(queries.vectors).max(initial=0.0)), 1.0):
         raise DataError(f"onnxruntime's queries differ from torch's by {largest:.2g}; expected rounding alone.")
@@ -117,8 +120,9 @@ def _measure(session: Any, source: ExportSource, queries: Queries | None) -> tup
 
 
 def _build(onnx: Any, source: ExportSource) -> Any:
-    """The graph. A row's sum is a scatter that adds: entry j goes to the row that owns it, found by counting the rows
-    that begin at or before j."""
+    """The graph. A row's sum is a product of its values with their vectors, (1, W) by (W, D), W the entries of the
+    batch's longest row: a scatter that adds into rows would be less to hold, but onnxruntime's threads lose some of
+    what they add to one row side by side."""
     helper, kind = onnx.helper, onnx.TensorProto
     nodes: list[Any] = []
     constants: list[Any] = []
@@ -135,39 +139,37 @@ def _build(onnx: Any, source: ExportSource) -> Any:
     def integers(name: str, *values: int) -> str:
         return constant(name, np.array(values, dtype=np.int64))
 
-    def filled(shape: str, value: Any, dtype: Any) -> str:
-        return node("ConstantOfShape", shape, value=helper.make_tensor("value", dtype, [1], [value]))
-
     encoder = source.model.encoder
-    zero, one, minus_one, axis = (integers(*x) for x in (("zero", 0), ("one", 1), ("minus_one", -1), ("axis_1", 1)))
-    num_entries = node("Shape", "feature_ids")
-    num_rows = node("Sub", node("Shape", "offsets"), one)
-    starts = node("Slice", "offsets", one, minus_one)
-    ones = filled(node("Shape", starts), 1, kind.INT64)
-    zeros = filled(node("Add", num_entries, one), 0, kind.INT64)
-    marks = node("ScatterElements", zeros, starts, ones, axis=0, reduction="add")
-    counted = node("CumSum", marks, constant("axis_0", np.array(0, dtype=np.int64)))
-    row_of = node("Slice", counted, zero, num_entries)
+    zero, one, last, axis = (integers(*x) for x in (("zero", 0), ("one", 1), ("last", -1), ("axis_1", 1)))
+    starts, ends = node("Slice", "offsets", zero, last), node("Slice", "offsets", one, integers("end", 2**62))
+    lengths = node("Sub", ends, starts)
+    longest = node("ReduceMax", node("Concat", lengths, one, axis=0), axes=[0], keepdims=0)
+    first, step = (constant(name, np.array(value)) for name, value in (("first", 0), ("step", 1)))
+    columns = node("Range", first, longest, step)
+    is_there = node("Less", columns, node("Unsqueeze", lengths, axis))
+    # Of a row that is shorter than the longest, the rest is one entry more, a value of 0.
+    places = node(
+        "Where", is_there, node("Add", node("Unsqueeze", starts, axis), columns), node("Shape", "feature_ids")
+    )
+    ids = node("Gather", node("Concat", "feature_ids", zero, axis=0), places)
+    nothing = constant("nothing", np.zeros(1, dtype=np.float32))
+    values = node("Gather", node("Concat", "values", nothing, axis=0), places)
 
-    values, scaling = "values", source.model.scaling
+    scaling = source.model.scaling
     if scaling.idf is not None:
         size, one_float = node("Abs", values), constant("one_float", np.array(1.0, dtype=np.float32))
         damped = node("Add", node("Min", size, one_float), node("Log", node("Max", size, one_float)))
-        weight = node("Gather", constant("idf", scaling.idf), "feature_ids")
+        weight = node("Gather", constant("idf", scaling.idf), ids)
         values = node("Mul", node("Mul", node("Sign", values), damped), weight)
     if scaling.normalize == "l2":
         wide = node("Cast", values, to=kind.DOUBLE)
-        empty = filled(num_rows, 0.0, kind.DOUBLE)
-        squares = node("ScatterElements", empty, row_of, node("Mul", wide, wide), axis=0, reduction="add")
+        squares = node("ReduceSum", node("Mul", wide, wide), axis, keepdims=1)
         is_zero = node("Equal", squares, constant("zero_double", np.array(0.0)))
         length = node("Sqrt", node("Where", is_zero, constant("one_double", np.array(1.0)), squares))
-        values = node("Cast", node("Div", wide, node("Gather", length, row_of)), to=kind.FLOAT)
+        values = node("Cast", node("Div", wide, length), to=kind.FLOAT)
 
     table = constant("embedding", encoder.embedding.detach().float().numpy())
-    weighted = node("Mul", node("Gather", table, "feature_ids"), node("Unsqueeze", values, axis))
-    shape = node("Concat", num_rows, integers("dim", source.dim), axis=0)
-    empty = filled(shape, 0.0, kind.FLOAT)
-    summed = node("ScatterND", empty, node("Unsqueeze", row_of, axis), weighted, reduction="add")
+    summed = node("Squeeze", node("MatMul", node("Unsqueeze", values, axis), node("Gather", table, ids)), axis)
     is_relu = source.model.config.model.activation == "relu"
 
     def activate(name: str) -> str:

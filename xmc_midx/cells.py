@@ -19,12 +19,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from xmc_midx.codebook import kmeans
+from xmc_midx.compiled import compiled
 from xmc_midx.intrinsics import fetch
 from xmc_midx.quantization import StoredTable
 from xmc_midx.scan import scan_topk, write_best_logits
@@ -303,7 +303,7 @@ def _cluster(points: _Points, generator: torch.Generator) -> torch.Tensor:
     return found
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _project(query_BD: Any, projection_DK: Any, shift_K: Any, short_BK: Any) -> None:
     """`short = query projection + shift`, all float32."""
     for row in range(query_BD.shape[0]):
@@ -314,7 +314,7 @@ def _project(query_BD: Any, projection_DK: Any, shift_K: Any, short_BK: Any) -> 
                 short[place] += query_BD[row, column] * projection_DK[column, place]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _search(
     queries: Any,
     cells: Any,

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numba
 import torch
 
+from xmc_midx.compiled import compiled
 from xmc_midx.device import multiplies_bfloat16
 from xmc_midx.products import rough_queries, rough_rows
 from xmc_midx.threads import in_threads
@@ -243,7 +243,7 @@ def _sums(rows_ND: torch.Tensor, codes: torch.Tensor, num_codewords: int) -> tor
     return sums_CD
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _add_up(rows_ND: Any, codes: Any, sums_CD: Any, first: int, last: int) -> None:
     """Columns first..last alone."""
     last = min(last, rows_ND.shape[1])

@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 from torch import nn
 
+from xmc_midx.compiled import compiled
 from xmc_midx.config import ModelConfig
 from xmc_midx.device import empty_table
 from xmc_midx.quantization import StoredTable, dequantize
@@ -163,7 +163,7 @@ class StoredEncoder(SparseEncoder):
         return self.table.shape[0]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _activate(query_BD: Any, bias_D: Any, is_relu: bool) -> None:
     """Add the bias to each row; with ReLU, nothing below zero is left."""
     for row in range(query_BD.shape[0]):
@@ -172,7 +172,7 @@ def _activate(query_BD: Any, bias_D: Any, is_relu: bool) -> None:
             query_BD[row, column] = max(value, np.float32(0.0)) if is_relu else value
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+@compiled(fastmath={"reassoc", "contract"})
 def _layer(query_BD: Any, weight_DD: Any, bias_D: Any, is_relu: bool, is_residual: bool) -> Any:
     """(B, D) float32: the activation of `query weight.T + bias`, and the query besides if residual."""
     found_BD = np.empty_like(query_BD)

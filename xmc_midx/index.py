@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from xmc_midx.cells import LabelCells
+from xmc_midx.compiled import compiled
 from xmc_midx.device import multiplies_bfloat16
 from xmc_midx.intrinsics import AHEAD, fetch_row
 from xmc_midx.products import rough_rows
@@ -362,7 +362,7 @@ def _scan_rows(
     )
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def insert_logits(query: Any, table: Any, bias: Any, ids: Any, found_K: Any, score_K: Any) -> None:
     """Give labels that a search should have found their places among the K best, unless they are there."""
     codes, scales = table

@@ -24,10 +24,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from xmc_midx.compiled import compiled
 from xmc_midx.errors import DataError
 from xmc_midx.ranker import Margins
 from xmc_midx.selection import insert_best
@@ -168,14 +168,14 @@ class Candidates(NamedTuple):
     """Whether a label's place is behind all others, whatever its margin."""
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def empty_candidates(num_rows: Any, room: Any) -> Any:
     """With room for so many labels of all instances."""
     offsets, label_ids = np.zeros(num_rows + 1, dtype=np.int64), np.empty(room, dtype=np.int64)
     return Candidates(offsets, label_ids, np.empty(room), np.empty(room, dtype=np.bool_))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def score_candidates(
     shortlist: Any,
     reference: Any,
@@ -230,7 +230,7 @@ def score_candidates(
             vote_of[vote_ids[entry]] = 0.0
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def scale_of(label_ids: Any, logits: Any, largest: float, smallest: float, coefficients: Any) -> Any:
     """Of a reference with these extremes: the logarithm of the sum of its labels' exponentials, which makes log p of a
     logit, and log p of a label outside of it. Where nothing is added to the model, its logits stay what they are."""
@@ -247,7 +247,7 @@ def scale_of(label_ids: Any, logits: Any, largest: float, smallest: float, coeff
     return shift, smallest - shift - 1.0 if mass > 0.0 else -1.0
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def score_label(log_p: Any, vote: Any, num_instances: Any, is_outside: Any, coefficients: Any) -> Any:
     """The formula, without what the ranker has."""
     score = coefficients.model * log_p + coefficients.frequency * math.log1p(num_instances)
@@ -258,21 +258,21 @@ def score_label(log_p: Any, vote: Any, num_instances: Any, is_outside: Any, coef
     return score + coefficients.outside if is_outside else score
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def score_margin(margin: Any, peak: Any, coefficients: Any) -> Any:
     """The ranker's part of the formula."""
     margin_term, peak_term = _terms_of(margin, peak)
     return coefficients.margin * margin_term + coefficients.peak * peak_term
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _terms_of(margin: Any, peak: Any) -> Any:
     """What `margin` and `peak` are multiplied by."""
     cut = min(max(np.float64(margin), -1.0), 1.0)
     return cut, math.log1p(min(np.float64(peak), 1.0) / _NO_PEAK)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def margin_terms(margins: Any, peaks: Any) -> Any:
     """What `margin` and `peak` are multiplied by for each of C pairs, (2, C) float64."""
     terms = np.empty((2, margins.shape[0]))
@@ -281,7 +281,7 @@ def margin_terms(margins: Any, peaks: Any) -> Any:
     return terms
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def score_behind(floor: Any, coefficients: Any) -> Any:
     """Below the least that a label can have that is not behind all others."""
     least = (coefficients.model + coefficients.mixture) * floor + coefficients.votes * math.log(NO_VOTES)
@@ -289,7 +289,7 @@ def score_behind(floor: Any, coefficients: Any) -> Any:
     return least + min(coefficients.frequency, 0.0) * _MOST_FREQUENT
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def drop_hopeless(found: Any, k: int, span: float) -> None:
     """Leave those that may be among the k best when numbers that differ by `span` at most have been added to all."""
     best_ids, best_scores = np.empty(k, dtype=np.int64), np.empty(k)

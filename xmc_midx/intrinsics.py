@@ -6,10 +6,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import numba
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
+
+from xmc_midx.compiled import compiled
 
 __all__ = ["AHEAD", "WORD", "fetch", "fetch_row", "for_compiled_code", "for_each_type", "lowest", "reaching"]
 
@@ -42,7 +43,7 @@ def for_each_type(**options: Any) -> Callable[[Callable[..., Any]], Callable[...
     return decorate
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def fetch(values: Any, first: int, last: int) -> None:
     """Ask for the cache lines of `values[first:last]`, and go on without waiting for them.
 
@@ -54,7 +55,7 @@ def fetch(values: Any, first: int, last: int) -> None:
         _prefetch(values, place)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def fetch_row(table: Any, row: Any) -> None:
     """`fetch` of a row; of a long one the beginning: once it is read, the processor asks for the rest by itself."""
     fetch(table[row], 0, min(table.shape[1], _BEGINNING // table.itemsize))

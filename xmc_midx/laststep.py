@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
+from xmc_midx.compiled import compiled
 from xmc_midx.index import insert_logits
 from xmc_midx.interpolation import (
     Coefficients,
@@ -221,7 +221,7 @@ def _model_of(one: Scorer, share: float) -> _Model:
     return _Model(codes, scales, bias, one.settings.coefficients, share, 1.0 / one.settings.temperature)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _first(
     query_BD: Any,
     model: Any,
@@ -252,7 +252,7 @@ def _first(
     return found
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _complete(query_BD: Any, model: Any, offsets: Any, ids: Any, top: Any) -> None:
     table = (model.codes, model.scales)
     for row in range(query_BD.shape[0]):
@@ -260,7 +260,7 @@ def _complete(query_BD: Any, model: Any, offsets: Any, ids: Any, top: Any) -> No
         insert_logits(query_BD[row], table, model.bias, voted, top[0][row], top[1][row])
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _keep(allowed: Any, offsets: Any, ids: Any, shares: Any) -> None:
     """Leave the votes for what is allowed."""
     used, last = 0, np.int64(0)
@@ -273,7 +273,7 @@ def _keep(allowed: Any, offsets: Any, ids: Any, shares: Any) -> None:
         offsets[row + 1] = used
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _add(
     query_BD: Any,
     model: Any,
@@ -324,7 +324,7 @@ def _add(
             total[ids[entry]] = 0.0
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _add_margins(rows: Any, begin: int, ranker: Any, coefficients: Any, share: float, dense: Any, found: Any) -> None:
     """Of the candidates that are not behind all others; `dense` (F,) is zeros, and left so."""
     offsets, feature_ids, values = rows
@@ -337,7 +337,7 @@ def _add_margins(rows: Any, begin: int, ranker: Any, coefficients: Any, share: f
             found.scores[asked[number]] += share * score_margin(both[0, number], both[1, number], coefficients)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _write(found: Any, best_BK: Any, score_BK: Any) -> None:
     score_K = np.empty(best_BK.shape[1])
     for row in range(best_BK.shape[0]):

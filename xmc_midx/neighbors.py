@@ -20,12 +20,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from scipy.sparse import csr_matrix
 
+from xmc_midx.compiled import compiled, is_kept
 from xmc_midx.data.features import feature_frequencies, inverse_document_frequency, scale_rows, with_values
 from xmc_midx.intrinsics import AHEAD, fetch
 from xmc_midx.packing import pack_rows, unpack_rows
@@ -196,8 +196,7 @@ class NeighborIndex:
 
 def is_compiled() -> bool:
     """Whether the code of this module was compiled on this machine before, as after the first training it is."""
-    place, line = _search.stats.cache_path, _search.py_func.__code__.co_firstlineno
-    return place is not None and any(Path(place).glob(f"{Path(__file__).stem}._search-{line}.*.nbi"))
+    return is_kept(_search)
 
 
 def tune_budget(index: NeighborIndex, features: csr_matrix, count: int) -> int:
@@ -301,7 +300,7 @@ def _inverted_lists(features: csr_matrix) -> tuple[NDArray[Any], ...]:
     return _offsets(prefixes[:, -1]), rows, features.data[order], prefixes
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _count_levels(ids: Any, level: Any, prefixes: Any) -> None:
     """How many entries of a feature are of a level or a lower one, into `prefixes` (F, levels)."""
     for entry in range(ids.shape[0]):
@@ -353,7 +352,7 @@ def _quantize(features: csr_matrix) -> tuple[NDArray[np.int8], NDArray[np.float3
     return codes, scale_N
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _quantize_rows(values: Any, offsets: Any, codes: Any, scale: Any) -> None:
     for row in range(scale.shape[0]):
         largest = np.float32(1e-30)
@@ -380,7 +379,7 @@ def _dense_search(
     return rows_BK, scores_BK
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _write_best_rows(products_BN: Any, rows_BK: Any, scores_BK: Any) -> None:
     for query in range(products_BN.shape[0]):
         rows = np.arange(products_BN.shape[1])
@@ -392,14 +391,14 @@ def _is_dense(features: csr_matrix) -> bool:
     return bool(num_features >= _FEW_FEATURES and features.nnz > 0 and features.nnz >= _DENSE * num_rows * num_features)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _level(weight: float) -> int:
     """Of a query's value: the level of its product with an entry of level m is at least m + this."""
     size = abs(weight)
     return 1_000_000 if size == 0.0 else math.ceil(-2.0 * math.log2(size))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _plan(query: Any, lists: Any, budget: int, begin: int, end: int, lengths: Any) -> bool:
     """How many entries of each list of the query are read, into `lengths`, and whether that is all of them.
 
@@ -445,13 +444,13 @@ def _plan(query: Any, lists: Any, budget: int, begin: int, end: int, lengths: An
     return False
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _prefix(prefixes: Any, feature: int, level: int) -> int:
     """Entries of a list to a level of its values."""
     return 0 if level < 0 else prefixes[feature, min(level, _LEVELS - 1)]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _search(
     queries: Any,
     lists: Any,
@@ -518,7 +517,7 @@ def _search(
             dense[query_ids[entry]] = 0.0
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def count_votes(rows_BK: Any, label_offsets: Any) -> Any:
     """Labels of the neighbours, repeats counted."""
     count = np.int64(0)
@@ -528,7 +527,7 @@ def count_votes(rows_BK: Any, label_offsets: Any) -> Any:
     return count
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def sum_votes(
     rows_BK: Any, score_BK: Any, sharpness: float, lists: Any, total: Any, offsets: Any, ids: Any, values: Any
 ) -> int:

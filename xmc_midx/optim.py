@@ -12,10 +12,10 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
+from xmc_midx.compiled import compiled
 from xmc_midx.device import empty_table, has_kernels
 from xmc_midx.intrinsics import AHEAD, fetch_row
 from xmc_midx.rows import bag_gradient, transpose
@@ -285,7 +285,7 @@ def _table_mean(table_moment: torch.Tensor) -> torch.Tensor:
     return table_moment[0] / table_moment[1].clamp(min=torch.finfo(table_moment.dtype).tiny)
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"}, error_model="numpy")
+@compiled(fastmath={"reassoc", "contract"}, error_model="numpy")
 def _step_bags(
     table: Any,
     moment: Any,
@@ -326,7 +326,7 @@ def _step_bags(
             table[row, column] += scale * total[column]
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _add_scaled(table: Any, row_ids: Any, rows: Any, scale: Any, begin: int, end: int) -> None:
     """`table[row_ids] += scale * rows` in one pass, without the product in between."""
     for place in range(begin, end):

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
+from xmc_midx.compiled import compiled
 from xmc_midx.intrinsics import AHEAD, fetch_row, for_each_type
 from xmc_midx.threads import in_threads
 
@@ -194,7 +195,7 @@ def _pack_rows(table_RD: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.fl
     return codes_RH, scale_R
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+@compiled(fastmath={"reassoc", "contract"})
 def _pack(table_RD: Any, codes_RH: Any, scale_R: Any, begin: int, end: int) -> None:
     half = codes_RH.shape[1]
     for row in range(begin, end):
@@ -223,12 +224,12 @@ def _pack(table_RD: Any, codes_RH: Any, scale_R: Any, begin: int, end: int) -> N
             codes_RH[row, column] = np.uint8((low & 15) | (high & 15) << 4)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _half_code(value: Any) -> Any:
     return np.rint(min(max(value, np.float32(-_MAX_HALF)), np.float32(_MAX_HALF)))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _halves(both: Any) -> Any:
     # In 32 bits: numba would compute with 64, and half as many at once.
     wide = np.int32(np.int8(both))
@@ -236,14 +237,14 @@ def _halves(both: Any) -> Any:
     return np.float32(low), np.float32(high)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _unpack(codes_RH: Any, scale_R: Any, found_RD: Any, begin: int, end: int) -> None:
     for row in range(begin, end):
         found_RD[row] = 0.0
         _add_row(found_RD[row], scale_R[row], codes_RH, row)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def row_product(query: Any, codes: Any, scales: Any, row: Any) -> Any:
     """The inner product of a query with a row, in float32."""
     return _product(query, codes, row) * scales[row]
@@ -290,14 +291,14 @@ def _add_row(total: Any, weight: Any, codes: Any, row: Any) -> Any:
     return of_halves if codes.dtype == numba.uint8 else of_numbers
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _products(query_BD: Any, codes: Any, scales: Any, ids_BW: Any, found_BW: Any, begin: int, end: int) -> None:
     for row in range(begin, end):
         for place in range(ids_BW.shape[1]):
             found_BW[row, place] = row_product(query_BD[row], codes, scales, ids_BW[row, place])
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _bag(rows: Any, codes: Any, scales: Any, found_BD: Any, begin: int, end: int) -> None:
     offsets, ids, values = rows
     for row in range(begin, end):

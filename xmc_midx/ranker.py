@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
+from xmc_midx.compiled import compiled
 from xmc_midx.data.features import with_values
 from xmc_midx.intrinsics import AHEAD, fetch
 from xmc_midx.packing import pack_rows, unpack_rows
@@ -181,7 +182,7 @@ def _blocks(sizes: NDArray[np.int64], *, at_least: int) -> list[tuple[int, int]]
     return [(int(begin), int(end)) for begin, end in itertools.pairwise(borders)]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _train(
     rows: Any,
     squares: Any,
@@ -256,7 +257,7 @@ def _train(
     return used
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _weight_size(row_offsets: Any, squares: Any, instances: Any, diagonal: Any) -> Any:
     """About how large the weights of these rows come out, to those of rows of length 1 with `_VALUES` values or fewer:
     of a single row x with n values, they are x_j / (|x|^2 + diagonal), and x_j is |x| / sqrt(n)."""
@@ -268,7 +269,7 @@ def _weight_size(row_offsets: Any, squares: Any, instances: Any, diagonal: Any) 
     return length * np.sqrt(min(1.0, _VALUES * instances.shape[0] / max(values, 1)))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _margins(
     queries: Any, borders: Any, label_ids: Any, model: Any, dense: Any, first: int, last: int, found: Any
 ) -> None:
@@ -279,7 +280,7 @@ def _margins(
         row_margins(query_ids[mine], query_values[mine], label_ids[pairs], model, dense, part)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def row_margins(query_ids: Any, query_values: Any, label_ids: Any, model: Any, dense: Any, found: Any) -> None:
     """Of one row, its features and their values, with labels (C,), into `found`; `model` is `LinearRanker.arrays`, and
     `dense` (F,) float32 is zeros, and left so."""

@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from scipy.sparse import csr_matrix
 
+from xmc_midx.compiled import compiled
 from xmc_midx.device import has_kernels
 from xmc_midx.padding import distinct_sorted, owners
 from xmc_midx.types import SparseRows
@@ -178,7 +178,7 @@ def _transposed_on_host(ids: Any, values: Any, offsets: Any) -> tuple[torch.Tens
     return torch.from_numpy(row_ids[:count]), found
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _unpack(keys: Any, owner: Any, values: Any, row_ids: Any, row_offsets: Any, instances: Any, row_values: Any) -> int:
     """Sorted keys, an id above a place in `owner` and `values`, as `transpose` has them; returns the number of ids."""
     count = 0

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from xmc_midx.compiled import compiled
 from xmc_midx.intrinsics import AHEAD, WORD, fetch_row, lowest, reaching
 from xmc_midx.products import rough_queries
 from xmc_midx.quantization import StoredTable, row_product
@@ -149,7 +150,7 @@ def _bits(query_BK: torch.Tensor, rough_RK: torch.Tensor, score_N: torch.Tensor 
     return found
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _guess(bits_BR: Any, score_R: Any, kept: int, least_B: Any, begin: int, end: int) -> None:
     """The score that about `kept` of the sample reach; -inf where that is no guide."""
     nothing = np.empty(0, dtype=np.int32)
@@ -161,7 +162,7 @@ def _guess(bits_BR: Any, score_R: Any, kept: int, least_B: Any, begin: int, end:
         least_B[row] = least_of_best(score_R, nothing, kept, score_R.shape[0])
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _collect(bits_BR: Any, start: int, above_B: Any, lists: Any, wanted: int, begin: int, end: int) -> None:
     """The rows from `start` on whose scores, int16 as of `_bits`, come up to `above_B`, which rises where a list is
     full, behind those that are found."""
@@ -186,7 +187,7 @@ def _collect(bits_BR: Any, start: int, above_B: Any, lists: Any, wanted: int, be
         count_B[row], above_B[row] = count, above
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def make_room(ids: Any, scores: Any, count: int, wanted: int) -> Any:
     """Of a list that is full, the best to the front: how many, -1 where too many score alike, and the least score."""
     count = keep_best(ids, scores, count, wanted)
@@ -203,7 +204,7 @@ def _tail(bits: Any, first: Any, above: Any) -> Any:
     return kept
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _answer(
     query_BD: Any,
     table: Any,
@@ -225,7 +226,7 @@ def _answer(
             write_best_logits(query_BD[row], table, bias, label_ids, ids, scores, count, found_BK[row], score_BK[row])
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def write_best_logits(
     query: Any, table: Any, bias: Any, label_ids: Any, places: Any, score: Any, count: int, found_K: Any, score_K: Any
 ) -> None:

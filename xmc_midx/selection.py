@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
+
+from xmc_midx.compiled import compiled
 
 __all__ = ["insert_best", "keep_best", "least_of_best", "write_best"]
 
@@ -14,7 +15,7 @@ _EVERY = 8
 """Of many scores, every eighth says first which are far from the best."""
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def least_of_best(values: Any, weights: Any, wanted: Any, total: Any) -> Any:
     """A value that entries of about `wanted` of the `total` weight reach, never less, by a histogram; without weights
     each counts 1."""
@@ -38,7 +39,7 @@ def least_of_best(values: Any, weights: Any, wanted: Any, total: Any) -> Any:
     return low + np.float32(bin_ - 1) / scale
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def keep_best(ids: Any, scores: Any, count: int, wanted: int) -> int:
     """Of the first `count` ids and float32 scores, move those to the front that are among the `wanted` best, or little
     below; returns how many. Their order stays."""
@@ -52,7 +53,7 @@ def keep_best(ids: Any, scores: Any, count: int, wanted: int) -> int:
     return _keep(ids, scores, count, least_of_best(scores[:count], nothing, wanted, count))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _keep(ids: Any, scores: Any, count: int, least: Any) -> int:
     kept = 0
     for place in range(count):
@@ -63,7 +64,7 @@ def _keep(ids: Any, scores: Any, count: int, least: Any) -> int:
     return kept
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def write_best(ids: Any, scores: Any, count: int, found_K: Any, score_K: Any) -> None:
     """The K best of the first `count` distinct ids (below 2^32) and float32 scores, in order, into `found_K` and
     `score_K`; places beyond `count` stay. What is in `ids` and `scores` is lost.
@@ -88,7 +89,7 @@ def write_best(ids: Any, scores: Any, count: int, found_K: Any, score_K: Any) ->
         written[place] = falling if falling & sign else ~falling & ~sign
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def insert_best(found_K: Any, score_K: Any, row: int, score: Any) -> None:
     """Keep an id if it is one of the K best, -1 in free places: for a few out of many, one after the other."""
     count = found_K.shape[0]

@@ -22,6 +22,7 @@ from numba import types
 from numba.core.codegen import get_host_cpu_features
 from numpy.typing import NDArray
 
+from xmc_midx.compiled import compiled
 from xmc_midx.intrinsics import WORD, for_compiled_code, lowest
 from xmc_midx.scan import Lists, empty_lists, make_room, sample_of
 from xmc_midx.selection import least_of_best
@@ -96,7 +97,7 @@ def list_above(
     return lists
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def round_query(short: Any, whole: Any) -> Any:
     """A query's whole numbers, into `whole`; returns what one of them stands for, and what is to be taken off its
     products with rows that are 128 more in each number."""
@@ -110,7 +111,7 @@ def round_query(short: Any, whole: Any) -> Any:
     return unit, np.int32(total * (MAX_CODE + 1))
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+@compiled(fastmath={"reassoc", "contract"})
 def _plain_products(query: Any, table: Any, first: Any, last: Any, score: Any) -> None:
     whole, unit, _ = query
     sketches, base = table
@@ -122,7 +123,7 @@ def _plain_products(query: Any, table: Any, first: Any, last: Any, score: Any) -
         score[position] = np.float32(total) * unit + base[first + position]
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _products_of_bytes(query: Any, table: Any, first: Any, last: Any, score: Any) -> None:
     whole, unit, less = query
     sketches, base = table
@@ -136,7 +137,7 @@ products = _products_of_bytes if MULTIPLIES_BYTES else _plain_products
 rows first..last, into `score`; the query is as of `round_query`."""
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _list(short_BK: Any, table: Any, sample: Any, kept: int, wanted: int, tiles: Any, lists: Any) -> None:
     """With tiles or None: two functions to numba, of which the second has no instruction of AMX."""
     count_B, ids_BC, score_BC = lists
@@ -194,7 +195,7 @@ def _list(short_BK: Any, table: Any, sample: Any, kept: int, wanted: int, tiles:
         _release()
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _meet(tiles: Any, block: Any, queries: Any, first: Any, sums: Any, words: Any) -> None:
     rows, base = block
     whole, less, unit, above = queries
@@ -204,7 +205,7 @@ def _meet(tiles: Any, block: Any, queries: Any, first: Any, sums: Any, words: An
         _multiply_tiles(rows, base, whole, less, unit, above, first, sums, words)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _lay_side_by_side(table: Any, start: int, rows: Any, base: Any) -> Any:
     """64 rows from `start` on, or as many as there are; none of the others comes up to anything."""
     sketches, base_L = table

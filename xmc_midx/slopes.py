@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
+from xmc_midx.compiled import compiled
 from xmc_midx.threads import in_threads, scratch
 
 __all__ = ["multiply", "round_slopes", "rounds_slopes"]
@@ -64,7 +64,7 @@ def multiply(matrix: csr_matrix, table_PD: torch.Tensor) -> torch.Tensor:
     return found_BD
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _round(
     slopes: Any, threshold: Any, offsets: Any, counts: Any, columns: Any, values: Any, begin: int, end: int
 ) -> None:
@@ -84,7 +84,7 @@ def _round(
         counts[row] = count
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _packed(rows: Any, starts: Any) -> Any:
     """The first entries of each row, one after the other: row i's from `starts[i]` to `starts[i + 1]`."""
     found = np.empty(starts[-1], dtype=rows.dtype)
@@ -94,7 +94,7 @@ def _packed(rows: Any, starts: Any) -> Any:
     return found
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _combine(starts: Any, columns: Any, values: Any, table: Any, found: Any, begin: int, end: int) -> None:
     for row in range(begin, end):
         found[row] = 0.0

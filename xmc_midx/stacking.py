@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
+from xmc_midx.compiled import compiled
 from xmc_midx.interpolation import (
     BOUNDS,
     NO_VOTES,
@@ -197,7 +197,7 @@ def _fit(candidates: _Terms, labels: csr_matrix, weight_L: _Floats, free: Sequen
     return Coefficients(*np.where(negligible, 0.0, found).tolist())
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _losses(terms: Any, weight: Any, offsets: Any, coefficients: Any, found: Any, begin: int, end: int) -> None:
     """Of each instance, into its row of `found`: the loss, its gradient and its second derivatives. The candidates of
     an instance follow one another; those with a weight are its positives."""
@@ -321,7 +321,7 @@ def _candidates(
     return _Terms(instance, label_ids, np.stack(terms, axis=1))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _keep_best(instance: Any, label_ids: Any, scores: Any, found_BK: Any, score_BK: Any) -> None:
     for place in range(instance.shape[0]):
         row = instance[place]

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
+from xmc_midx.compiled import compiled
 from xmc_midx.config import DataConfig
 from xmc_midx.errors import DataError
 
@@ -131,7 +131,7 @@ def with_values(features: csr_matrix, values: NDArray[Any]) -> csr_matrix:
     return found
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def all_finite(values: Any) -> bool:
     """Whether all numbers of an array are finite. (NumPy's way takes a single row several times as long.)"""
     for value in values.flat:  # noqa: SIM110  # numba knows no generators
@@ -140,7 +140,7 @@ def all_finite(values: Any) -> bool:
     return True
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _weigh(values: Any, ids: Any, idf: Any) -> None:
     """`values = sign(v) (min(|v|, 1) + ln max(|v|, 1)) idf`, in place."""
     for place in range(values.shape[0]):
@@ -149,7 +149,7 @@ def _weigh(values: Any, ids: Any, idf: Any) -> None:
         values[place] = weight if values[place] >= 0 else -weight
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def scale_rows(values: Any, offsets: Any) -> None:
     """Bring the rows `values[offsets[i]:offsets[i+1]]` to length 1, in place; rows of zeros stay."""
     for row in range(offsets.shape[0] - 1):

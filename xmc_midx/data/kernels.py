@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
+
+from xmc_midx.compiled import compiled
 
 __all__ = ["scan_rows"]
 
@@ -31,16 +32,8 @@ _TAB, _LF, _CR, _SPACE, _PLUS, _COMMA, _MINUS, _POINT, _0, _9, _COLON = b"\t\n\r
 _LOWER_E, _UPPER_E = b"eE"
 
 
-def _compiled(function: Any) -> Any:
-    """`function` as machine code, kept between processes where there is a place to keep it."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # numba finds no directory that it can write
-        return numba.njit(nogil=True)(function)
-
-
-@_compiled
-def _to_float32(mantissa: Any, power: int) -> tuple[Any, Any]:
+@compiled
+def _to_float32(mantissa: Any, power: Any) -> tuple[Any, Any]:
     """`float32(float64(mantissa * 10**power))`, each of the two roundings to the nearest number.
 
     Parameters
@@ -70,7 +63,7 @@ def _to_float32(mantissa: Any, power: int) -> tuple[Any, Any]:
     return low == high and high < np.inf, high
 
 
-@_compiled
+@compiled
 def scan_rows(
     text: Any,
     feature_limit: int,

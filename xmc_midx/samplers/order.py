@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
 from xmc_midx.codebook import Codebook
+from xmc_midx.compiled import compiled
 from xmc_midx.device import empty_table
 from xmc_midx.intrinsics import fetch
 
@@ -195,7 +195,7 @@ def _places(order: CellOrder, cells: torch.Tensor, inside: torch.Tensor) -> torc
     return torch.minimum(torch.maximum(position, order.cell_starts[cells]), order.cell_starts[cells + 1] - 1)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _draw_rising(
     ratio: Any,
     cell_mass: Any,
@@ -247,7 +247,7 @@ def _draw_rising(
     return count
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc"})
+@compiled(fastmath={"reassoc"})
 def _sum_blocks(law: Any, sums: Any) -> Any:
     """The sum of each block of the law, float64; returns that of all."""
     total = 0.0
@@ -265,7 +265,7 @@ def _sum_blocks(law: Any, sums: Any) -> Any:
     return total
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _find_cells(law: Any, sums: Any, target: Any, cells: Any, inside: Any) -> None:
     """The cell into which each target falls, and how far. They rise, so one walk finds them all: a block of cells a
     step, for a sum waits for the one before. A target is never below what the walk has reached, so that a cell in which
@@ -291,7 +291,7 @@ def _find_cells(law: Any, sums: Any, target: Any, cells: Any, inside: Any) -> No
     cells[draw:], inside[draw:] = _last_with_mass(law, law.shape[0]), 1.0
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _last_with_mass(law: Any, end: int) -> int:
     cell = end - 1
     while cell > 0 and not law[cell] > 0.0:
@@ -299,7 +299,7 @@ def _last_with_mass(law: Any, end: int) -> int:
     return cell
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _search(rising: Any, target: Any, place: Any, sizes: Any) -> None:
     """Move each place to the first of the `sizes` rising values from it on that is above its target, or to the last of
     them. `sizes`, at least 1, are 1 afterwards.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
+from xmc_midx.compiled import compiled
 from xmc_midx.intrinsics import fetch
 from xmc_midx.padding import distinct_padded
 from xmc_midx.samplers.static import InBatchSampler, inclusion
@@ -100,7 +100,7 @@ def _two_samples_on_host(
     return torch.from_numpy(label_ids[:count]), torch.from_numpy(log_weight[:count])
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _weigh(keys: Any, bits: int, drawn: Any, frequency_L: Any, numbers: Any, label_ids: Any, log_weight: Any) -> int:
     """`_two_samples_by_torch` of sorted keys, a label and below it its place among positives and draws; returns how
     many labels are left."""

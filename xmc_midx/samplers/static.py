@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
+from xmc_midx.compiled import compiled
 from xmc_midx.samplers.draws import distinct, draw, draw_pool
 from xmc_midx.types import LabelSample
 
@@ -153,7 +153,7 @@ class InBatchSampler(UniformSampler):
         self.label_frequencies = self.label_frequencies.to(device)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def inclusion(frequency: float, num_instances: int, num_others: int) -> Any:
     """The probability of `InBatchSampler.log_inclusion`, for compiled code."""
     if frequency <= 0.0:

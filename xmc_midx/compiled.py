@@ -1,0 +1,51 @@
+"""Layer 1. Loops compiled by numba: each is compiled once, and kept for the processes that follow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import numba
+
+__all__ = ["compiled", "is_kept"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+@overload
+def compiled(function: _Function, /) -> _Function: ...
+
+
+@overload
+def compiled(**options: Any) -> Callable[[_Function], _Function]: ...
+
+
+def compiled(function: Any = None, /, **options: Any) -> Any:
+    """`numba.njit` without the GIL and with these options, as a decorator; other threads go on while it runs.
+
+    What is compiled lies beside the source, else where numba keeps it for the user. In a container that may write
+    neither, it lies in `XMC_MIDX_CACHE`, or is compiled by every process.
+    """
+    if function is None:
+        return lambda one: _compile(one, options)
+    return _compile(function, {})
+
+
+def is_kept(function: Any) -> bool:
+    """Whether what `compiled` gave was compiled before, as it stands, and is kept."""
+    place, code = function.stats.cache_path, function.py_func.__code__
+    name = f"{Path(code.co_filename).stem}.{code.co_name}-{code.co_firstlineno}"
+    return place is not None and any(Path(place).glob(f"{name}.*.nbi"))
+
+
+def _compile(function: Any, options: Mapping[str, Any]) -> Any:
+    try:
+        return numba.njit(nogil=True, cache=True, **options)(function)
+    except RuntimeError:  # numba finds no directory that it can write
+        place = os.environ.get("XMC_MIDX_CACHE")
+        if place and not numba.config.CACHE_DIR:  # type: ignore[attr-defined]
+            numba.config.CACHE_DIR = str(Path(place) / "compiled")  # type: ignore[attr-defined]
+            return _compile(function, options)
+        return numba.njit(nogil=True, **options)(function)

@@ -28,7 +28,7 @@ from xmc_midx.predictor import Predictor
 from xmc_midx.quantization import dequantize
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.session import TrainingSession
-from xmc_midx.types import SilentReporter, TopK
+from xmc_midx.types import EpochStats, SilentReporter, TopK
 
 OPTIONS = (
     "model.dim=16",
@@ -880,3 +880,28 @@ def test_raw_counts_are_weighted_by_default_as_if_they_had_come_weighted(
     for use in (Predictor.load, lambda run: export(run, output=tmp_path / "out")):
         with pytest.raises(DataError, match="is no checkpoint of this run"):
             use(tmp_path / "run-counts")
+
+
+def test_a_run_that_is_not_finished_says_so(topic_dir: Path, tmp_path: Path) -> None:
+    messages = list[str]()
+
+    class Listener(SilentReporter):
+        def message(self, text: str) -> None:
+            messages.append(text)
+
+    class Impatient(SilentReporter):
+        def epoch(self, stats: EpochStats) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(topic_dir, output=tmp_path / "run", config=make_config("training.epochs=3"), reporter=Impatient())
+    predict(tmp_path / "run", input=topic_dir / "test.txt", reporter=Listener())
+    evaluate(tmp_path / "run", data=topic_dir, reporter=Listener())
+    assert [" is not finished: results are of the encoder alone" in text for text in messages] == [True, True]
+    assert all("--resume` finishes it" in text for text in messages)
+    with pytest.raises(UsageError, match="its training has not ended"):
+        predict(tmp_path / "run", input=topic_dir / "test.txt", scores="probabilities")
+    messages.clear()
+    resume(tmp_path / "run")
+    predict(tmp_path / "run", input=topic_dir / "test.txt", reporter=Listener())
+    assert not any("not finished" in text for text in messages)

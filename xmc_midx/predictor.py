@@ -290,9 +290,10 @@ class Predictor:
             one.require_calibration()
         if self.calibration is None:
             raise UsageError(
-                "The run has no calibration, so its scores are no probabilities: no instances were held out, none of "
-                "their labels was found or none missed, or an older version trained it.",
-                hint="Train with data.validation_fraction above 0, or use --scores logits.",
+                "The run has no calibration, so its scores are no probabilities: its training has not ended, no "
+                "instances were held out, none of their labels was found or none missed, or an older version trained "
+                "it.",
+                hint="Finish it (train --resume), train with data.validation_fraction above 0, or use --scores logits.",
             )
         return self.calibration
 

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from xmc_midx.compiled import compiled
+from xmc_midx.compiled import compiled, is_kept
 from xmc_midx.intrinsics import AHEAD, fetch_row, for_each_type
 from xmc_midx.threads import in_threads
 
-__all__ = ["StoredTable", "dequantize", "quantize", "read_only", "require_one_model", "row_product"]
+__all__ = ["StoredTable", "dequantize", "is_compiled", "quantize", "read_only", "require_one_model", "row_product"]
 
 _BYTES, _HALVES, _SCALES = ".int8", ".int4", ".scale"
 _CHUNK_ROWS = 1 << 12
@@ -124,6 +124,11 @@ def require_one_model(arrays: Arrays) -> None:
             raise ValueError(f"{name}: shape {found}, expected {expected}")
     if labels[1] != features[1]:
         raise ValueError(f"labels of {labels[1]} numbers and features of {features[1]}")
+
+
+def is_compiled() -> bool:
+    """Whether the code that reads a stored table was compiled on this machine before, as each prediction needs it."""
+    return is_kept(_bag)
 
 
 def read_only(array: NDArray[Any]) -> NDArray[Any]:

@@ -22,7 +22,7 @@ from xmc_midx.metrics import (
     frequency_deciles,
     without_ignored,
 )
-from xmc_midx.pipeline.inputs import check_k, propensity, say_what_is_missing
+from xmc_midx.pipeline.inputs import check_k, open_predictor, propensity
 from xmc_midx.types import DEFAULT_KS, MetricReport, Reporter, SilentReporter, TopK
 
 if TYPE_CHECKING:
@@ -93,13 +93,8 @@ def evaluate(
     if breakdown not in BREAKDOWNS:
         raise UsageError(f"breakdown is {breakdown!r}; expected {' or '.join(BREAKDOWNS)}.")
     reporter = reporter or SilentReporter()
+    predictor = None if run is None else open_predictor(run, reporter, device=device, verify=verify)
     reporter.start("read", None)
-    predictor = None
-    if run is not None:
-        from xmc_midx.predictor import Predictor
-
-        predictor = Predictor.load(run, device=device, verify=verify)
-        say_what_is_missing(run, reporter)
     dataset = load_dataset(data, sizes=None if predictor is None else (predictor.num_features, predictor.num_labels))
     split = dataset.test if dataset.test is not None else dataset.train
     assert split is not None, "a dataset has a split"

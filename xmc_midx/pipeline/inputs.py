@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from xmc_midx.errors import DataError, UsageError
 from xmc_midx.recipe import DataShape
 from xmc_midx.rundir import RunDirectory, timestamp
 from xmc_midx.types import DEFAULT_KS, DEFAULT_PROPENSITY, Reporter
+
+if TYPE_CHECKING:
+    from xmc_midx.predictor import Predictor
 
 
 def training_split(dataset: XmcDataset, data: str | Path) -> Split:
@@ -112,16 +115,29 @@ def check_k(k: int, num_labels: int) -> None:
         raise UsageError(f"k is {k}; expected 1 to {num_labels}, the number of labels.")
 
 
-def say_what_is_missing(run: str | Path, reporter: Reporter | None) -> None:
-    """Warn where some models of an ensemble are not trained yet: the others predict without them."""
+def open_predictor(run: str | Path, reporter: Reporter, *, device: str, verify: bool, exact: bool = False) -> Predictor:
+    """The model of a run, and a word on what it lacks, or on code that is compiled first."""
+    from xmc_midx.predictor import Predictor
+    from xmc_midx.quantization import is_compiled
+
+    reporter.start("load", None)
+    if not is_compiled():
+        reporter.message("the first prediction after an installation compiles code, for some 20 s, and keeps it")
+    predictor = Predictor.load(run, device=device, verify=verify, exact=exact)
     directory = RunDirectory.open(run)
     there, size = 1 + len(directory.finished_members), 1 + len(directory.members)
-    if reporter is not None and there < size and directory.has_model:
+    go_on = f"`xmc-midx train DATA --output {directory.path} --resume`"
+    if not directory.has_model:
+        reporter.message(
+            f"warning: {directory.path} is not finished: results are of the encoder alone, its scores no probabilities "
+            f"and of another kind than those of the finished run; {go_on} finishes it"
+        )
+    elif there < size:
         reporter.message(
             f"warning: {directory.path} is an ensemble of {size} models, of which {there} can predict: results are of "
-            f"{'that one' if there == 1 else 'those'}; `xmc-midx train DATA --output {directory.path} --resume` trains "
-            "the others"
+            f"{'that one' if there == 1 else 'those'}; {go_on} trains the others"
         )
+    return predictor
 
 
 def say_which(run: RunDirectory, reporter: Reporter) -> None:

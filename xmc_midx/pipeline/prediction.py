@@ -15,7 +15,7 @@ from scipy.sparse import csr_matrix, issparse
 
 from xmc_midx.data.dataset import find_files, load_features
 from xmc_midx.errors import DataError, UsageError
-from xmc_midx.pipeline.inputs import check_k, say_what_is_missing
+from xmc_midx.pipeline.inputs import check_k, open_predictor
 from xmc_midx.pipeline.stream import PredictionStream
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.types import Reporter, SilentReporter, TopK
@@ -110,15 +110,13 @@ def predict_stream(
     XmcMidxError : an option or the model is at fault; faults of the input are raised when the stream comes to them.
     """
     from xmc_midx.data.sources import is_named
-    from xmc_midx.predictor import Predictor, held_rows
+    from xmc_midx.predictor import held_rows
 
     index, num_shards = shard
     if not 1 <= index <= num_shards:
         raise UsageError(f"shard {index}/{num_shards}: expected 1/{max(num_shards, 1)} to {num_shards}/{num_shards}.")
     reporter = reporter or SilentReporter()
-    reporter.start("load", None)
-    predictor = Predictor.load(run, device=device, verify=verify, exact=exact)
-    say_what_is_missing(run, reporter)
+    predictor = open_predictor(run, reporter, device=device, verify=verify, exact=exact)
     check_k(k, predictor.num_labels)
     if scores == "probabilities":
         predictor.require_calibration()

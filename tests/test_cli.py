@@ -49,6 +49,7 @@ class FakeTraining:
     seconds: float = 16.2
     best_epoch: int = 2
     best: str = "checkpoints/20"
+    num_validation: int = 1234
     validation: dict[str, float] = field(default_factory=lambda: {"P@1": 0.5, "P@3": 0.4})
     test: MetricReport | None = None
     evaluate_on: str | None = "d"
@@ -641,7 +642,7 @@ def test_the_summary_of_train(cli: Any, pipeline: Any, tmp_path: Path) -> None:
         "best epoch",
         "1.2 MB",
         "512 MB",
-        "Validation, in %",
+        "Validation, 1,234 held-out instances, in %",
         "Test, in %",
     ):
         assert expected in text
@@ -1210,3 +1211,11 @@ def test_numpy_values_and_records_become_json(capsys: pytest.CaptureFixture[str]
     render.print_json(stats)
     read = json.loads(capsys.readouterr().out)
     assert read == {"a": 0.5, "b": [0, 1], "c": None, "d": "x", "e": asdict(REPORT)}
+
+
+def test_a_tilde_behind_an_equals_sign_is_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    words: list[list[str]] = []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(app, "_attempt", lambda given, debug: words.append(given) or 0)
+    assert app.run(["train", "d", "--output=~/x", "--set=a.b=~/c", "--", "~/y"]) == 0
+    assert words == [["train", "d", f"--output={tmp_path}/x", "--set=a.b=~/c", "--", "~/y"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from pydantic import ValidationError
 from xmc_midx.config import SAMPLER_NAMES, Config, dump_config, load_config
 from xmc_midx.errors import UsageError
 from xmc_midx.recipe import DataShape, resolve
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def write(tmp_path: Path, text: str | bytes) -> Path:
@@ -214,3 +217,12 @@ def test_more_threads_than_a_machine_can_start_are_refused() -> None:
     for number in ("0", "1025", "100000"):
         with pytest.raises(UsageError, match="num_threads"):
             load_config(assignments=[f"training.num_threads={number}"])
+
+
+def test_the_page_of_all_keys_is_what_the_source_says() -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "document_config.py"))
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page == script["page"](), "python scripts/document_config.py > docs/configuration.md"
+    for section, info in Config.model_fields.items():
+        assert info.annotation is not None and f"## {section}\n" in page
+        assert all(f"| `{key}` |" in page for key in info.annotation.model_fields)

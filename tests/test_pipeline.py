@@ -566,6 +566,13 @@ def test_label_ids_with_huge_gaps_are_refused_before_the_memory_is_gone(tmp_path
     assert caught.value.hint is not None and "renumber" in caught.value.hint
 
 
+def test_a_header_that_lies_is_asked_about(tmp_path: Path) -> None:
+    write_xmc(tmp_path / "train.txt", "40 3 20000000\n" + "1 0:1.0\n" * 40)
+    with pytest.raises(DataError, match="has 20,000,000 labels, its header says, but only 40") as caught:
+        train(tmp_path, output=tmp_path / "run", config=make_config())
+    assert caught.value.hint is not None and "Is it the header of this file?" in caught.value.hint
+
+
 def test_a_test_file_without_instances_is_refused_before_the_training(
     topic_dir: Path, trained: TrainResult, tmp_path: Path
 ) -> None:
@@ -905,3 +912,51 @@ def test_a_run_that_is_not_finished_says_so(topic_dir: Path, tmp_path: Path) -> 
     resume(tmp_path / "run")
     predict(tmp_path / "run", input=topic_dir / "test.txt", reporter=Listener())
     assert not any("not finished" in text for text in messages)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "says"),
+    [
+        ((), False),
+        (("sampler.name=uniform",), True),
+        (("sampler.name=uniform", "sampler.num_draws=5"), False),
+        (("sampler.name=full",), False),
+    ],
+)
+def test_where_all_labels_are_drawn_a_chosen_sampler_says_nothing(
+    topic_dir: Path, tmp_path: Path, assignments: tuple[str, ...], says: bool
+) -> None:
+    messages = list[str]()
+
+    class Listener(SilentReporter):
+        def message(self, text: str) -> None:
+            messages.append(text)
+
+    config = load_config(assignments=("training.epochs=1", "training.ensemble_size=1", *assignments))
+    result = train(topic_dir, output=tmp_path / "run", config=config, reporter=Listener())
+    assert any("whatever the sampler" in text for text in messages) == says
+    assert result.num_validation == result.as_dict()["num_validation"] > 0
+
+
+def test_a_configuration_is_given_in_any_form(topic_dir: Path, tmp_path: Path) -> None:
+    tree = {"training": {"epochs": 1, "ensemble_size": 1}, "model": {"dim": 8}}
+    (tmp_path / "c.yaml").write_text(json.dumps(tree))
+    for number, given in enumerate((tree, Config.model_validate(tree), tmp_path / "c.yaml", str(tmp_path / "c.yaml"))):
+        result = train(topic_dir, output=tmp_path / f"run{number}", config=given)
+        assert (result.config.training.epochs, result.config.model.dim) == (1, 8)
+    with pytest.raises(UsageError, match=r"training\.epoch"):
+        train(topic_dir, output=tmp_path / "none", config={"training": {"epoch": 1}})
+    with pytest.raises(UsageError, match="config is a list; expected a Config, a dictionary"):
+        train(topic_dir, output=tmp_path / "none", config=[1])  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="data is a csr_matrix; expected a path") as caught:
+        train(csr_matrix((2, 2)), output=tmp_path / "none")  # type: ignore[arg-type]
+    assert "save_npz" in (caught.value.hint or "") and not (tmp_path / "none").exists()
+
+
+def test_a_tilde_is_the_home_directory(topic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(topic_dir, tmp_path / "data")
+    train("~/data", output="~/runs/a", config={"training": {"epochs": 1, "ensemble_size": 1}})
+    assert (tmp_path / "runs" / "a" / "model.json").exists() and not (tmp_path / "~").exists()
+    assert evaluate("~/runs/a", data="~/data").report.metrics["P@1"] > 0

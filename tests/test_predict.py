@@ -745,3 +745,21 @@ def test_a_model_is_mapped_not_copied(tmp_path: Path) -> None:
         loaded, predicted = (int(word) for word in done.stdout.split("GREW")[1].split())
         # Most of the second is the compiler's, where the loop was not compiled before.
         assert loaded < 30e6 and predicted < 100e6, (checkpoint, loaded, predicted)
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.json", "out.csv.gz"])
+def test_a_file_that_is_called_otherwise_than_it_would_be_is_refused(run: Path, tmp_path: Path, name: str) -> None:
+    rows = tmp_path / "rows.txt"
+    rows.write_text("1:0.5\n")
+    assert app.run(["predict", str(run), str(rows), "--output", str(tmp_path / name)]) == 2
+    assert not (tmp_path / name).exists()
+    assert app.run(["predict", str(run), str(rows), "--output", str(tmp_path / name), "--format", "tsv"]) == 0
+
+
+def test_of_a_file_that_is_packed_the_hint_names_it(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with gzip.open(tmp_path / "rows.txt.gz", "wt") as file:
+        file.write("1:0.5\n")
+    assert app.run(["predict", str(run), str(tmp_path / "rows.txt")]) == 3
+    assert "rows.txt.gz?" in " ".join(capsys.readouterr().err.split())

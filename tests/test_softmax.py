@@ -1489,6 +1489,18 @@ def test_a_compiled_model_draws_and_learns_as_the_eager_one(backend: str, option
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_without_a_bias_none_is_taken_over() -> None:
+    there, without = MIDXSoftmax(20, 8, seed=1), MIDXSoftmax(20, 8, bias=False)
+    without.load_state_dict(there.state_dict())  # zeros
+    with torch.no_grad():
+        there.bias += 1.0
+    with pytest.raises(RuntimeError, match="`bias` is not 0, but this softmax has no bias"):
+        without.load_state_dict(there.state_dict())
+    queries = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    expected = torch.log_softmax(queries @ without.weight.detach().T, dim=-1)
+    torch.testing.assert_close(without.log_prob(queries).detach(), expected)
+
+
 # ---------------------------------------------------------------------------- README
 
 

@@ -20,6 +20,7 @@ from xmc_midx.errors import UsageError
 __all__ = [
     "Config",
     "DataConfig",
+    "GivenConfig",
     "LossConfig",
     "ModelConfig",
     "NeighborsConfig",
@@ -27,6 +28,7 @@ __all__ = [
     "SamplerConfig",
     "SamplerName",
     "TrainingConfig",
+    "as_config",
     "changed_keys",
     "dump_config",
     "load_config",
@@ -87,11 +89,13 @@ class ModelConfig(_Section):
     num_hidden_layers: Annotated[int, Field(ge=0, le=8)] = 0
     """Square layers after the embedding bag."""
     activation: Literal["relu", "none"] = "relu"
+    """After the bag and each layer."""
     residual: bool = True
     """Whether each hidden layer adds to its input."""
     dropout: Fraction | Auto = "auto"
     """Share of the query's coordinates dropped in training."""
     label_bias: bool = True
+    """Whether each label has a bias beside its row."""
     label_init: Literal["mean-instance", "random"] = "mean-instance"
     """Start of the label table: the mean encoded instance of each label, or small random rows."""
     label_precision: Literal["float32", "bfloat16"] = "float32"
@@ -109,6 +113,7 @@ class SamplerConfig(_Section):
     """Where the negatives come from."""
 
     name: SamplerName = "midx-pq"
+    """The proposal that negatives are drawn from; `full`: all labels, without draws."""
     estimator: Literal["pool", "instance"] = "pool"
     """`pool`: one set of labels for many instances; `instance`: own draws for each instance (the paper)."""
     num_draws: PositiveInt | Auto = "auto"
@@ -152,12 +157,15 @@ class TrainingConfig(_Section):
     preset: Literal["fast", "default", "best"] = "default"
     """How much time the values that are `auto` may cost: epochs, embedding size and draws."""
     epochs: PositiveInt | Auto = "auto"
+    """Passes over the training rows."""
     batch_size: PositiveInt | Auto = "auto"
+    """Instances of a step."""
     encoder_learning_rate: LearningRate | Auto = "auto"
     """Of the feature table, whose steps fall with the root of a row's gradients so far."""
     label_learning_rate: LearningRate | Auto = "auto"
     """Of the label table; the encoder's bias and layers take half of it."""
     warmup_fraction: Fraction = 0.05
+    """Share of the steps in which the rates rise, before they fall to nothing."""
     patience: PositiveInt | None = None
     """Epochs without a better validation score before training stops; None runs all epochs and keeps the best."""
     save_every_steps: PositiveInt | None = None
@@ -169,6 +177,7 @@ class TrainingConfig(_Section):
     """Newest checkpoints that are kept, with the best one that each of them knows. A model that is not finite is never
     saved, so the newest is the last finite one."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of start values, order, draws and held-out instances: the same seed, the same model (CPU)."""
     ensemble_size: Annotated[int, Field(ge=1, le=64)] | Auto = "auto"
     """Models that are trained one after the other, each from a seed of its own and with other instances held out, and
     whose scores are averaged at prediction."""
@@ -217,6 +226,10 @@ class Config(_Section):
     ranker: RankerConfig = RankerConfig()
 
 
+GivenConfig = Config | Mapping[str, Any] | str | Path
+"""What `as_config` takes."""
+
+
 def load_config(path: str | Path | None = None, *, assignments: Iterable[str] = ()) -> Config:
     """A configuration from a YAML file and `section.key=value` assignments.
 
@@ -236,6 +249,30 @@ def load_config(path: str | Path | None = None, *, assignments: Iterable[str] = 
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UsageError(_explain(error), hint=_known_keys(error)) from None
+
+
+def as_config(given: GivenConfig | None) -> Config:
+    """What a caller gave: a `Config`, its tree as a dictionary, the path of a YAML file, or nothing.
+
+    Raises
+    ------
+    UsageError : as of `load_config`; or it is something else.
+    """
+    if given is None:
+        return Config()
+    if isinstance(given, str | Path):
+        return load_config(given)
+    if isinstance(given, Mapping):
+        try:
+            return Config.model_validate(dict(given))
+        except ValidationError as error:
+            raise UsageError(_explain(error), hint=_known_keys(error)) from None
+    if not isinstance(given, Config):
+        raise UsageError(
+            f"config is a {type(given).__name__}; expected a Config, a dictionary like "
+            "{'training': {'epochs': 5}}, or the path of a YAML file."
+        )
+    return given
 
 
 def changed_keys(base: Config, path: str | Path | None = None, *, assignments: Iterable[str] = ()) -> list[str]:

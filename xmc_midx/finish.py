@@ -40,6 +40,8 @@ _TABLES = ("encoder.embedding", "labels.weight")
 """The large ones."""
 _MEAN_QUERIES = 4096
 """Training instances whose mean query it is."""
+_SHOWN = "P@1", "P@5", "PSP@5"
+"""What is added is chosen by P and PSP at 1, 3 and 5 together."""
 _CELL_QUERIES = 20_000, 2_000
 """Training instances that the label cells are fitted to, and held-out ones that their effort is tuned on."""
 
@@ -138,9 +140,10 @@ class Finish:
             chosen = dataclasses.replace(chosen, budget=near.budget, idf_power=near.idf_power)
         top = shortlist if chosen.is_identity else self._rank(shortlist, features, chosen, near, ranker)
         validation = self.validator.metrics(top)
+        gains = (f"{name} {100 * before[name]:.2f}% -> {100 * validation[name]:.2f}%" for name in _SHOWN)
         self.reporter.message(
             f"used: {'neighbours, ' * chosen.needs_neighbors}{'ranker, ' * chosen.needs_ranker}frequency "
-            f"{chosen.frequency:+.2f}; validation P@1 {100 * before['P@1']:.2f}% -> {100 * validation['P@1']:.2f}%"
+            f"{chosen.frequency:+.2f}; validation {', '.join(gains)}"
         )
         calibration = fit_calibration(top, labels)
         del near, shortlist, top

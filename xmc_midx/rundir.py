@@ -123,7 +123,7 @@ class RunDirectory:
         ------
         DataError : there is no such directory, or it is not one that `train` wrote.
         """
-        path = Path(run)
+        path = Path(run).expanduser()
         aside = aside_of(path)
         hint = None
         if aside.exists():
@@ -165,7 +165,7 @@ class RunDirectory:
         UsageError : the directory holds a run or other files already.
         ResourceError : it cannot be written, or another training is using it.
         """
-        path = Path(run)
+        path = Path(run).expanduser()
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -76,6 +76,7 @@ class TrainingSession:
         features = self._scaling(training.features)
         assert isinstance(config.data.validation_fraction, float), "the configuration is resolved"
         kept, held_out = hold_out(features, training.labels, config.data.validation_fraction, config.training.seed)
+        self.num_held_out = int(held_out.size)
         asked = (features[held_out], training.labels[held_out]) if held_out.size else None
         labels = training.labels
         self._training = training

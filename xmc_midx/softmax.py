@@ -454,6 +454,9 @@ class LabelSoftmax(nn.Module):
         self._place_generator()
         if generator is not None and generator.shape == self.generator.get_state().shape:
             self.generator.set_state(generator.cpu())
+        if not self.has_bias and bool(self.bias.detach().any()):
+            self.bias.detach().zero_()
+            error_msgs.append(f"`{prefix}bias` is not 0, but this softmax has no bias: bias=True would take it.")
         if f"{prefix}weight" not in state_dict:
             return
         self._outdated = True
@@ -538,7 +541,7 @@ class MIDXSoftmax(LabelSoftmax):
 
     Parameters
     ----------
-    num_labels, dim : L and D (D >= 2).
+    num_labels, dim : L and D.
     num_codewords : C in each of the two codebooks; `"auto"`: 1.25 sqrt(L), at most 320.
     quantizer : `"pq"` or `"rq"`.
     estimator, pool_instances, gradient_negatives, correction_power, bias, weighting, decoupled, sparse, precision,

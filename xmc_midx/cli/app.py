@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import sys
 import textwrap
 import warnings
@@ -132,7 +133,11 @@ def run(argv: Sequence[str]) -> int:
     -------
     The exit code. Errors have been shown: on stderr as one line, or with `--json` on stdout as one document.
     """
-    own = list(argv[: argv.index("--")]) if "--" in argv else list(argv)
+    # A shell expands `~/a`, but not `--output=~/a`.
+    argv = [
+        re.sub(r"^(--[a-z-]+=)(~/.*)", lambda word: word[1] + str(Path(word[2]).expanduser()), word) for word in argv
+    ]
+    own = argv[: argv.index("--")] if "--" in argv else argv
     words = [word for word in own if word != "--debug"] + list(argv[len(own) :])
     try:
         failure = _attempt(words or ["--help"], debug="--debug" in own)

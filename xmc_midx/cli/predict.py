@@ -184,7 +184,10 @@ def _form_of(output: Path, form: Format | None, inputs: Mapping[str, str | None]
     for name, file in inputs.items():
         if file is not None and output.is_file() and Path(file).is_file() and output.samefile(file):
             raise UsageError(f"--output {output}: is the file of {name}, which would be lost.")
-    form = form or _FORMATS.get(Path(plain_name(output)).suffix)
+    ending = Path(plain_name(output)).suffix
+    if form is None and ending in (".csv", ".json", ".parquet"):
+        raise UsageError(f"--output {output}: {ending} is no format of predictions; expected .tsv, .jsonl or .npz.")
+    form = form or _FORMATS.get(ending)
     if form is Format.NPZ and output.suffix in COMPRESSED:
         raise UsageError(f"--output {output}: an .npz file is compressed already.")
     return form

@@ -259,7 +259,8 @@ def _print_summary(result: TrainResult) -> None:
     )
     if result.validation:
         render.print_line()
-        render.print_metrics(result.validation, title=f"Validation{of_first}")
+        title = f"Validation{of_first}, {result.num_validation:,} held-out instances"
+        render.print_metrics(result.validation, title=title)
     if result.test is not None:
         render.print_line()
         render.print_metrics(result.test.metrics, title="Test")

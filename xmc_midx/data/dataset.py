@@ -7,6 +7,7 @@ Before it: `sources` (files -> matrices) and `registry` (names -> places). After
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -175,15 +176,16 @@ def training_faults(split: Split) -> Iterator[tuple[str, DataError]]:
     """Why nothing can be trained on a split that can be read: the kind of each fault, and what is said of it."""
     (_, num_features), (_, num_labels) = split.features.shape, split.labels.shape
     positives, values = split.labels.nnz, split.features.nnz
+    says = "its header says" if split.source.states_sizes else "one more than the largest id"
+    hint = "Is it the header of this file? " if split.source.states_sizes else ""
     if positives == 0:
         yield "no-positives", DataError(f"{split.path}: no instance has a label, so there is nothing to learn.")
     elif num_labels > _MANY_IDS and _RAREST * positives < num_labels:
         yield (
             "gaps",
             DataError(
-                f"{split.path}: has {num_labels:,} labels, one more than the largest id, but only {positives:,} "
-                "positives.",
-                hint="Ids count from 0 and leave no large gaps: renumber them. "
+                f"{split.path}: has {num_labels:,} labels, {says}, but only {positives:,} positives.",
+                hint=f"{hint}Ids count from 0 and leave no large gaps: renumber them. "
                 "`xmc-midx prepare` does that for raw text.",
             ),
         )
@@ -191,9 +193,8 @@ def training_faults(split: Split) -> Iterator[tuple[str, DataError]]:
         yield (
             "gaps",
             DataError(
-                f"{split.path}: has {num_features:,} features, one more than the largest id, but only {values:,} "
-                "values.",
-                hint="Ids count from 0 and leave no large gaps: renumber them, or hash to fewer.",
+                f"{split.path}: has {num_features:,} features, {says}, but only {values:,} values.",
+                hint=f"{hint}Ids count from 0 and leave no large gaps: renumber them, or hash to fewer.",
             ),
         )
 
@@ -265,8 +266,13 @@ def find_files(data: str | Path, *, test: str | Path | None = None) -> DataFiles
     ------
     DataError : nothing is found there, with what was looked for; or there are two variants of one file.
     """
-    path = Path(data)
-    test_path = None if test is None else Path(test)
+    if not isinstance(data, str | os.PathLike):
+        raise UsageError(
+            f"data is a {type(data).__name__}; expected a path, or the name of a dataset.",
+            hint="Matrices in memory: scipy.sparse.save_npz('d/X.trn.npz', X), ('d/Y.trn.npz', Y), and data='d'.",
+        )
+    path = Path(data).expanduser()
+    test_path = None if test is None else Path(test).expanduser()
     if test_path is not None and not test_path.exists():
         raise DataError(f"{test_path}: no such file.", hint="It is the file of the test split.")
     spec = None if path.exists() else _spec_on_disk(str(data))

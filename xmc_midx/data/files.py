@@ -132,7 +132,10 @@ class LineChunks:
             if error.errno is None:
                 self._damaged(error)
             else:
-                self._unreadable(f"cannot be read: {error.strerror}.", None)
+                packed = [self.path.with_name(self.path.name + ending) for ending in (".gz", ".bz2", ".xz")]
+                found = next((path for path in packed if path.exists()), None)
+                hint = None if found is None or self.path.exists() else f"Did you mean {found}?"
+                self._unreadable(f"cannot be read: {error.strerror}.", hint)
 
     def _unreadable(self, text: str, hint: str | None) -> None:
         self.report(Problem(kind="file", file=str(self.path), line=None, text=text, hint=hint))

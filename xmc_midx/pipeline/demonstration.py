@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from xmc_midx.config import Config
+from xmc_midx.config import GivenConfig
 from xmc_midx.pipeline.evaluation import Evaluation, evaluate
 from xmc_midx.pipeline.prediction import predict
 from xmc_midx.pipeline.training import TrainResult, train
@@ -31,7 +31,12 @@ class DemoResult:
     """Raw text -> its best labels: (name, logit)."""
 
 
-def demo(*, output: str | Path, config: Config | None = None, reporter: Reporter | None = None) -> DemoResult:
+def demo(
+    *,
+    output: str | Path,
+    config: GivenConfig | None = None,
+    reporter: Reporter | None = None,
+) -> DemoResult:
     """Train on the embedded dataset, evaluate, and predict for a few sentences typed as raw text."""
     training = train(_DEMO_DATASET, output=output, config=config, reporter=reporter)
     evaluation = evaluate(output, data=_DEMO_DATASET, reporter=reporter)

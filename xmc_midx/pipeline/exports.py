@@ -99,7 +99,7 @@ def export(
         require_onnx()
     started = time.perf_counter()
     reporter = reporter or SilentReporter()
-    target = Path(output)
+    target = Path(output).expanduser()
     with sealed_directory(target) as directory:
         reporter.start("load", None)
         source = ExportSource.load(run)

@@ -92,7 +92,8 @@ def provenance_of(dataset: XmcDataset, data: str | Path, test: str | Path | None
 
 def _absolute(data: str | Path) -> str:
     """A path as it can be found from anywhere; a dataset's name as it is."""
-    return str(Path(data).resolve()) if Path(data).exists() else str(data)
+    path = Path(data).expanduser()
+    return str(path.resolve()) if path.exists() else str(data)
 
 
 def check_sizes(dataset: XmcDataset, *, num_features: int, num_labels: int) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xmc_midx.config import Config
+from xmc_midx.config import Config, GivenConfig, as_config
 from xmc_midx.data.dataset import Split, XmcDataset, load_dataset
 from xmc_midx.errors import ResourceError
 from xmc_midx.pipeline.inputs import shape_of, training_split
@@ -63,7 +63,7 @@ def plan(
     data: str | Path | TrainingData,
     *,
     output: str | Path = ".",
-    config: Config | None = None,
+    config: GivenConfig | None = None,
     test: str | Path | None = None,
     reporter: Reporter | None = None,
 ) -> Plan:
@@ -92,7 +92,7 @@ def plan(
         training = training_split(dataset, data)
         shape, data = shape_of(dataset, training), _training_data(dataset, training)
         del dataset, training
-    resolved = resolve(config or Config(), shape)
+    resolved = resolve(as_config(config), shape)
     available = available_memory_bytes()
     if available is not None:
         available += used_memory_bytes()

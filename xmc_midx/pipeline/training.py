@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xmc_midx.config import Config
+from xmc_midx.config import Config, GivenConfig, as_config
 from xmc_midx.data.dataset import XmcDataset, load_dataset
 from xmc_midx.errors import DataError
 from xmc_midx.metrics import evaluate_topk, without_ignored
@@ -42,6 +42,8 @@ class TrainResult:
     """Training alone: without reading data, with validation and saving."""
     loss: float
     """Of the last epoch, nats per positive."""
+    num_validation: int
+    """Held-out instances of a model."""
     validation: Mapping[str, float]
     """Metrics of the best epoch on the held-out instances; empty where none are held out. Of an ensemble, as `best`,
     the epochs and the loss, of its first model: each holds out others."""
@@ -73,6 +75,7 @@ class TrainResult:
             "best_epoch": self.best_epoch,
             "seconds": round(self.seconds, 3),
             "loss": self.loss,
+            "num_validation": self.num_validation,
             "validation": dict(self.validation),
             "test": None if self.test is None else report_dict(self.test),
             "propensity": dict(zip("AB", self.propensity, strict=True)),
@@ -104,7 +107,7 @@ def train(
     data: str | Path,
     *,
     output: str | Path,
-    config: Config | None = None,
+    config: GivenConfig | None = None,
     test: str | Path | None = None,
     max_seconds: float | None = None,
     reporter: Reporter | None = None,
@@ -115,7 +118,8 @@ def train(
     ----------
     data : name of a dataset, directory, or sparse feature file.
     output : the run directory; made here, and refused where it holds anything.
-    config : open values are derived from the data (`xmc_midx.recipe`); None derives all.
+    config : a `Config`, its tree as a dictionary, or the path of a YAML file; open values are derived from the data
+        (`xmc_midx.recipe`), and None derives all.
     test : a sparse feature file that is evaluated at the end; it takes no part in training.
     max_seconds : of this call; then the training is saved and stops, to be resumed. None: no limit.
     reporter : receives the progress.
@@ -136,8 +140,11 @@ def train(
     if not training.source.states_sizes:
         sizes = f"{dataset.num_features} features and {dataset.num_labels} labels"
         reporter.message(f"{training.path}: states no sizes; the largest ids make {sizes}")
-    resolved = resolve(config or Config(), shape_of(dataset, training))
+    config = as_config(config)
+    resolved = resolve(config, shape_of(dataset, training))
     refuse_what_does_not_fit(resolved, dataset, training, Path(output), reporter)
+    if "name" in config.sampler.model_fields_set:
+        _say_where_a_sampler_says_nothing(resolved, dataset.num_labels, reporter)
     with RunDirectory.create(
         output,
         resolved,
@@ -151,6 +158,17 @@ def train(
             session.run()
             others = train_members(session, training, verify=True)
         return _train_result(session, others, dataset, data, None if test is None else str(test))
+
+
+def _say_where_a_sampler_says_nothing(resolved: Config, num_labels: int, reporter: Reporter) -> None:
+    """Whoever chooses a sampler may compare several."""
+    name, draws = resolved.sampler.name, resolved.sampler.num_draws
+    if name in ("full", "in-batch") or not isinstance(draws, int) or draws < num_labels:
+        return
+    reporter.message(
+        f"{draws:,} draws hold all {num_labels:,} labels: the loss is the full softmax's, whatever the sampler; "
+        "sampler.num_draws asks for fewer"
+    )
 
 
 @_settings_of_its_own()
@@ -242,6 +260,7 @@ def _train_result(
         best_epoch=session.best_epoch,
         seconds=session.seconds + sum(one.seconds for one in others),
         loss=session.loss,
+        num_validation=session.num_held_out,
         validation=session.validation,
         test=report,
         evaluate_on=(test or str(data)) if is_there else None,

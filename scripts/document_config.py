@@ -20,8 +20,8 @@ from xmc_midx.config import Config
 
 HEAD = """# Configuration
 
-What `--set section.key=value` sets, a YAML file for `--config` holds, and `config=` of the Python functions takes: sections
-of keys. `auto` is derived from the data, and the run's `config.yaml` says what came out.
+What `--set section.key=value` sets, a YAML file for `--config` holds and `config=` in Python takes: sections and their
+keys. `auto` is derived from the data, and the run's `config.yaml` says what came out.
 (`python scripts/document_config.py` writes this page.)
 
 ```yaml

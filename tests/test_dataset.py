@@ -440,3 +440,28 @@ def test_a_test_split_of_nothing_is_worth_a_warning(directory: Path) -> None:
     assert report.ok and report.counts["rows"] == 1
     (problem,) = [one for one in report.problems if one.kind == "rows"]
     assert problem.level == "warning" and "there is nothing to evaluate on" in problem.text
+
+
+def test_check_warns_of_features_that_nothing_has_and_of_one_that_drowns_the_others(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+
+    def written(name: str, num_features: int, constant: float | None) -> Path:
+        rows = [{int(f): float(rng.random()) + 0.1 for f in rng.choice(20, 6, replace=False)} for _ in range(50)]
+        for row in rows:
+            row |= {} if constant is None else {30: constant}
+        lines = [f"{rng.integers(3)} " + " ".join(f"{f}:{v:.3f}" for f, v in sorted(row.items())) for row in rows]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.txt").write_text(f"50 {num_features} 3\n" + "\n".join(lines) + "\n")
+        return tmp_path / name
+
+    kinds = ("unused-features", "dominant-feature")
+    for name, num_features, constant, expected in (
+        ("plain", 40, None, (0, 0)),
+        ("some unused", 10_000, None, (0, 0)),
+        ("hashed", 2**20, None, (1, 0)),
+        ("mild", 40, 0.5, (0, 0)),
+        ("unscaled", 40, 100.5, (0, 1)),
+    ):
+        report = check_dataset(written(name, num_features, constant))
+        assert tuple(report.counts.get(kind, 0) for kind in kinds) == expected, name
+        assert report.num_errors == 0

@@ -26,7 +26,7 @@ from xmc_midx.data.dataset import (
     split_statistics,
     training_faults,
 )
-from xmc_midx.data.features import row_hashes
+from xmc_midx.data.features import are_counts, row_hashes
 from xmc_midx.data.files import LineChunks
 from xmc_midx.data.formats import read_labels
 from xmc_midx.data.ignored import read_ignored
@@ -137,6 +137,7 @@ class _Check:
         for role, split in self.sound.items():
             self._check_instances(split, self.scans[role])
         self._check_labels()
+        self._check_features()
         self._check_first_id("feature")
         self._check_first_id("label")
         num_test_in_train = self._check_overlap()
@@ -304,6 +305,29 @@ class _Check:
                 text = f"{missing} of {statistics.num_labels} labels have no training instance: nothing finds them."
                 self._warn("unseen-labels", text, file=str(train.source.labels))
 
+    def _check_features(self) -> None:
+        """What a training pays for without need, and what leaves nothing of the rest."""
+        train = self.sound.get("train")
+        if train is None or not train.features.nnz:
+            return
+        file, num_features = str(train.source.features), train.features.shape[1]
+        used, which = np.unique(train.features.indices, return_inverse=True)
+        unused = num_features - len(used)
+        if unused > max(_MANY_UNUSED, len(used)):
+            text = f"{unused:,} of {num_features:,} features are in no training instance: they take their room."
+            self._warn("unused-features", text, "Renumber those that are there, or hash to fewer.", file=file)
+        if are_counts(train.features):
+            return  # they are weighted, by how rare they are too
+        squares = train.features.data.astype(np.float64) ** 2
+        rows = np.repeat(np.arange(train.num_instances), np.diff(train.features.indptr))
+        lengths = np.bincount(rows, squares, minlength=train.num_instances)[rows]
+        shares = np.bincount(which, squares / np.where(lengths > 0.0, lengths, 1.0)) / train.num_instances
+        if len(used) > 1 and shares.max() > _DOMINANT:
+            largest = int(np.argmax(shares))
+            text = f"feature {used[largest]} makes up {shares[largest]:.0%} of the rows' squared length, on the mean: "
+            text += "scaled to length 1, they leave little to the others."
+            self._warn("dominant-feature", text, "Scale it, leave it out, or --set data.normalize=none.", file=file)
+
     def _check_first_id(self, what: Literal["feature", "label"]) -> None:
         """Guess whether the ids start from 1."""
         if not self.splits:
@@ -351,6 +375,9 @@ class _Check:
         return PropensityRange(a=a, b=b, smallest=smallest, largest=largest)
 
 
+_MANY_UNUSED = 10_000
+"""Features in no instance whose room is worth a word."""
+_DOMINANT = 0.5
 _MANY_IDS = 100
 _NEARLY_ALL = 0.99
 """An unused id 0 is odd only where hardly any id is unused: by chance it happens in 1 of 100 such files."""

@@ -33,6 +33,7 @@ model:
 TABLE = "| key | default | may be | |\n| --- | --- | --- | --- |\n"
 NAMES = {bool: "true or false", int: "whole number", float: "number", str: "text"}
 SIGNS = ((Gt, "gt", ">"), (Ge, "ge", ">="), (Lt, "lt", "<"), (Le, "le", "<="))
+BAR = "\\|"
 BEYOND = 2**62
 """A bound that nobody meets."""
 
@@ -78,7 +79,7 @@ def page() -> str:
         for key, field in kind.model_fields.items():
             default = json.dumps(field.default).strip('"')
             may_be = ", ".join(dict.fromkeys(values(field.annotation, tuple(field.metadata))))
-            parts.append(f"| `{key}` | `{default}` | {may_be} | {said[key]} |\n")
+            parts.append(f"| `{key}` | `{default}` | {may_be} | {said[key].replace('|', BAR)} |\n")
     return "".join(parts)
 
 

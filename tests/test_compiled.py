@@ -21,11 +21,11 @@ print(is_kept(features.all_finite))
 """
 
 
-def run(package: Path, **environment: str) -> str:
+def run(package: Path, code: str = CODE, **environment: str) -> str:
     """In a process that finds `package` first, and no directory of the user's."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("NUMBA_", "XMC_MIDX_", "XDG_"))}
     paths = {"PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-c", CODE]
+    command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=package, env=kept | paths | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -54,3 +54,23 @@ def test_where_nothing_can_be_written_it_is_kept_in_the_cache_or_nowhere(package
     assert run(package, HOME=nobody) == "False"
     assert run(package, HOME=nobody, XMC_MIDX_CACHE=str(tmp_path / "cache")) == "True"
     assert list((tmp_path / "cache" / "compiled").rglob("features.all_finite-*.nbi"))
+
+
+def test_code_of_an_older_source_is_not_kept(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "xmc_midx", tmp_path / "xmc_midx", ignore=shutil.ignore_patterns("__pycache__", "embedded"))
+    assert run(tmp_path) == "True"
+    code = (
+        "from xmc_midx.compiled import is_kept; from xmc_midx.data import features; print(is_kept(features.all_finite))"
+    )
+    assert run(tmp_path, code=code) == "True"
+    later = (tmp_path / "xmc_midx" / "data" / "features.py").stat().st_mtime + 100
+    os.utime(tmp_path / "xmc_midx" / "data" / "features.py", (later, later))
+    assert run(tmp_path, code=code) == "False"
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="no modes")
+def test_a_place_that_others_can_write_is_not_trusted(package: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache" / "compiled").mkdir(parents=True)
+    (tmp_path / "cache" / "compiled").chmod(0o777)
+    assert run(package, HOME=str(tmp_path / "nobody" / "home"), XMC_MIDX_CACHE=str(tmp_path / "cache")) == "False"
+    assert not list((tmp_path / "cache" / "compiled").iterdir())

@@ -960,3 +960,9 @@ def test_a_tilde_is_the_home_directory(topic_dir: Path, tmp_path: Path, monkeypa
     train("~/data", output="~/runs/a", config={"training": {"epochs": 1, "ensemble_size": 1}})
     assert (tmp_path / "runs" / "a" / "model.json").exists() and not (tmp_path / "~").exists()
     assert evaluate("~/runs/a", data="~/data").report.metrics["P@1"] > 0
+    assert predict("~/runs/a", input="~/data/test.txt", k=1).top.label_ids.shape[1] == 1
+    (tmp_path / "data" / "test.txt").unlink()
+    with pytest.raises(DataError, match="has no test split to evaluate on"):
+        evaluate("~/runs/a", data="~/data")
+    with pytest.raises(DataError, match="~nobody"):
+        load_dataset("~nobody")

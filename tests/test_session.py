@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from test_pipeline import STEPS, TOTAL, Interruption, StopAfter, history, make_c
 
 from xmc_midx import finish, session, validation
 from xmc_midx.checkpoint import CheckpointStore
+from xmc_midx.data.dataset import load_dataset
 from xmc_midx.data.registry import find_spec
 from xmc_midx.errors import DivergedError
 from xmc_midx.pipeline import resume, train
+from xmc_midx.rundir import RunDirectory
 from xmc_midx.trainer import Trainer
 from xmc_midx.types import SilentReporter
 from xmc_midx.validation import Validator
@@ -241,3 +245,20 @@ def test_a_training_that_holds_nothing_out_says_what_it_does_without(topic_dir: 
     config = make_config("data.validation_fraction=0", "neighbors.enabled=true")
     train(topic_dir, output=tmp_path / "run", config=config, reporter=messages)
     assert any("no instances are held out" in text for text in messages.found)
+
+
+def test_a_session_that_nobody_holds_is_gone_at_once(topic_dir: Path, tmp_path: Path) -> None:
+    """A cycle would keep its tables and rows until the garbage collector looks."""
+    split = load_dataset(topic_dir).split("train")
+    config = make_config("training.ensemble_size=1")
+    gc.collect()
+    gc.disable()
+    try:
+        with RunDirectory.create(tmp_path / "run", config) as run:
+            one = session.TrainingSession(run, split, SilentReporter())
+            trainer = weakref.ref(one.trainer)
+            one.run()
+            del one
+        assert trainer() is None
+    finally:
+        gc.enable()

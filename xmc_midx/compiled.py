@@ -36,8 +36,12 @@ def compiled(function: Any = None, /, **options: Any) -> Any:
 def is_kept(function: Any) -> bool:
     """Whether what `compiled` gave was compiled before, as it stands, and is kept."""
     place, code = function.stats.cache_path, function.py_func.__code__
-    name = f"{Path(code.co_filename).stem}.{code.co_name}-{code.co_firstlineno}"
-    return place is not None and any(Path(place).glob(f"{name}.*.nbi"))
+    if place is None:
+        return False
+    source = Path(code.co_filename)
+    found = Path(place).glob(f"{source.stem}.{code.co_name}-{code.co_firstlineno}.*.nbi")
+    # Of another source, numba throws away what is there.
+    return any(one.stat().st_mtime >= source.stat().st_mtime for one in found)
 
 
 def _compile(function: Any, options: Mapping[str, Any]) -> Any:
@@ -45,7 +49,17 @@ def _compile(function: Any, options: Mapping[str, Any]) -> Any:
         return numba.njit(nogil=True, cache=True, **options)(function)
     except RuntimeError:  # numba finds no directory that it can write
         place = os.environ.get("XMC_MIDX_CACHE")
-        if place and not numba.config.CACHE_DIR:  # type: ignore[attr-defined]
+        if place and not numba.config.CACHE_DIR and _is_our_own(Path(place)):  # type: ignore[attr-defined]
             numba.config.CACHE_DIR = str(Path(place) / "compiled")  # type: ignore[attr-defined]
             return _compile(function, options)
         return numba.njit(nogil=True, **options)(function)
+
+
+def _is_our_own(place: Path) -> bool:
+    """Whether nobody else can put there what this process would run."""
+    try:
+        (place / "compiled").mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = (place / "compiled").stat()
+    except OSError:
+        return False
+    return not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o022)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import PydanticCustomError
 
 from xmc_midx.errors import UsageError
+from xmc_midx.paths import home_path
 
 __all__ = [
     "Config",
@@ -242,7 +243,7 @@ def load_config(path: str | Path | None = None, *, assignments: Iterable[str] = 
     ------
     UsageError : the file cannot be read, a key is unknown or a value is out of its range; all faults in one message.
     """
-    tree: dict[str, Any] = _read_yaml(Path(path)) if path is not None else {}
+    tree: dict[str, Any] = _read_yaml(home_path(path)) if path is not None else {}
     for assignment in assignments:
         _assign(tree, assignment)
     try:
@@ -279,7 +280,7 @@ def changed_keys(base: Config, path: str | Path | None = None, *, assignments: I
     """`section.key` of what a file and assignments, as of `load_config`, say otherwise than `base`, whose open values
     are resolved: `auto` says nothing."""
     tree = base.model_dump()
-    given: dict[str, dict[str, Any]] = _read_yaml(Path(path)) if path is not None else {}
+    given: dict[str, dict[str, Any]] = _read_yaml(home_path(path)) if path is not None else {}
     for assignment in assignments:
         _assign(given, assignment)
     for section, keys in given.items():

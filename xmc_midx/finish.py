@@ -177,7 +177,7 @@ class Finish:
         """Of the held-out rows, by what finds most of them; a further model takes what the first has chosen."""
         self.reporter.start("neighbours", None)
         if not is_compiled():
-            self.reporter.message("the first training after an installation compiles code, for some 15 s, once")
+            self.reporter.message("the first training after an installation compiles code, for some 15 s, and keeps it")
         known = self.trainer.stream.features, self.trainer.stream.labels
         count = min(self.config.neighbors.count, self.trainer.stream.num_instances)
         shared = None if self.first is None else self.first.settings_of_rows()

@@ -29,9 +29,9 @@ and p (of B / g instances), plus the draws. On CUDA, tables, optimiser, sampler 
 and the host keeps a copy of the tables for the checkpoint. Where steps have static shapes (`training.cuda_graphs`), u,
 l and p are the values, positives and draws of an epoch's largest batch, repeats and all, g is 1, and what depends on
 them counts twice. With `model.label_memory=host` the label table and its moments lie in the host's memory, shapes are
-not static, and the time of the rows' way is not forecast. Where the terms come from: `xmc_midx.session` allocates them
-in this order; a change there is a change here. `scripts/check_forecast.py` measures how good it is (EXPERIMENTS.md,
-"Forecast").
+not static, and the time of the rows' way is not forecast. Where the terms come from: `session`, `validation`
+and `finish` allocate them in this order; a change there is a change here. `scripts/check_forecast.py` measures how good
+it is (EXPERIMENTS.md, "Forecast").
 """
 
 from __future__ import annotations

@@ -185,6 +185,9 @@ class Predictor:
                 f"{directory.path / 'labels.txt'}: holds {len(label_names)} names, expected {index.num_labels}."
             )
         encoder = stored_encoder(model, directory.config.model, device)
+        for part in (added.neighbors, added.ranker):
+            if part is not None and part.num_features != encoder.num_features:
+                raise ValueError(f"parts of {part.num_features} and {encoder.num_features} features")
         return cls(
             encoder,
             index,

@@ -113,7 +113,8 @@ class LinearRanker:
         pairs.sort_indices()
         counts = np.diff(features.indptr).astype(np.int64)
         entries = np.concatenate([[0], np.cumsum(counts[pairs.indices])])[pairs.indptr]
-        rows = (features.indptr.astype(np.uint64), features.indices.astype(np.uint32), features.data.astype(np.float32))
+        ids = features.indices.astype(np.int32, copy=False).view(np.uint32)
+        rows = (features.indptr.astype(np.uint64), ids, features.data.astype(np.float32, copy=False))
         squares = np.asarray(features.multiply(features).sum(axis=1)).ravel().astype(np.float32)
         targets = (pairs.indptr.astype(np.int64), pairs.indices, pairs.data >= _OWN)
         num_threads = num_threads or numba.get_num_threads()
@@ -261,10 +262,10 @@ def _train(
 def _weight_size(row_offsets: Any, squares: Any, instances: Any, diagonal: Any) -> Any:
     """About how large the weights of these rows come out, to those of rows of length 1 with `_VALUES` values or fewer:
     of a single row x with n values, they are x_j / (|x|^2 + diagonal), and x_j is |x| / sqrt(n)."""
-    square, values = 0.0, 0
+    square, values = 0.0, np.int64(0)
     for row in instances:
         square += squares[row] / instances.shape[0]
-        values += row_offsets[row + 1] - row_offsets[row]
+        values += np.int64(row_offsets[row + 1]) - np.int64(row_offsets[row])
     length = np.sqrt(square) * (1.0 + diagonal) / (square + diagonal)
     return length * np.sqrt(min(1.0, _VALUES * instances.shape[0] / max(values, 1)))
 

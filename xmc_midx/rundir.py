@@ -35,6 +35,7 @@ from xmc_midx.data.files import atomic_write, read_json, sha256_of
 from xmc_midx.errors import DataError, ResourceError, UsageError
 from xmc_midx.interpolation import Interpolation
 from xmc_midx.neighbors import NeighborIndex, save_rows
+from xmc_midx.paths import home_path
 from xmc_midx.ranker import LinearRanker
 from xmc_midx.tensorfile import write_arrays
 
@@ -123,7 +124,7 @@ class RunDirectory:
         ------
         DataError : there is no such directory, or it is not one that `train` wrote.
         """
-        path = Path(run).expanduser()
+        path = home_path(run)
         aside = aside_of(path)
         hint = None
         if aside.exists():
@@ -165,7 +166,7 @@ class RunDirectory:
         UsageError : the directory holds a run or other files already.
         ResourceError : it cannot be written, or another training is using it.
         """
-        path = Path(run).expanduser()
+        path = home_path(run)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -111,7 +111,6 @@ class TrainingSession:
             label_frequencies=self.frequencies,
             propensity=propensity,
             reporter=reporter,
-            check=lambda: self._signals.check(),
         )
         self.store = CheckpointStore(run.checkpoints)
         self.store.clean()
@@ -158,6 +157,7 @@ class TrainingSession:
         # A kill may have left other lines than the checkpoint's.
         self.run_directory.write_metrics(self.history)
         with deferred_signals() as self._signals:
+            self.validator.check = self._signals.check
             try:
                 try:
                     self._run_epochs(started)
@@ -271,6 +271,8 @@ class TrainingSession:
         self.seconds = time.perf_counter() - started
         self.run_directory.append_metrics(self.history[-1])
         self.reporter.epoch(stats)
+
+    # ------------------------------------------------------------ checkpoints
 
     def _after_step(self, started: float) -> None:
         """Between two steps: save if it is time, and stop if asked to."""

@@ -54,6 +54,10 @@ def hold_out(
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
+def _do_nothing() -> None:
+    pass
+
+
 class Validator:
     """Asks the model of a training, as it stands.
 
@@ -64,7 +68,6 @@ class Validator:
     label_frequencies : (L,) integers, of the instances that train the model.
     propensity : A and B of the propensity model.
     reporter : receives the progress of long predictions.
-    check : called between their chunks, where a training may stop: what it raises goes on.
     """
 
     def __init__(
@@ -75,10 +78,11 @@ class Validator:
         label_frequencies: NDArray[np.int32],
         propensity: tuple[float, float],
         reporter: Reporter,
-        check: Callable[[], None],
     ) -> None:
         self.trainer, self.held_out, self.label_frequencies = trainer, held_out, label_frequencies
-        self.propensity, self.reporter, self._check = propensity, reporter, check
+        self.propensity, self.reporter = propensity, reporter
+        self.check: Callable[[], None] = _do_nothing
+        """Called between the chunks of a prediction, where a training may stop: what it raises goes on."""
         self.stored: tuple[SparseEncoder, StoredIndex] | None = None
         """The finished model as it is stored, on the CPU: the tables that it was trained in are given back."""
 
@@ -106,7 +110,7 @@ class Validator:
         fewest, most = _CHUNK
         chunk = min(max(fewest, _CHUNK_SCORES // self.label_frequencies.shape[0]), most)
         for begin in range(0, features.shape[0], chunk):
-            self._check()
+            self.check()
             rows = features[begin : begin + chunk]
             parts.append(predictor.predict(rows, k=min(k, self.label_frequencies.shape[0])))
             if stage is not None:
@@ -126,8 +130,6 @@ class Validator:
             B=self.propensity[1],
         )
         return {name: report.metrics[name] for name in ("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5")}
-
-    # ------------------------------------------------------------ checkpoints
 
     def _predictor(self, reach: Reach) -> Predictor:
         """The model as it stands; its rows come scaled already."""

@@ -40,6 +40,7 @@ from xmc_midx.cli import (
     train,
 )
 from xmc_midx.errors import XmcMidxError
+from xmc_midx.paths import home_path
 from xmc_midx.signals import Terminated, interrupt_on_signals
 
 __all__ = ["main", "run"]
@@ -133,11 +134,9 @@ def run(argv: Sequence[str]) -> int:
     -------
     The exit code. Errors have been shown: on stderr as one line, or with `--json` on stdout as one document.
     """
+    own = list(argv[: argv.index("--")]) if "--" in argv else list(argv)
     # A shell expands `~/a`, but not `--output=~/a`.
-    argv = [
-        re.sub(r"^(--[a-z-]+=)(~/.*)", lambda word: word[1] + str(Path(word[2]).expanduser()), word) for word in argv
-    ]
-    own = argv[: argv.index("--")] if "--" in argv else argv
+    own = [re.sub(r"^(--[a-z-]+=)(~/.*)", lambda word: word[1] + str(home_path(word[2])), word) for word in own]
     words = [word for word in own if word != "--debug"] + list(argv[len(own) :])
     try:
         failure = _attempt(words or ["--help"], debug="--debug" in own)

@@ -310,21 +310,28 @@ class _Check:
         train = self.sound.get("train")
         if train is None or not train.features.nnz:
             return
-        file, num_features = str(train.source.features), train.features.shape[1]
-        used, which = np.unique(train.features.indices, return_inverse=True)
-        unused = num_features - len(used)
-        if unused > max(_MANY_UNUSED, len(used)):
+        file, num_features, ids = str(train.source.features), train.features.shape[1], train.features.indices
+        is_used = np.zeros(int(ids.max()) + 1, dtype=bool)
+        is_used[ids] = True
+        used = int(is_used.sum())
+        unused = num_features - used
+        if unused > max(_MANY_UNUSED, used):
             text = f"{unused:,} of {num_features:,} features are in no training instance: they take their room."
             self._warn("unused-features", text, "Renumber those that are there, or hash to fewer.", file=file)
         if are_counts(train.features):
             return  # they are weighted, by how rare they are too
-        squares = train.features.data.astype(np.float64) ** 2
-        rows = np.repeat(np.arange(train.num_instances), np.diff(train.features.indptr))
-        lengths = np.bincount(rows, squares, minlength=train.num_instances)[rows]
-        shares = np.bincount(which, squares / np.where(lengths > 0.0, lengths, 1.0)) / train.num_instances
-        if len(used) > 1 and shares.max() > _DOMINANT:
+        shares = np.zeros(len(is_used))
+        for begin in range(0, train.num_instances, _ROWS):
+            part = train.features[begin : begin + _ROWS]
+            squares = part.data.astype(np.float64) ** 2
+            rows = np.repeat(np.arange(part.shape[0]), np.diff(part.indptr))
+            lengths = np.bincount(rows, squares, minlength=part.shape[0])
+            squares /= np.where(lengths > 0.0, lengths, 1.0)[rows]
+            np.add.at(shares, part.indices, squares)
+        shares /= train.num_instances
+        if used > 1 and shares.max() > _DOMINANT:
             largest = int(np.argmax(shares))
-            text = f"feature {used[largest]} makes up {shares[largest]:.0%} of the rows' squared length, on the mean: "
+            text = f"feature {largest} makes up {shares[largest]:.0%} of the rows' squared length, on the mean: "
             text += "scaled to length 1, they leave little to the others."
             self._warn("dominant-feature", text, "Scale it, leave it out, or --set data.normalize=none.", file=file)
 
@@ -375,6 +382,8 @@ class _Check:
         return PropensityRange(a=a, b=b, smallest=smallest, largest=largest)
 
 
+_ROWS = 1 << 14
+"""Looked at at once."""
 _MANY_UNUSED = 10_000
 """Features in no instance whose room is worth a word."""
 _DOMINANT = 0.5

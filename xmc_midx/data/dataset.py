@@ -27,6 +27,7 @@ from xmc_midx.data.registry import DatasetSpec, find_spec, match_spec
 from xmc_midx.data.scans import MAX_SIZE, canonical
 from xmc_midx.data.sources import Part, Source, find_sources, read_half, read_source, source_of, split_of, stem_of
 from xmc_midx.errors import DataError, UsageError
+from xmc_midx.paths import home_path
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -176,8 +177,11 @@ def training_faults(split: Split) -> Iterator[tuple[str, DataError]]:
     """Why nothing can be trained on a split that can be read: the kind of each fault, and what is said of it."""
     (_, num_features), (_, num_labels) = split.features.shape, split.labels.shape
     positives, values = split.labels.nnz, split.features.nnz
-    says = "its header says" if split.source.states_sizes else "one more than the largest id"
-    hint = "Is it the header of this file? " if split.source.states_sizes else ""
+    says, hint = "one more than the largest id", ""
+    if split.source.format == "npz":
+        says = "so large is the matrix"
+    elif split.source.states_sizes:
+        says, hint = "its header says", "Is it the header of this file? "
     if positives == 0:
         yield "no-positives", DataError(f"{split.path}: no instance has a label, so there is nothing to learn.")
     elif num_labels > _MANY_IDS and _RAREST * positives < num_labels:
@@ -265,14 +269,15 @@ def find_files(data: str | Path, *, test: str | Path | None = None) -> DataFiles
     Raises
     ------
     DataError : nothing is found there, with what was looked for; or there are two variants of one file.
+    UsageError : `data` is no path.
     """
     if not isinstance(data, str | os.PathLike):
         raise UsageError(
             f"data is a {type(data).__name__}; expected a path, or the name of a dataset.",
             hint="Matrices in memory: scipy.sparse.save_npz('d/X.trn.npz', X), ('d/Y.trn.npz', Y), and data='d'.",
         )
-    path = Path(data).expanduser()
-    test_path = None if test is None else Path(test).expanduser()
+    path = home_path(data)
+    test_path = None if test is None else home_path(test)
     if test_path is not None and not test_path.exists():
         raise DataError(f"{test_path}: no such file.", hint="It is the file of the test split.")
     spec = None if path.exists() else _spec_on_disk(str(data))

@@ -12,6 +12,8 @@ from xmc_midx.pipeline.prediction import predict
 from xmc_midx.pipeline.training import TrainResult, train
 from xmc_midx.types import Reporter
 
+__all__ = ["DemoResult", "demo"]
+
 _DEMO_DATASET = "debtags"
 _DEMO_TEXTS = (
     "a small web server written in Python, with TLS and virtual hosts",

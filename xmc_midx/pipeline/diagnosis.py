@@ -16,6 +16,8 @@ from xmc_midx.pipeline.inputs import check_sizes, say_which, training_split
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.types import Reporter, SamplerDiagnosis, SilentReporter
 
+__all__ = ["REFERENCE_SAMPLER", "Diagnosis", "diagnose"]
+
 REFERENCE_SAMPLER = "full"
 """Of `SAMPLER_NAMES`, the one that is no proposal: it scores all labels."""
 

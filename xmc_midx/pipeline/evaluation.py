@@ -22,11 +22,14 @@ from xmc_midx.metrics import (
     frequency_deciles,
     without_ignored,
 )
+from xmc_midx.paths import home_path
 from xmc_midx.pipeline.inputs import check_k, open_predictor, propensity
 from xmc_midx.types import DEFAULT_KS, MetricReport, Reporter, SilentReporter, TopK
 
 if TYPE_CHECKING:
     from xmc_midx.predictor import Predictor
+
+__all__ = ["Evaluation", "evaluate", "predicted", "report_dict", "with_ignored"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,18 +96,22 @@ def evaluate(
     if breakdown not in BREAKDOWNS:
         raise UsageError(f"breakdown is {breakdown!r}; expected {' or '.join(BREAKDOWNS)}.")
     reporter = reporter or SilentReporter()
-    predictor = None if run is None else open_predictor(run, reporter, device=device, verify=verify)
+    predictor = (
+        None
+        if run is None
+        else open_predictor(run, reporter, device=device, verify=verify, answers=predictions is None)
+    )
     reporter.start("read", None)
     dataset = load_dataset(data, sizes=None if predictor is None else (predictor.num_features, predictor.num_labels))
     split = dataset.test if dataset.test is not None else dataset.train
     assert split is not None, "a dataset has a split"
-    if dataset.test is None and Path(data).is_dir():
+    if dataset.test is None and home_path(data).is_dir():
         raise DataError(f"{data}: has no test split to evaluate on.", hint="Give the file itself.")
     frequencies, num_train = _training_frequencies(predictor, dataset)
     a, b, source = propensity(A, B, dataset, num_train)
     seconds = 0.0
     if predictions is not None:
-        top = read_predictions(predictions, dataset.num_labels, num_instances=split.labels.shape[0])
+        top = read_predictions(home_path(predictions), dataset.num_labels, num_instances=split.labels.shape[0])
     else:
         if predictor is None:
             raise UsageError("There is nothing to evaluate: expected a run directory or a predictions file.")

@@ -13,12 +13,15 @@ from scipy.sparse import csr_matrix
 
 from xmc_midx.data.dataset import load_dataset
 from xmc_midx.errors import DataError, UsageError
+from xmc_midx.paths import home_path
 from xmc_midx.pipeline.inputs import check_sizes, say_which
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.types import Reporter, SilentReporter
 
 if TYPE_CHECKING:
     from xmc_midx.exporting.source import ExportSource, Measurement
+
+__all__ = ["EXPORT_FORMATS", "ExportResult", "export"]
 
 EXPORT_FORMATS = ("midx", "faiss", "onnx")
 _MEASURED_INSTANCES = 1000
@@ -99,7 +102,7 @@ def export(
         require_onnx()
     started = time.perf_counter()
     reporter = reporter or SilentReporter()
-    target = Path(output).expanduser()
+    target = home_path(output)
     with sealed_directory(target) as directory:
         reporter.start("load", None)
         source = ExportSource.load(run)

@@ -17,6 +17,7 @@ from xmc_midx import __version__
 from xmc_midx.data.dataset import Split, XmcDataset, training_faults
 from xmc_midx.data.registry import match_spec
 from xmc_midx.errors import DataError, UsageError
+from xmc_midx.paths import home_path
 from xmc_midx.recipe import DataShape
 from xmc_midx.rundir import RunDirectory, timestamp
 from xmc_midx.types import DEFAULT_KS, DEFAULT_PROPENSITY, Reporter
@@ -24,9 +25,25 @@ from xmc_midx.types import DEFAULT_KS, DEFAULT_PROPENSITY, Reporter
 if TYPE_CHECKING:
     from xmc_midx.predictor import Predictor
 
+__all__ = [
+    "check_k",
+    "check_sizes",
+    "open_predictor",
+    "propensity",
+    "provenance_of",
+    "say_which",
+    "shape_of",
+    "training_split",
+]
+
 
 def training_split(dataset: XmcDataset, data: str | Path) -> Split:
-    """The split to train on, once it has no faults that a training would trip over."""
+    """The split to train on.
+
+    Raises
+    ------
+    DataError : there is none, or it has a fault that a training would trip over.
+    """
     split = dataset.train
     if split is None:
         raise DataError(f"{data}: has no training split.", hint="Expected train.txt, or one sparse feature file.")
@@ -51,7 +68,12 @@ def shape_of(dataset: XmcDataset, training: Split) -> DataShape:
 def propensity(
     a: float | None, b: float | None, dataset: XmcDataset, num_train: int | None
 ) -> tuple[float, float, str]:
-    """A, B and where they come from."""
+    """A, B and where they come from.
+
+    Raises
+    ------
+    UsageError : one of the two is given without the other.
+    """
     if a is not None and b is not None:
         return a, b, "flags"
     if (a is None) != (b is None):
@@ -92,12 +114,12 @@ def provenance_of(dataset: XmcDataset, data: str | Path, test: str | Path | None
 
 def _absolute(data: str | Path) -> str:
     """A path as it can be found from anywhere; a dataset's name as it is."""
-    path = Path(data).expanduser()
+    path = home_path(data)
     return str(path.resolve()) if path.exists() else str(data)
 
 
 def check_sizes(dataset: XmcDataset, *, num_features: int, num_labels: int) -> None:
-    """Data of other sizes than the model's is refused."""
+    """Raise a DataError for data of other sizes than the model's."""
     for what, found, expected in (
         ("features", dataset.num_features, num_features),
         ("labels", dataset.num_labels, num_labels),
@@ -110,28 +132,43 @@ def check_sizes(dataset: XmcDataset, *, num_features: int, num_labels: int) -> N
 
 
 def check_k(k: int, num_labels: int) -> None:
-    """A k beyond the labels is refused."""
+    """Raise a UsageError for a k beyond the labels."""
     # Of fewer labels than that, the default is all of them.
     if not 1 <= k <= max(num_labels, *DEFAULT_KS):
         raise UsageError(f"k is {k}; expected 1 to {num_labels}, the number of labels.")
 
 
-def open_predictor(run: str | Path, reporter: Reporter, *, device: str, verify: bool, exact: bool = False) -> Predictor:
-    """The model of a run, and a word on what it lacks, or on code that is compiled first."""
+def open_predictor(
+    run: str | Path, reporter: Reporter, *, device: str, verify: bool, exact: bool = False, answers: bool = True
+) -> Predictor:
+    """The model of a run, and a word on what it lacks, and on code that is compiled first.
+
+    Parameters
+    ----------
+    answers : whether it will be asked; else its sizes and frequencies alone are of use, and nothing is said.
+
+    Raises
+    ------
+    DataError : as of `Predictor.load`.
+    """
+    from xmc_midx.device import find_device
     from xmc_midx.predictor import Predictor
     from xmc_midx.quantization import is_compiled
 
     reporter.start("load", None)
-    if not is_compiled():
-        reporter.message("the first prediction after an installation compiles code, for some 20 s, and keeps it")
-    predictor = Predictor.load(run, device=device, verify=verify, exact=exact)
     directory = RunDirectory.open(run)
+    if answers and find_device(device).type == "cpu" and not is_compiled():
+        reporter.message("code is compiled at the first prediction, for some 20 s, and kept where that is possible")
+    predictor = Predictor.load(run, device=device, verify=verify, exact=exact)
+    if not answers:
+        return predictor
     there, size = 1 + len(directory.finished_members), 1 + len(directory.members)
     go_on = f"`xmc-midx train DATA --output {directory.path} --resume`"
     if not directory.has_model:
+        what = "one model" if predictor.calibration else "the encoder alone, its scores no probabilities"
         reporter.message(
-            f"warning: {directory.path} is not finished: results are of the encoder alone, its scores no probabilities "
-            f"and of another kind than those of the finished run; {go_on} finishes it"
+            f"warning: {directory.path} is not finished: results are of {what}, and scores of another kind than the "
+            f"finished run's; {go_on} finishes it"
         )
     elif there < size:
         reporter.message(

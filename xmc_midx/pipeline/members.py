@@ -20,6 +20,8 @@ from xmc_midx.rundir import RunDirectory, timestamp
 if TYPE_CHECKING:
     from xmc_midx.session import TrainingSession
 
+__all__ = ["Member", "train_members"]
+
 _OF_ITS_OWN = "started", "finished", "seconds"
 """What `run.json` says of one training alone."""
 

@@ -14,12 +14,15 @@ import numpy as np
 from xmc_midx.config import Config, GivenConfig, as_config
 from xmc_midx.data.dataset import Split, XmcDataset, load_dataset
 from xmc_midx.errors import ResourceError
+from xmc_midx.paths import home_path
 from xmc_midx.pipeline.inputs import shape_of, training_split
 from xmc_midx.recipe import DataShape, resolve
 from xmc_midx.types import Reporter, SilentReporter
 
 if TYPE_CHECKING:
     from xmc_midx.forecast import Forecast, TrainingData
+
+__all__ = ["Plan", "memory_failures", "plan", "refuse_what_does_not_fit"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +82,7 @@ def plan(
     from xmc_midx.slopes import rounds_slopes
 
     reporter = reporter or SilentReporter()
+    config = as_config(config)
     if isinstance(data, TrainingData):
         shape = DataShape(
             num_instances=data.num_instances,
@@ -92,7 +96,7 @@ def plan(
         training = training_split(dataset, data)
         shape, data = shape_of(dataset, training), _training_data(dataset, training)
         del dataset, training
-    resolved = resolve(as_config(config), shape)
+    resolved = resolve(config, shape)
     available = available_memory_bytes()
     if available is not None:
         available += used_memory_bytes()
@@ -106,7 +110,7 @@ def plan(
     return Plan(
         forecast=forecast(resolved, data, cuda=device.type == "cuda", speed=speed),
         available_memory=available,
-        available_disk=_free_disk(Path(output)),
+        available_disk=_free_disk(home_path(output)),
         config=resolved,
     )
 

@@ -15,6 +15,7 @@ from scipy.sparse import csr_matrix, issparse
 
 from xmc_midx.data.dataset import find_files, load_features
 from xmc_midx.errors import DataError, UsageError
+from xmc_midx.paths import home_path
 from xmc_midx.pipeline.inputs import check_k, open_predictor
 from xmc_midx.pipeline.stream import PredictionStream
 from xmc_midx.rundir import RunDirectory
@@ -22,6 +23,8 @@ from xmc_midx.types import Reporter, SilentReporter, TopK
 
 if TYPE_CHECKING:
     from xmc_midx.predictor import Predictor, Scores
+
+__all__ = ["Prediction", "predict", "predict_stream"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +123,7 @@ def predict_stream(
     check_k(k, predictor.num_labels)
     if scores == "probabilities":
         predictor.require_calibration()
-    source: Any = held_rows(input)
+    source: Any = home_path(input) if isinstance(input, str | Path) else held_rows(input)
     if issparse(input):
         source = csr_matrix(input)
     if isinstance(source, str | Path) and Path(source).is_dir():
@@ -142,8 +145,8 @@ def predict_stream(
         "k": min(k, predictor.num_labels),
         "scores": scores,
         "threshold": threshold,
-        "allow": None if allow is None else _read_label_ids(Path(allow), predictor),
-        "deny": None if deny is None else _read_label_ids(Path(deny), predictor),
+        "allow": None if allow is None else _read_label_ids(home_path(allow), predictor),
+        "deny": None if deny is None else _read_label_ids(home_path(deny), predictor),
     }
     return PredictionStream(
         predictor,
@@ -154,7 +157,7 @@ def predict_stream(
         shard=shard,
         live=live,
         reporter=reporter,
-        model=_model_digest(Path(run)),
+        model=_model_digest(home_path(run)),
     )
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from xmc_midx.data.instances import HeldInstances, InstanceReader
     from xmc_midx.predictor import Predictor
 
+__all__ = ["PredictionChunk", "PredictionStream"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictionChunk:

@@ -13,6 +13,7 @@ from xmc_midx.config import Config, GivenConfig, as_config
 from xmc_midx.data.dataset import XmcDataset, load_dataset
 from xmc_midx.errors import DataError
 from xmc_midx.metrics import evaluate_topk, without_ignored
+from xmc_midx.paths import home_path
 from xmc_midx.pipeline.evaluation import predicted, report_dict, with_ignored
 from xmc_midx.pipeline.inputs import propensity, provenance_of, shape_of, training_split
 from xmc_midx.pipeline.members import Member, train_members
@@ -23,6 +24,8 @@ from xmc_midx.types import DEFAULT_KS, MetricReport, Reporter, SilentReporter
 
 if TYPE_CHECKING:
     from xmc_midx.session import TrainingSession
+
+__all__ = ["TrainResult", "resume", "train"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +133,7 @@ def train(
     """
     from xmc_midx.session import TrainingSession
 
+    config, output = as_config(config), home_path(output)
     deadline = None if max_seconds is None else time.monotonic() + max_seconds
     reporter = reporter or SilentReporter()
     reporter.start("read", None)
@@ -140,9 +144,8 @@ def train(
     if not training.source.states_sizes:
         sizes = f"{dataset.num_features} features and {dataset.num_labels} labels"
         reporter.message(f"{training.path}: states no sizes; the largest ids make {sizes}")
-    config = as_config(config)
     resolved = resolve(config, shape_of(dataset, training))
-    refuse_what_does_not_fit(resolved, dataset, training, Path(output), reporter)
+    refuse_what_does_not_fit(resolved, dataset, training, output, reporter)
     if "name" in config.sampler.model_fields_set:
         _say_where_a_sampler_says_nothing(resolved, dataset.num_labels, reporter)
     with RunDirectory.create(
@@ -204,7 +207,10 @@ def resume(
         provenance = directory.provenance()
         data = provenance.data if data is None else data
         if data is None or provenance.fingerprint is None:
-            raise DataError(f"{directory.path / 'run.json'}: does not say what data the run was started with.")
+            raise DataError(
+                f"{directory.path / 'run.json'}: does not say what data the run was started with.",
+                hint="It was edited.",
+            )
         reporter.start("read", None)
         dataset = load_dataset(data, test=provenance.test)
         if dataset.fingerprint() != provenance.fingerprint:

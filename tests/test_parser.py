@@ -11,14 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from xmc_midx.data import files, kernels, parser, table
+from xmc_midx.data import files, parser, table
 from xmc_midx.data.formats import read_predictions, read_xmc, scan_xmc
 from xmc_midx.data.parser import Rows, Rules, parse_chunk, parse_lines
 from xmc_midx.data.problems import ProblemList, raise_error
@@ -229,16 +228,6 @@ def test_short_files_start_without_numba(tmp_path: Path) -> None:
         "read_xmc(sys.argv[1])\nassert 'numba' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "train.txt")], check=True, cwd=ROOT)
-
-
-def test_the_compiled_code_does_without_a_place_to_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def njit(**options: bool) -> Callable[[object], object]:
-        if options.get("cache"):
-            raise RuntimeError("cannot cache function: no locator available for file")
-        return lambda function: ("compiled", function)
-
-    monkeypatch.setattr(kernels.numba, "njit", njit)
-    assert kernels._compiled(len) == ("compiled", len)
 
 
 # --- Chunks and threads

@@ -20,12 +20,12 @@ import numpy as np
 
 class Model:
     def __init__(self, directory: Path) -> None:
-        lines = (directory / "SHA256SUMS").read_bytes()[:-1].decode("ascii").split("\n")
-        sums = {"export.json": "", "model.safetensors": ""} | dict(line.split("  ")[::-1] for line in lines if line)
+        *lines, rest = (directory / "SHA256SUMS").read_bytes().decode("ascii").split("\n")
+        sums = {"export.json": "", "model.safetensors": ""} | dict(line.split("  ")[::-1] for line in lines)
         for name, expected in sums.items():
             with (directory / name).open("rb") as file:
                 actual = hashlib.file_digest(file, "sha256").hexdigest()
-            if actual != expected:
+            if actual != expected or rest:
                 raise ValueError(f"{name} has another sha256 than SHA256SUMS says")
         document, self.words = json.loads((directory / "export.json").read_bytes()), {}
         if document["kind"] != "midx" or document["version"] not in (1, 2):

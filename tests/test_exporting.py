@@ -340,6 +340,19 @@ def test_every_bit_flip_is_found(exported: Path, tmp_path: Path, num_flips: int,
 
 
 @pytest.mark.fault("R6")
+def test_every_flip_in_the_sums_is_found(exported: Path, tmp_path: Path) -> None:
+    """That of their last byte too."""
+    copy, model = tmp_path / "copy", reader().Model
+    shutil.copytree(exported, copy)
+    sums = (copy / "SHA256SUMS").read_bytes()
+    for place in range(len(sums)):
+        for bit in (0, 3, 5, 7):
+            (copy / "SHA256SUMS").write_bytes(sums[:place] + bytes([sums[place] ^ 1 << bit]) + sums[place + 1 :])
+            with pytest.raises((AttributeError, LookupError, OSError, TypeError, ValueError)):
+                model(copy)
+
+
+@pytest.mark.fault("R6")
 def test_cut_missing_swapped_and_foreign_files_are_refused(exported: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.txt").write_text("0:1\n")
 

@@ -11,6 +11,9 @@ import numba
 
 __all__ = ["compiled", "is_kept"]
 
+_PLACE = "compiled"
+"""In `XMC_MIDX_CACHE`."""
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -48,18 +51,18 @@ def _compile(function: Any, options: Mapping[str, Any]) -> Any:
     try:
         return numba.njit(nogil=True, cache=True, **options)(function)
     except RuntimeError:  # numba finds no directory that it can write
-        place = os.environ.get("XMC_MIDX_CACHE")
-        if place and not numba.config.CACHE_DIR and _is_our_own(Path(place)):  # type: ignore[attr-defined]
-            numba.config.CACHE_DIR = str(Path(place) / "compiled")  # type: ignore[attr-defined]
+        cache = os.environ.get("XMC_MIDX_CACHE")
+        if cache and not numba.config.CACHE_DIR and _is_our_own(Path(cache, _PLACE)):  # type: ignore[attr-defined]
+            numba.config.CACHE_DIR = str(Path(cache, _PLACE))  # type: ignore[attr-defined]
             return _compile(function, options)
         return numba.njit(nogil=True, **options)(function)
 
 
 def _is_our_own(place: Path) -> bool:
-    """Whether nobody else can put there what this process would run."""
+    """Whether nobody else can put there what this process would run; made if it is not there."""
     try:
-        (place / "compiled").mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = (place / "compiled").stat()
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = place.stat()
     except OSError:
         return False
     return not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o022)

@@ -51,8 +51,8 @@ def diagnose(
     """Measure samplers against the full softmax of a trained model.
 
     Each sampler is fitted to RUN's label table and drawn from for training instances of DATA: how far its
-    proposal and its gradient are from the softmax's, and what that costs. In
-    gradients, the batch's positives count once each: nothing else is measured.
+    proposal and its gradient are from the softmax's, and what that costs. In gradients, the batch's positives count
+    once each: nothing else is measured.
     """
     from xmc_midx import pipeline
 

@@ -950,7 +950,7 @@ def test_a_configuration_is_given_in_any_form(topic_dir: Path, tmp_path: Path) -
         train(topic_dir, output=tmp_path / "none", config=[1])  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="data is a csr_matrix; expected a path") as caught:
         train(csr_matrix((2, 2)), output=tmp_path / "none")  # type: ignore[arg-type]
-    assert "save_npz" in (caught.value.hint or "") and not (tmp_path / "none").exists()
+    assert "data=(X, Y)" in (caught.value.hint or "") and not (tmp_path / "none").exists()
 
 
 def test_a_tilde_is_the_home_directory(topic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

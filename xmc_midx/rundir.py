@@ -67,6 +67,7 @@ class Provenance:
     """What `run.json` says of a training; None where it says nothing."""
 
     data: str | None
+    """None where it was in memory, too."""
     test: str | None
     fingerprint: str | None
     seconds: float | None
@@ -524,7 +525,7 @@ def _holds_a_run(path: Path) -> UsageError:
     try:
         record = read_json(path / "run.json")
         directory = RunDirectory.open(path)
-        data = str(record["data"])
+        data = str(record["data"] or "DATA")
         finished = "finished" in record and directory.is_complete
     except (DataError, LookupError, TypeError):
         data, finished = "DATA", False

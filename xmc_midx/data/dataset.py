@@ -1,6 +1,6 @@
 """Layer 2. DATA -> `XmcDataset`: splits, names, sizes, statistics.
 
-Before it: `sources` (files -> matrices) and `registry` (names -> places). After it: `batches`, `metrics`,
+Before it: `sources` (files -> matrices), `matrices` and `registry` (names -> places). After it: `batches`, `metrics`,
 `check` and everything that trains or evaluates.
 """
 
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -22,6 +22,7 @@ from xmc_midx.data.files import find_variant
 from xmc_midx.data.formats import read_labels
 from xmc_midx.data.ignored import ignored_name, read_ignored
 from xmc_midx.data.manifest import verify_directory
+from xmc_midx.data.matrices import scan_matrices
 from xmc_midx.data.problems import Report, raise_error
 from xmc_midx.data.registry import DatasetSpec, find_spec, match_spec
 from xmc_midx.data.scans import MAX_SIZE, canonical
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from xmc_midx.data.vocabulary import Vocabulary
 
 __all__ = [
+    "Data",
     "DataFiles",
     "Split",
     "SplitStatistics",
@@ -58,14 +60,14 @@ TORSO_MAX = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Split:
-    """Instances of one file, in its order."""
+    """Instances of one file, or of two matrices, in their order."""
 
     features: csr_matrix[Any]
     """(N, F) float32, finite, ids ascending in each row. An absent feature is 0; a row may be empty."""
     labels: csr_matrix[Any]
     """(N, L) float32 ones: the positives. A row may be empty."""
     source: Source
-    """The files."""
+    """The files; of matrices in memory, what messages call them."""
     ignored: csr_matrix[Any] | None = None
     """(N, L), not 0 where an evaluation passes over a label of an instance; None if there is no filter file."""
 
@@ -132,6 +134,50 @@ class XmcDataset:
     spec: DatasetSpec | None = None
     """The registry's entry, by name or by sizes; None for a set it does not know."""
 
+    @classmethod
+    def from_matrices(
+        cls,
+        train: tuple[Any, Any] | None,
+        test: tuple[Any, Any] | None = None,
+        *,
+        label_names: Sequence[str] | None = None,
+        name: str = "data in memory",
+    ) -> XmcDataset:
+        """What is in memory already. The matrices are not changed, and not copied where they are CSR of float32 with
+        ascending ids.
+
+        Parameters
+        ----------
+        train, test : a pair of features (N, F) and labels (N, L) each, SciPy matrices or arrays of any format or NumPy
+            arrays of two dimensions. A label applies where its entry is not 0. One of the pairs may be None.
+        label_names : L names.
+        name : of the dataset, for messages.
+
+        Raises
+        ------
+        UsageError : a pair is none, or holds something else than matrices of numbers.
+        DataError : values, sizes or names do not fit.
+        """
+        if train is None and test is None:
+            raise UsageError("There are no matrices: expected those of a training split or of a test split.")
+        splits = (
+            None if train is None else _split_in_memory(train, ""),
+            None if test is None else _split_in_memory(test, "test "),
+        )
+        fit_sizes(*splits)
+        first = splits[0] or splits[1]
+        assert first is not None
+        num_features, num_labels = first.features.shape[1], first.labels.shape[1]
+        return cls(
+            name=name,
+            train=splits[0],
+            test=splits[1],
+            num_features=num_features,
+            num_labels=num_labels,
+            label_names=None if label_names is None else _checked_names(label_names, num_labels),
+            spec=match_spec(num_features, num_labels, splits[0].num_instances if splits[0] else None),
+        )
+
     def split(self, name: Literal["train", "test"] | None = None) -> Split:
         """The split of that name; None means the training split, or the test split where there is no other.
 
@@ -171,6 +217,11 @@ class XmcDataset:
                 digest.update(np.ascontiguousarray(matrix.indices, dtype="<i4").data)
                 digest.update(np.ascontiguousarray(matrix.data, dtype="<f4").data)
         return digest.hexdigest()
+
+
+Data: TypeAlias = str | Path | tuple[Any, Any] | XmcDataset
+"""What functions take as data: a path or a name, see `find_files`; one split in memory, as of
+`XmcDataset.from_matrices`; or a whole dataset."""
 
 
 def training_faults(split: Split) -> Iterator[tuple[str, DataError]]:
@@ -274,7 +325,7 @@ def find_files(data: str | Path, *, test: str | Path | None = None) -> DataFiles
     if not isinstance(data, str | os.PathLike):
         raise UsageError(
             f"data is a {type(data).__name__}; expected a path, or the name of a dataset.",
-            hint="Matrices in memory: scipy.sparse.save_npz('d/X.trn.npz', X), ('d/Y.trn.npz', Y), and data='d'.",
+            hint="Matrices in memory are a pair, features and labels: data=(X, Y).",
         )
     path = home_path(data)
     test_path = None if test is None else home_path(test)
@@ -377,14 +428,13 @@ def load_features(path: str | Path, num_features: int) -> csr_matrix[Any]:
     return features
 
 
-def load_dataset(
-    data: str | Path, *, test: str | Path | None = None, sizes: tuple[int, int] | None = None
-) -> XmcDataset:
-    """Read DATA: a path, or a name of the registry; see `find_files` for these parameters.
+def load_dataset(data: Data, *, test: str | Path | None = None, sizes: tuple[int, int] | None = None) -> XmcDataset:
+    """Read DATA: a path, or a name of the registry; what is in memory is taken as it is.
 
     Parameters
     ----------
-    data, test : see `find_files`.
+    data : see `find_files`; or a pair of matrices, or a dataset.
+    test : see `find_files`.
     sizes : features and labels of a model that the data is for. Files that do not state their sizes get these.
 
     Returns
@@ -396,6 +446,9 @@ def load_dataset(
     DataError : DATA is not found; a file is not what it should be (with file and line); the splits differ in their
         features or labels; or names, vocabulary or filter files do not fit them.
     """
+    if isinstance(data, tuple | XmcDataset):
+        dataset = data if isinstance(data, XmcDataset) else XmcDataset.from_matrices(data)
+        return dataset if test is None else _with_test(dataset, home_path(test))
     files = find_files(data, test=test)
     train = load_split(files.train) if files.train else None
     test_split = load_split(files.test) if files.test else None
@@ -416,6 +469,35 @@ def load_dataset(
         vocabulary=load_vocabulary(files.vocabulary, num_features) if files.vocabulary else None,
         spec=files.spec or match_spec(None if files.vocabulary else num_features, num_labels, num_train),
     )
+
+
+def _split_in_memory(pair: tuple[Any, Any], kind: str) -> Split:
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        found = f"a tuple of {len(pair)}" if isinstance(pair, tuple) else f"a {type(pair).__name__}"
+        raise UsageError(f"The matrices are {found}; expected a pair, features and labels: (X, Y).")
+    scan = scan_matrices(*pair, kind=kind)
+    # As of files that hold nothing but a matrix.
+    source = Source(format="npz", features=Path(scan.features_at.file), labels=Path(scan.labels_at.file))
+    return Split(features=scan.features, labels=scan.labels, source=source)
+
+
+def _with_test(dataset: XmcDataset, path: Path) -> XmcDataset:
+    """The dataset with the file of another test split."""
+    files = find_files(path)
+    assert files.train is not None  # a file is one
+    train, test = fit_sizes(dataset.train, load_split(files.train), (dataset.num_features, dataset.num_labels))
+    assert test is not None
+    return replace(dataset, train=train, test=_with_ignored(test, files.ignored_train))
+
+
+def _checked_names(names: Sequence[str], num_labels: int) -> tuple[str, ...]:
+    found = tuple(names)
+    if len(found) != num_labels:
+        raise DataError(f"There are {len(found)} label names, expected {num_labels}, one a column of the labels.")
+    for label, name in enumerate(found):
+        if not isinstance(name, str) or "\n" in name:
+            raise DataError(f"The name of label {label} is {name!r:.60}; expected text of one line.")
+    return found
 
 
 def _with_ignored(split: Split, path: Path | None) -> Split:

@@ -1,6 +1,6 @@
 """Layer 2. A split as two SciPy matrices on disk, such as `X.trn.npz` and `Y.trn.npz`, as PECOS and pyxclib read them.
 
-Before it: `arrays` and `scans`. After it: `sources`. A file is what `scipy.sparse.save_npz` writes of a CSR matrix.
+Before it: `arrays` and `matrices`. After it: `sources`. A file is what `scipy.sparse.save_npz` writes of a CSR matrix.
 Nothing in it is run or believed: no pickles, and sizes, offsets, ids and values are compared before a matrix is made.
 """
 
@@ -8,27 +8,26 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.sparse import csr_matrix
 
 from xmc_midx.data.arrays import ArrayFile, open_arrays
 from xmc_midx.data.files import atomic_write
+from xmc_midx.data.matrices import Column, checked_matrix
 from xmc_midx.data.problems import Problem, Report
-from xmc_midx.data.scans import MAX_SIZE, MatrixScan, RowPlaces, SplitScan, canonical, join_scans
+from xmc_midx.data.scans import MAX_SIZE, MatrixScan, RowPlaces, SplitScan, join_scans
 from xmc_midx.data.table import float32_rows
 from xmc_midx.errors import DataError, ResourceError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from scipy.sparse import csr_matrix
 
 __all__ = ["scan_npz", "scan_npz_pair", "write_npz"]
 
 _MANY = 2**40
 """More entries than any memory holds."""
-
-Column = Literal["feature", "label"]
 
 
 def scan_npz_pair(features: Path, labels: Path, report: Report) -> SplitScan | None:
@@ -54,7 +53,7 @@ def scan_npz(path: Path, report: Report, *, column: Column = "feature") -> Matri
     except MemoryError:
         raise ResourceError(f"{path}: its arrays do not fit into the memory.") from None
     places = RowPlaces(file=str(path))
-    matrix = _checked(values, ids, offsets, shape, places, column, report)
+    matrix = checked_matrix(values, ids, offsets, shape, places, column, report)
     return MatrixScan(matrix=matrix, num_rows=shape[0], places=places)
 
 
@@ -85,54 +84,6 @@ def _read_csr(path: Path, arrays: ArrayFile) -> tuple[NDArray[Any], NDArray[Any]
     ids = arrays.read("indices", kinds="iu", shape=(num_entries,), most=_MANY, spare=True)
     values = arrays.read("data", kinds="fbiu", shape=(num_entries,), most=_MANY, spare=True)
     return values[:num_entries], ids[:num_entries], offsets.astype(np.int64), (num_rows, num_columns)
-
-
-def _checked(
-    values: NDArray[Any],
-    ids: NDArray[Any],
-    offsets: NDArray[np.int64],
-    shape: tuple[int, int],
-    places: RowPlaces,
-    column: Column,
-    report: Report,
-) -> csr_matrix[Any]:
-    """The matrix without its faulty entries, float32, ids ascending in each row."""
-    with np.errstate(over="ignore"):
-        numbers = values.astype(np.float32, copy=False)
-    outside, odd = (ids < 0) | (ids >= shape[1]), ~np.isfinite(numbers)
-    falls = ids[1:] <= ids[:-1]
-    starts = offsets[1:-1]
-    falls[starts[(starts > 0) & (starts < len(ids))] - 1] = False  # a row may begin with any id
-    if not (outside.any() or odd.any() or falls.any()):
-        return canonical(csr_matrix((numbers, ids.astype(np.int32, copy=False), offsets), shape=shape))
-    rows = np.repeat(np.arange(shape[0], dtype=np.int32), np.diff(offsets).astype(np.int64))
-    name = "feature id" if column == "feature" else "label"
-
-    def fault(kind: str, faulty: NDArray[np.bool_], text: str, hint: str | None = None) -> None:
-        """`text` is about the first one."""
-        number, first = int(faulty.sum()), int(np.argmax(faulty))
-        text = text.format(id=ids[first], value=values[first])
-        more = f" There are {number} of them." if number > 1 else ""
-        report(Problem(kind=kind, text=text + more, hint=hint, **places.of(int(rows[first]))))
-
-    if outside.any():
-        text = f"{name} {{id}} is outside 0..{shape[1] - 1} (the shape has {shape[1]} columns)."
-        past_end = bool((ids[outside] == shape[1]).all())
-        hint = f"Do the {column} ids start from 1?" if past_end else None
-        fault(f"{column}-past-end" if past_end else f"{column}-range", outside, text, hint)
-    if odd.any():
-        end = "beyond the range of float32" if np.isfinite(values[int(np.argmax(odd))]) else "not finite"
-        fault("value", odd, f"the value {{value}} of {name} {{id}} is {end}.")
-    kept = np.flatnonzero(~(outside | odd))
-    order = kept[np.lexsort((ids[kept], rows[kept]))]
-    rows, ids, values, numbers = rows[order], ids[order], values[order], numbers[order]
-    twice = np.zeros(len(ids), dtype=np.bool_)
-    twice[1:] = (rows[1:] == rows[:-1]) & (ids[1:] == ids[:-1])
-    if twice.any():
-        fault(f"{column}-duplicate", twice, f"{name} {{id}} occurs twice, expected once.")
-        rows, ids, numbers = rows[~twice], ids[~twice], numbers[~twice]
-    ends = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=shape[0]))])
-    return canonical(csr_matrix((numbers, ids.astype(np.int32), ends), shape=shape))
 
 
 def write_npz(path: str | Path, matrix: csr_matrix[Any]) -> None:

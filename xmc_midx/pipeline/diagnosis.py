@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xmc_midx.config import SAMPLER_NAMES
-from xmc_midx.data.dataset import load_dataset
+from xmc_midx.data.dataset import Data, load_dataset
 from xmc_midx.errors import UsageError
 from xmc_midx.pipeline.inputs import check_sizes, say_which, training_split
 from xmc_midx.rundir import RunDirectory
@@ -58,7 +58,7 @@ class Diagnosis:
 def diagnose(
     run: str | Path,
     *,
-    data: str | Path,
+    data: Data,
     samplers: Sequence[str] | None = None,
     num_draws: int | None = None,
     num_instances: int = 256,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xmc_midx.data.dataset import Split, XmcDataset, load_dataset, training_faults
+from xmc_midx.data.dataset import Data, Split, XmcDataset, load_dataset, training_faults
 from xmc_midx.data.predictions import read_predictions
 from xmc_midx.errors import DataError, UsageError
 from xmc_midx.metrics import (
@@ -65,7 +65,7 @@ class Evaluation:
 def evaluate(
     run: str | Path | None,
     *,
-    data: str | Path,
+    data: Data,
     ks: Iterable[int] = DEFAULT_KS,
     predictions: str | Path | None = None,
     breakdown: str = "head-tail",
@@ -80,7 +80,8 @@ def evaluate(
     Parameters
     ----------
     run : run directory; None with `predictions`.
-    data : name of a dataset, directory (its test split is evaluated), or one sparse feature file.
+    data : name of a dataset, directory (its test split is evaluated), or one sparse feature file; or what is in memory,
+        a pair of matrices, features (N, F) and labels (N, L), or an `XmcDataset`.
     ks : the k of the metrics.
     predictions : scored instead of the run's model: XMC text, TSV or .npz, see `xmc_midx.data.predictions`.
     breakdown : groups of labels by training frequency: `"head-tail"` or `"deciles"`.
@@ -105,7 +106,7 @@ def evaluate(
     dataset = load_dataset(data, sizes=None if predictor is None else (predictor.num_features, predictor.num_labels))
     split = dataset.test if dataset.test is not None else dataset.train
     assert split is not None, "a dataset has a split"
-    if dataset.test is None and home_path(data).is_dir():
+    if dataset.test is None and isinstance(data, str | Path) and home_path(data).is_dir():
         raise DataError(f"{data}: has no test split to evaluate on.", hint="Give the file itself.")
     frequencies, num_train = _training_frequencies(predictor, dataset)
     a, b, source = propensity(A, B, dataset, num_train)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from xmc_midx.data.dataset import load_dataset
+from xmc_midx.data.dataset import Data, load_dataset
 from xmc_midx.errors import DataError, UsageError
 from xmc_midx.paths import home_path
-from xmc_midx.pipeline.inputs import check_sizes, say_which
+from xmc_midx.pipeline.inputs import called, check_sizes, say_which
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.types import Reporter, SilentReporter
 
@@ -69,7 +69,7 @@ def export(
     *,
     output: str | Path,
     format: str = "midx",
-    data: str | Path | None = None,
+    data: Data | None = None,
     reporter: Reporter | None = None,
 ) -> ExportResult:
     """Write a run's best model as files that other programs load, with the sha256 of each, and measure them.
@@ -138,7 +138,7 @@ def _validation_of(run: RunDirectory) -> tuple[Mapping[str, float], Mapping[str,
     return (alone[-1], whole) if alone and alone[-1] and whole else None
 
 
-def _instances_to_measure(source: ExportSource, data: str | Path | None) -> tuple[csr_matrix, str | None]:
+def _instances_to_measure(source: ExportSource, data: Data | None) -> tuple[csr_matrix, str | None]:
     """Some instances of the data, the same each time; none where the run's data is gone."""
     place = source.directory.provenance().data if data is None else data
     try:
@@ -147,10 +147,10 @@ def _instances_to_measure(source: ExportSource, data: str | Path | None) -> tupl
         if data is not None:
             raise
         dataset = None
-    if dataset is None:
+    if dataset is None or place is None:
         return csr_matrix(np.empty((0, source.num_features), dtype=np.float32)), None
     check_sizes(dataset, num_features=source.num_features, num_labels=source.num_labels)
     split = dataset.test if dataset.test is not None and dataset.test.num_instances else dataset.split()
     count = min(_MEASURED_INSTANCES, split.num_instances)
     rows = np.sort(np.random.default_rng(0).permutation(split.num_instances)[:count])
-    return split.features[rows], str(place)
+    return split.features[rows], called(dataset, place)

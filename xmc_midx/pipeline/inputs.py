@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from xmc_midx import __version__
-from xmc_midx.data.dataset import Split, XmcDataset, training_faults
+from xmc_midx.data.dataset import Data, Split, XmcDataset, training_faults
 from xmc_midx.data.registry import match_spec
 from xmc_midx.errors import DataError, UsageError
 from xmc_midx.paths import home_path
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from xmc_midx.predictor import Predictor
 
 __all__ = [
+    "called",
     "check_k",
     "check_sizes",
     "open_predictor",
@@ -37,7 +38,7 @@ __all__ = [
 ]
 
 
-def training_split(dataset: XmcDataset, data: str | Path) -> Split:
+def training_split(dataset: XmcDataset, data: Data) -> Split:
     """The split to train on.
 
     Raises
@@ -46,10 +47,16 @@ def training_split(dataset: XmcDataset, data: str | Path) -> Split:
     """
     split = dataset.train
     if split is None:
-        raise DataError(f"{data}: has no training split.", hint="Expected train.txt, or one sparse feature file.")
+        hint = "Expected train.txt, or one sparse feature file."
+        raise DataError(f"{called(dataset, data)}: has no training split.", hint=hint)
     for _, error in training_faults(split):
         raise error
     return split
+
+
+def called(dataset: XmcDataset, data: Data) -> str:
+    """What messages call the data: what was typed, or the name of what is in memory."""
+    return str(data) if isinstance(data, str | Path) else dataset.name
 
 
 def shape_of(dataset: XmcDataset, training: Split) -> DataShape:
@@ -86,12 +93,12 @@ def propensity(
     return (*DEFAULT_PROPENSITY, "default")
 
 
-def provenance_of(dataset: XmcDataset, data: str | Path, test: str | Path | None) -> dict[str, Any]:
+def provenance_of(dataset: XmcDataset, data: Data, test: str | Path | None) -> dict[str, Any]:
     """What `run.json` says of a training's origin: data, command, versions and hardware."""
     import torch
 
     return {
-        "data": _absolute(data),
+        "data": _absolute(data) if isinstance(data, str | Path) else None,
         "test": None if test is None else _absolute(test),
         "dataset": dataset.name,
         "fingerprint": dataset.fingerprint(),

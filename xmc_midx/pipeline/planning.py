@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from xmc_midx.config import Config, GivenConfig, as_config
-from xmc_midx.data.dataset import Split, XmcDataset, load_dataset
+from xmc_midx.data.dataset import Data, Split, XmcDataset, load_dataset
 from xmc_midx.errors import ResourceError
 from xmc_midx.paths import home_path
 from xmc_midx.pipeline.inputs import shape_of, training_split
@@ -63,7 +63,7 @@ class Plan:
 
 
 def plan(
-    data: str | Path | TrainingData,
+    data: Data | TrainingData,
     *,
     output: str | Path = ".",
     config: GivenConfig | None = None,

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xmc_midx.config import Config, GivenConfig, as_config
-from xmc_midx.data.dataset import XmcDataset, load_dataset
+from xmc_midx.data.dataset import Data, XmcDataset, load_dataset
 from xmc_midx.errors import DataError
 from xmc_midx.metrics import evaluate_topk, without_ignored
 from xmc_midx.paths import home_path
 from xmc_midx.pipeline.evaluation import predicted, report_dict, with_ignored
-from xmc_midx.pipeline.inputs import propensity, provenance_of, shape_of, training_split
+from xmc_midx.pipeline.inputs import called, propensity, provenance_of, shape_of, training_split
 from xmc_midx.pipeline.members import Member, train_members
 from xmc_midx.pipeline.planning import memory_failures, refuse_what_does_not_fit
 from xmc_midx.recipe import as_started, resolve
@@ -53,7 +53,8 @@ class TrainResult:
     test: MetricReport | None
     """On the test file; None where none was given."""
     evaluate_on: str | None
-    """DATA of an evaluation: the test file, or the data where it has a test split; None where neither has instances."""
+    """DATA of an evaluation: the test file, or the data where it has a test split; None where neither has instances, or
+    they are in memory."""
     propensity: tuple[float, float]
     """A and B of the propensity model, for both."""
     model_bytes: int
@@ -107,7 +108,7 @@ def _settings_of_its_own() -> Iterator[None]:
 
 @_settings_of_its_own()
 def train(
-    data: str | Path,
+    data: Data,
     *,
     output: str | Path,
     config: GivenConfig | None = None,
@@ -119,7 +120,8 @@ def train(
 
     Parameters
     ----------
-    data : name of a dataset, directory, or sparse feature file.
+    data : name of a dataset, directory, or sparse feature file; a pair of matrices in memory, features (N, F) and
+        labels (N, L); or an `XmcDataset`.
     output : the run directory; made here, and refused where it holds anything.
     config : a `Config`, its tree as a dictionary, or the path of a YAML file; open values are derived from the data
         (`xmc_midx.recipe`), and None derives all.
@@ -178,7 +180,7 @@ def _say_where_a_sampler_says_nothing(resolved: Config, num_labels: int, reporte
 def resume(
     run: str | Path,
     *,
-    data: str | Path | None = None,
+    data: Data | None = None,
     max_seconds: float | None = None,
     verify: bool = True,
     reporter: Reporter | None = None,
@@ -190,7 +192,7 @@ def resume(
     Parameters
     ----------
     run : run directory.
-    data : where the run's data lies now; None: where it lay.
+    data : where the run's data lies now, or the matrices again; None: where it lay.
     max_seconds, reporter : as in `train`.
     verify : whether the checkpoint's hashes are computed; the sizes are compared in any case.
 
@@ -206,6 +208,11 @@ def resume(
     with RunDirectory.lock(directory.path):
         provenance = directory.provenance()
         data = provenance.data if data is None else data
+        if data is None and provenance.fingerprint is not None:
+            raise DataError(
+                f"{directory.path}: was trained on matrices in memory, which no file holds.",
+                hint="Give them again: xmc_midx.resume(run, data=(X, Y)).",
+            )
         if data is None or provenance.fingerprint is None:
             raise DataError(
                 f"{directory.path / 'run.json'}: does not say what data the run was started with.",
@@ -215,7 +222,7 @@ def resume(
         dataset = load_dataset(data, test=provenance.test)
         if dataset.fingerprint() != provenance.fingerprint:
             raise DataError(
-                f"{data}: is not the data that {directory.path} was started with.",
+                f"{called(dataset, data)}: is not the data that {directory.path} was started with.",
                 hint="Start a new run: xmc-midx train DATA --output RUN.",
             )
         training = training_split(dataset, data)
@@ -233,7 +240,7 @@ def resume(
 
 
 def _train_result(
-    session: TrainingSession, others: Sequence[Member], dataset: XmcDataset, data: str | Path, test: str | None
+    session: TrainingSession, others: Sequence[Member], dataset: XmcDataset, data: Data, test: str | None
 ) -> TrainResult:
     from xmc_midx.device import peak_memory_bytes
     from xmc_midx.predictor import Predictor
@@ -269,7 +276,7 @@ def _train_result(
         num_validation=session.num_held_out,
         validation=session.validation,
         test=report,
-        evaluate_on=(test or str(data)) if is_there else None,
+        evaluate_on=(test or str(data)) if is_there and (test or isinstance(data, str | Path)) else None,
         propensity=session.propensity,
         model_bytes=run.model_bytes or (best / "model.safetensors").stat().st_size,
         peak_memory_bytes=peak_memory_bytes(),

@@ -79,6 +79,8 @@ def test_given_values_stay() -> None:
         "sampler.pool_instances": 12,
         "sampler.gradient_negatives": 6,
         "data.weighting": "tf-idf",
+        "data.unused_features": "keep",
+        "sampler.refresh_every": 3,
         "ranker.num_instances": 11,
         "training.ensemble_size": 2,
     }
@@ -94,6 +96,7 @@ def test_a_run_of_an_older_release_goes_on_as_it_was_started() -> None:
     shape = DataShape(num_instances=90_000, num_features=500, num_labels=40_000, num_positives=10**6, has_counts=True)
     resumed = resolve(as_started(older), shape)
     assert (resumed.data.weighting, resumed.sampler.pool_instances) == ("none", 700)
+    assert resumed.data.unused_features == "keep"
     assert resumed.sampler.gradient_negatives == "all" and resumed.training.cuda_graphs is False
     fresh = resolve(older, shape)
     assert (fresh.data.weighting, fresh.sampler.pool_instances) == ("tf-idf", 512)
@@ -107,6 +110,16 @@ def test_slopes_are_rounded_where_a_pool_has_many_labels() -> None:
 
     assert [negatives(num_labels) for num_labels in (3, 511, 512, 10**6)] == ["all", "all", 32, 32]
     assert negatives(10**6, "sampler.name=full") == "all"
+
+
+def test_few_instances_of_many_labels_share_a_pool_and_its_codebooks() -> None:
+    """A pool and a rebuild cost as much for few instances as for many."""
+    sizes = (2_000, 5_000, 20_000, 48_000, 90_000, 500_000)
+    few, many = ([resolve(Config(), data(size, labels)) for size in sizes] for labels in (4_095, 4_096))
+    assert [one.training.batch_size for one in few] == [64, 128, 256, 512, 1024, 1024]
+    assert [one.training.batch_size for one in many] == [128, 256, 512, 512, 1024, 1024]
+    assert [one.sampler.refresh_every for one in few] == ["epoch"] * 6
+    assert [one.sampler.refresh_every for one in many] == [64, 64, 64, "epoch", "epoch", "epoch"]
 
 
 @pytest.mark.parametrize("num_labels", [10, 100_000])

@@ -93,9 +93,9 @@ class TrainedModel:
             )
         with refuse_misfits(source):
             require_one_model({name: tensor.numpy() for name, tensor in model.items()})
-            num_features = model["encoder.embedding"].shape[0]
-            scaling = FeatureScaling.of(run.config.data, model, num_features)
-            encoder = build_encoder(run.config, num_features)
+            num_rows = model["encoder.embedding"].shape[0]
+            scaling = FeatureScaling.of(run.config.data, model, num_rows)
+            encoder = build_encoder(run.config, num_rows)
             names = {n.removeprefix("encoder."): t for n, t in model.items() if n.startswith("encoder.")}
             encoder.load_state_dict(names, assign=True)
         return cls(
@@ -107,6 +107,10 @@ class TrainedModel:
             num_train=int(model["train.num_instances"]),
             scaling=scaling,
         )
+
+    @property
+    def num_features(self) -> int:
+        return self.scaling.num_features or self.encoder.num_features
 
     @torch.no_grad()
     def encode(self, features: csr_matrix, *, dropout: bool = False, seed: int = 0) -> torch.Tensor:

@@ -178,6 +178,8 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     model, sampler, training = config.model, config.sampler, config.training
     dim, batch, codewords = _number(model.dim), _number(training.batch_size), _number(sampler.num_codewords)
     num_features, num_labels = data.feature_counts.shape[0], data.label_counts.shape[0]
+    if config.data.unused_features == "drop":
+        num_features = int(np.count_nonzero(data.feature_counts))
     label_bytes = 2 if model.label_precision == "bfloat16" else 4
     tables = (4 * dim + 4) * num_features + (label_bytes * dim + 4) * num_labels + 4 * model.num_hidden_layers * dim**2
     bits = 8 if model.storage == "int4" and dim % 2 else _STORED_BITS[model.storage]

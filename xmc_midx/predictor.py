@@ -204,7 +204,8 @@ class Predictor:
 
     @property
     def num_features(self) -> int:
-        return self.encoder.num_features
+        """F, of what is asked; the encoder may know fewer."""
+        return self.scaling.num_features or self.encoder.num_features
 
     @property
     def num_labels(self) -> int:

@@ -43,6 +43,16 @@ _RIVALLED_OF = 240_000
 do (EXPERIMENTS.md, "What a single feature says")."""
 
 
+_UNUSED_SHARE = 0.1
+"""Of the features, that no instance has: below it, a model has a row for every feature."""
+_SHARED_BATCH = 512
+"""Instances of a batch up to which it is twice as large from `CELLS_FROM` labels on: a pool costs the same for few and
+many (EXPERIMENTS.md, "Few instances, many labels")."""
+_REFRESH_STEPS = 64
+"""Steps between two rebuilds of the codebooks, at the least, from `CELLS_FROM` labels on: of a short epoch, a rebuild
+would be a third (as above)."""
+
+
 _MOST_MODELS = 5
 """Of an ensemble whose size is not given."""
 
@@ -126,6 +136,8 @@ class DataShape:
     num_labels: int
     num_positives: int
     """Of all instances."""
+    num_used_features: int | None = None
+    """Features that some instance has; None: all."""
     has_counts: bool = False
     """Whether the features' values are raw counts."""
 
@@ -148,14 +160,24 @@ def resolve(config: Config, shape: DataShape) -> Config:
         if tree[section][key] == "auto":
             tree[section][key] = value
 
+    used = shape.num_features if shape.num_used_features is None else shape.num_used_features
+    has_unused = shape.num_features - used > _UNUSED_SHARE * shape.num_features
+    derive("data", "unused_features", "drop" if has_unused else "keep")
     # About 25 passes over 5,000 instances, 10 over 90,000, 5 over half a million.
     passes = min(30.0, max(3.0, 25 * (5000 / max(shape.num_instances, 1)) ** (1 / 3)))
     of_few = effort.ensembled // max(shape.num_instances, 1)
     derive("training", "ensemble_size", min(_MOST_MODELS, max(effort.ensemble_size, of_few)))
     share = effort.epochs if tree["training"]["ensemble_size"] == 1 else effort.epochs_of_each
     derive("training", "epochs", max(2, round(share * passes)))
-    batch_size = shape.num_instances * passes / _TARGET_STEPS
-    derive("training", "batch_size", min(1024, max(32, 2 ** round(math.log2(max(batch_size, 1))))))
+    instances_a_step = shape.num_instances * passes / _TARGET_STEPS
+    batch_size = min(1024, max(32, 2 ** round(math.log2(max(instances_a_step, 1)))))
+    has_many_labels = shape.num_labels >= CELLS_FROM
+    if has_many_labels:
+        batch_size = max(batch_size, min(2 * batch_size, _SHARED_BATCH))
+    derive("training", "batch_size", batch_size)
+    num_epoch_steps = max(1, shape.num_instances // tree["training"]["batch_size"])
+    is_short = has_many_labels and num_epoch_steps < _REFRESH_STEPS
+    derive("sampler", "refresh_every", _REFRESH_STEPS if is_short else "epoch")
     # Steps fall with the root of a row's gradients so far (`RowAdam`, moment "sum"): one rate for rare and common rows.
     # How far a row gets grows with the root of its gradients, too: fewer passes need larger steps. And what is seen
     # twice is not learned by heart yet, what is seen ten times is (EXPERIMENTS.md, "Passes, dropout and rate").
@@ -164,7 +186,7 @@ def resolve(config: Config, shape: DataShape) -> Config:
     derive("model", "dim", effort.dim_of_few if of_few else effort.dim)
     derive("model", "dropout", min(0.6, num_epochs / 20))
     # What the last step is fitted to is what is stored (EXPERIMENTS.md, "The saved model").
-    derive("model", "storage", "int4" if shape.num_labels >= CELLS_FROM else "int8")
+    derive("model", "storage", "int4" if has_many_labels else "int8")
     derive("data", "validation_fraction", _validation_fraction(shape.num_instances))
     derive("sampler", "num_codewords", auto_num_codewords(shape.num_labels))
     num_draws = 64
@@ -205,6 +227,7 @@ def as_started(config: Config) -> Config:
     batch_size = tree["training"]["batch_size"]
     for section, key, before in (
         ("data", "weighting", "none"),
+        ("data", "unused_features", "keep"),
         ("model", "storage", "int8"),
         ("sampler", "pool_instances", batch_size),
         ("sampler", "gradient_negatives", "all"),

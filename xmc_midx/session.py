@@ -22,7 +22,7 @@ from xmc_midx.crash import crash_point
 from xmc_midx.data.batches import BatchStream
 from xmc_midx.data.cache import page_out
 from xmc_midx.data.dataset import Split
-from xmc_midx.data.features import IDF, FeatureScaling
+from xmc_midx.data.features import FeatureScaling
 from xmc_midx.device import find_device, keep_freed_memory, release_freed_memory
 from xmc_midx.errors import DataError, DivergedError
 from xmc_midx.finish import Finish
@@ -89,8 +89,7 @@ class TrainingSession:
             "train.label_frequencies": torch.from_numpy(whole),
             "train.num_instances": torch.tensor(training.labels.shape[0]),
         }
-        if self._scaling.idf is not None:
-            self._known[IDF] = torch.from_numpy(self._scaling.idf)
+        self._known |= {name: torch.from_numpy(array) for name, array in self._scaling.arrays().items()}
         assert isinstance(config.training.batch_size, int)
         stream = BatchStream(
             features, labels, batch_size=config.training.batch_size, seed=config.training.seed, row_numbers=kept

@@ -306,21 +306,13 @@ class _Check:
                 self._warn("unseen-labels", text, file=str(train.source.labels))
 
     def _check_features(self) -> None:
-        """What a training pays for without need, and what leaves nothing of the rest."""
+        """What leaves nothing of the rest."""
         train = self.sound.get("train")
         if train is None or not train.features.nnz:
             return
-        file, num_features, ids = str(train.source.features), train.features.shape[1], train.features.indices
-        is_used = np.zeros(int(ids.max()) + 1, dtype=bool)
-        is_used[ids] = True
-        used = int(is_used.sum())
-        unused = num_features - used
-        if unused > max(_MANY_UNUSED, used):
-            text = f"{unused:,} of {num_features:,} features are in no training instance: they take their room."
-            self._warn("unused-features", text, "Renumber those that are there, or hash to fewer.", file=file)
         if are_counts(train.features):
             return  # they are weighted, by how rare they are too
-        shares = np.zeros(len(is_used))
+        shares = np.zeros(int(train.features.indices.max()) + 1)
         for begin in range(0, train.num_instances, _ROWS):
             part = train.features[begin : begin + _ROWS]
             squares = part.data.astype(np.float64) ** 2
@@ -329,11 +321,16 @@ class _Check:
             squares /= np.where(lengths > 0.0, lengths, 1.0)[rows]
             np.add.at(shares, part.indices, squares)
         shares /= train.num_instances
-        if used > 1 and shares.max() > _DOMINANT:
+        if np.count_nonzero(shares) > 1 and shares.max() > _DOMINANT:
             largest = int(np.argmax(shares))
             text = f"feature {largest} makes up {shares[largest]:.0%} of the rows' squared length, on the mean: "
             text += "scaled to length 1, they leave little to the others."
-            self._warn("dominant-feature", text, "Scale it, leave it out, or --set data.normalize=none.", file=file)
+            self._warn(
+                "dominant-feature",
+                text,
+                "Scale it, leave it out, or --set data.normalize=none.",
+                file=str(train.source.features),
+            )
 
     def _check_first_id(self, what: Literal["feature", "label"]) -> None:
         """Guess whether the ids start from 1."""
@@ -384,8 +381,6 @@ class _Check:
 
 _ROWS = 1 << 14
 """Looked at at once."""
-_MANY_UNUSED = 10_000
-"""Features in no instance whose room is worth a word."""
 _DOMINANT = 0.5
 _MANY_IDS = 100
 _NEARLY_ALL = 0.99

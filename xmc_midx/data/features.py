@@ -18,7 +18,9 @@ from xmc_midx.errors import DataError
 
 __all__ = [
     "AS_GIVEN",
+    "FEATURE_IDS",
     "IDF",
+    "NUM_FEATURES",
     "FeatureScaling",
     "all_finite",
     "are_counts",
@@ -33,8 +35,8 @@ __all__ = [
 
 _PART = 1 << 20
 """Values that are looked at at once, about."""
-IDF = "train.idf"
-"""What a model calls it."""
+IDF, FEATURE_IDS, NUM_FEATURES = "train.idf", "train.feature_ids", "train.num_features"
+"""What a model calls them."""
 _DENSE = 0.25
 """Share of values from which rows are measurements, not words."""
 
@@ -44,38 +46,72 @@ class FeatureScaling:
     """What is done to the values of feature rows before the model sees them.
 
     With `idf`, a count v becomes `(1 + ln v) idf`, as `prepare` weights texts; between -1 and 1 a value counts as it
-    is, and a negative one like its opposite. Then, with `normalize="l2"`, rows get length 1.
+    is, and a negative one like its opposite. Then, with `normalize="l2"`, rows get length 1. Of the features, those of
+    `kept` are left at last, numbered anew.
     """
 
     normalize: str = "l2"
     """`"l2"` or `"none"`."""
     idf: NDArray[np.float32] | None = None
     """(F,), or None: the values as given."""
+    kept: NDArray[np.int32] | None = None
+    """(R,) rising ids of the features that the model knows; None: all F."""
+    num_features: int | None = None
+    """F, where some are not kept."""
 
     @classmethod
     def fit(cls, config: DataConfig, features: csr_matrix) -> FeatureScaling:
         """As a resolved configuration says, with the idf of all training rows."""
-        weighted = config.weighting == "tf-idf"
-        idf = inverse_document_frequency(feature_frequencies(features), features.shape[0]) if weighted else None
-        return cls(normalize=config.normalize, idf=idf)
+        frequencies, idf, kept = feature_frequencies(features), None, None
+        if config.weighting == "tf-idf":
+            idf = inverse_document_frequency(frequencies, features.shape[0])
+        if config.unused_features == "drop":
+            # A table has a row at the least.
+            used = np.flatnonzero(frequencies)
+            kept = (used if used.size else np.zeros(1)).astype(np.int32)
+        return cls(
+            normalize=config.normalize,
+            idf=idf,
+            kept=kept,
+            num_features=None if kept is None else features.shape[1],
+        )
 
     @classmethod
-    def of(cls, config: DataConfig, model: Mapping[str, Any], num_features: int) -> FeatureScaling:
-        """That of a trained model; a LookupError or ValueError where its idf is not there, or of other features."""
-        if config.weighting != "tf-idf":
-            return cls(normalize=config.normalize)
-        idf = np.asarray(model[IDF])
-        if idf.dtype != np.float32 or idf.shape != (num_features,) or not np.isfinite(idf).all():
-            raise ValueError(f"{IDF}: expected a finite float32 number for each feature")
-        return cls(normalize=config.normalize, idf=idf)
+    def of(cls, config: DataConfig, model: Mapping[str, Any], num_rows: int) -> FeatureScaling:
+        """That of a trained model; a LookupError or ValueError where an array of it is not there, or of other features.
+
+        Parameters
+        ----------
+        model : holds what `arrays` gave.
+        num_rows : R, of the model's feature table.
+        """
+        kept, idf, num_features = None, None, num_rows
+        if config.unused_features == "drop":
+            kept, num_features = np.asarray(model[FEATURE_IDS]), int(model[NUM_FEATURES])
+            rises = kept.dtype == np.int32 and kept.shape == (num_rows,) and (kept[1:] > kept[:-1]).all()
+            if not rises or not 0 <= kept.min(initial=0) <= kept.max(initial=0) < num_features:
+                raise ValueError(f"{FEATURE_IDS}: expected rising feature ids, one a row of the feature table")
+        if config.weighting == "tf-idf":
+            idf = np.asarray(model[IDF])
+            if idf.dtype != np.float32 or idf.shape != (num_features,) or not np.isfinite(idf).all():
+                raise ValueError(f"{IDF}: expected a finite float32 number for each feature")
+        return cls(normalize=config.normalize, idf=idf, kept=kept, num_features=None if kept is None else num_features)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What a model keeps of it."""
+        found: dict[str, NDArray[Any]] = {} if self.idf is None else {IDF: self.idf}
+        if self.kept is not None:
+            found |= {FEATURE_IDS: self.kept, NUM_FEATURES: np.array(self.num_features, dtype=np.int64)}
+        return found
 
     def __call__(self, features: csr_matrix) -> csr_matrix:
-        """(N, F) -> (N, F) float32, sharing ids and offsets with `features`."""
+        """(N, F) -> (N, F) float32, sharing ids and offsets with `features`; (N, R) where not all are kept."""
         if self.idf is not None:
             values = features.data.astype(np.float32)
             _weigh(values, features.indices, self.idf)
             features = with_values(features, values)
-        return normalize_rows(features) if self.normalize == "l2" else features
+        features = normalize_rows(features) if self.normalize == "l2" else features
+        return features if self.kept is None else _columns(features, self.kept)
 
 
 AS_GIVEN = FeatureScaling(normalize="none")
@@ -128,6 +164,17 @@ def with_values(features: csr_matrix, values: NDArray[Any]) -> csr_matrix:
     """
     found = copy.copy(features)
     found.data = values
+    return found
+
+
+def _columns(features: csr_matrix, ids: NDArray[np.int32]) -> csr_matrix:
+    """(N, F) -> (N, R): the columns of R rising ids."""
+    places = np.searchsorted(ids, features.indices).astype(np.int32)
+    is_there = ids[np.minimum(places, len(ids) - 1)] == features.indices
+    offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(is_there)])[features.indptr]
+    arrays = features.data[is_there], places[is_there], offsets.astype(features.indptr.dtype)
+    found = csr_matrix(arrays, shape=(features.shape[0], len(ids)))
+    found.has_canonical_format = features.has_canonical_format
     return found
 
 

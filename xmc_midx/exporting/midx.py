@@ -90,7 +90,8 @@ _QUANTIZER = "rq"
 
 def _encoder_tensors(source: ExportSource) -> dict[str, NDArray[Any]]:
     state = source.model.encoder.state_dict()
-    return {f"encoder.{name}": tensor.float().numpy() for name, tensor in state.items()}
+    found = {f"encoder.{name}": tensor.float().numpy() for name, tensor in state.items()}
+    return found | {"encoder.embedding": source.feature_table()}
 
 
 def _build_index(source: ExportSource) -> dict[str, NDArray[Any]]:

@@ -57,7 +57,7 @@ def export_onnx(source: ExportSource, queries: Queries | None, target: Path) -> 
     onnx, onnxruntime = require_onnx()
     path = target / "encoder.onnx"
     model = _build(onnx, source)
-    if source.model.encoder.embedding.nbytes < _EXTERNAL_BYTES:
+    if 4 * source.num_features * source.dim < _EXTERNAL_BYTES:
         onnx.save_model(model, str(path))
     else:
         onnx.save_model(model, str(path), save_as_external_data=True, location="encoder.data", size_threshold=1024)
@@ -168,7 +168,7 @@ def _build(onnx: Any, source: ExportSource) -> Any:
         length = node("Sqrt", node("Where", is_zero, constant("one_double", np.array(1.0)), squares))
         values = node("Cast", node("Div", wide, length), to=kind.FLOAT)
 
-    table = constant("embedding", encoder.embedding.detach().float().numpy())
+    table = constant("embedding", source.feature_table())
     summed = node("Squeeze", node("MatMul", node("Unsqueeze", values, axis), node("Gather", table, ids)), axis)
     is_relu = source.model.config.model.activation == "relu"
 

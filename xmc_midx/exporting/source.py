@@ -100,11 +100,20 @@ class ExportSource:
 
     @property
     def num_features(self) -> int:
-        return int(self.model.encoder.embedding.shape[0])
+        return self.model.num_features
 
     @property
     def dim(self) -> int:
         return int(self.model.encoder.embedding.shape[1])
+
+    def feature_table(self) -> NDArray[np.float32]:
+        """(F, D) feature vectors; zeros of those that the model does not know."""
+        rows, kept = self.model.encoder.embedding.detach().float().numpy(), self.model.scaling.kept
+        if kept is None:
+            return rows
+        table_FD = np.zeros((self.num_features, self.dim), dtype=np.float32)
+        table_FD[kept] = rows
+        return table_FD
 
     def table(self) -> NDArray[np.float32]:
         """(L, D) label vectors."""

@@ -121,7 +121,7 @@ def diagnose(
     config = model.config
     dataset = load_dataset(data)
     split = training_split(dataset, data)
-    check_sizes(dataset, num_features=model.encoder.embedding.shape[0], num_labels=model.label_table.shape[0])
+    check_sizes(dataset, num_features=model.num_features, num_labels=model.label_table.shape[0])
     batch_size, draws = config.training.batch_size, num_draws or config.sampler.num_draws
     assert isinstance(batch_size, int) and isinstance(draws, int), "the configuration is resolved"
     started = time.perf_counter()

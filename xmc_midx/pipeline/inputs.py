@@ -61,13 +61,14 @@ def called(dataset: XmcDataset, data: Data) -> str:
 
 def shape_of(dataset: XmcDataset, training: Split) -> DataShape:
     """What the recipe derives open values from."""
-    from xmc_midx.data.features import are_counts
+    from xmc_midx.data.features import are_counts, feature_frequencies
 
     return DataShape(
         num_instances=training.features.shape[0],
         num_features=dataset.num_features,
         num_labels=dataset.num_labels,
         num_positives=training.labels.nnz,
+        num_used_features=int(np.count_nonzero(feature_frequencies(training.features))),
         has_counts=are_counts(training.features),
     )
 

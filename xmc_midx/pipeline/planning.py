@@ -89,6 +89,7 @@ def plan(
             num_features=data.feature_counts.shape[0],
             num_labels=data.label_counts.shape[0],
             num_positives=int(data.label_counts.sum()),
+            num_used_features=int(np.count_nonzero(data.feature_counts)),
         )
     else:
         reporter.start("read", None)

@@ -14,6 +14,7 @@ from scipy.sparse import csr_matrix
 
 from xmc_midx import Predictor, evaluate, load_config, recipe, resume, train
 from xmc_midx.calibration import calibrate
+from xmc_midx.cells import fit_cells
 from xmc_midx.cli import app
 from xmc_midx.config import Config
 from xmc_midx.data.dataset import load_dataset
@@ -140,6 +141,24 @@ def test_models_to_which_nothing_is_added_keep_their_logits(
     calibrations = [one.calibration for one in singles if one.calibration is not None]
     chances = np.mean([calibrate(found, one).scores for one in calibrations], axis=0)
     np.testing.assert_allclose(whole.predict(rows, k=L, scores="probabilities").scores, chances, atol=1e-6)
+
+
+@pytest.mark.parametrize(("scanned", "enabled", "expected"), [(0, True, 3), (10**6, True, 1), (0, False, 1)])
+def test_a_further_model_builds_cells_where_many_instances_ask(
+    topic_dir: Path, tmp_path: Path, scanned: int, enabled: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It needs them for its rivals alone; of few instances, all labels are looked at sooner."""
+    built = []
+    monkeypatch.setattr("xmc_midx.finish.CELLS_FROM", 2)
+    monkeypatch.setattr("xmc_midx.finish._SCANNED", scanned)
+    monkeypatch.setattr(
+        "xmc_midx.finish.fit_cells", lambda *args, **given: built.append(1) or fit_cells(*args, **given)
+    )
+    train(
+        topic_dir, output=tmp_path / "run", config=make_config("training.ensemble_size=3", f"ranker.enabled={enabled}")
+    )
+    assert len(built) == expected
+    assert evaluate(tmp_path / "run", data=topic_dir).report.metrics["P@1"] > 0.6
 
 
 def test_the_training_rows_are_with_the_first_model_that_needs_them(

@@ -44,6 +44,9 @@ _SHOWN = "P@1", "P@5", "PSP@5"
 """What is added is chosen by P and PSP at 1, 3 and 5 together."""
 _CELL_QUERIES = 20_000, 2_000
 """Training instances that the label cells are fitted to, and held-out ones that their effort is tuned on."""
+_SCANNED = 20_000
+"""Instances that the ranker learns from up to which a further model of an ensemble looks at all labels for rivals:
+cells that are built for that alone would take longer (EXPERIMENTS.md, "Few instances, many labels")."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -225,7 +228,7 @@ class Finish:
     def _build_cells(self, table: StoredTable, bias: NDArray[np.float32]) -> None:
         """Keep where a search for labels begins; of a further model for this training alone, by the first's effort."""
         known = None if self.first is None else self.first.map_cells()
-        if self.first is not None and known is None:
+        if self.first is not None and (known is None or not self._searches_for_rivals()):
             return
         effort = None if known is None else Effort.from_arrays(known)
         self.reporter.start("label cells", None)
@@ -251,9 +254,7 @@ class Finish:
     def _train_ranker(self) -> LinearRanker:
         """Classifiers that tell the labels which the model confuses apart, on the training instances."""
         features, labels = self.trainer.stream.features, self.trainer.stream.labels
-        order = np.random.default_rng((self.config.training.seed, 1)).permutation(features.shape[0])
-        assert isinstance(self.config.ranker.num_instances, int), "the configuration is resolved"
-        rows = np.sort(order[: self.config.ranker.num_instances])
+        rows = self._rivalled_rows()
         top = self.validator.predict(features[rows], self.config.ranker.num_rivals, stage="rivals", reach="cells")
         release_freed_memory()
         self.reporter.start("ranker", None)
@@ -263,6 +264,15 @@ class Finish:
             (np.ones(int(found.sum()), dtype=np.float32), (row_BK[found], top.label_ids[found])), shape=labels.shape
         )
         return LinearRanker.fit(features, labels, rivals, num_threads=torch.get_num_threads())
+
+    def _searches_for_rivals(self) -> bool:
+        return self.config.ranker.enabled and self._rivalled_rows().size > _SCANNED
+
+    def _rivalled_rows(self) -> NDArray[np.intp]:
+        """Rising row numbers of the training instances that the ranker learns from."""
+        assert isinstance(self.config.ranker.num_instances, int), "the configuration is resolved"
+        order = np.random.default_rng((self.config.training.seed, 1)).permutation(self.trainer.stream.num_instances)
+        return np.sort(order[: self.config.ranker.num_instances])
 
 
 def _float32(tensor: torch.Tensor) -> torch.Tensor:

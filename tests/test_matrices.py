@@ -166,6 +166,8 @@ def test_matrices_go_with_a_test_file_names_plans_and_exports(topic_dir: Path, t
     assert result.test == evaluate(tmp_path / "run", data=topic_dir).report
     with pytest.raises(DataError, match="no such file"):
         train(dataset, output=tmp_path / "none", test=tmp_path / "nowhere.txt")
+    with pytest.raises(DataError, match=r"^debtags: no such file"):  # a dataset's name, but no file
+        train(dataset, output=tmp_path / "none", test="debtags")
     assert list(Predictor.load(tmp_path / "run").label_names or ()) == names
     assert plan(pair).config == plan(replace(given, test=None)).config
     exported = export(tmp_path / "run", output=tmp_path / "midx", data=pair)

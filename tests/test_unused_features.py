@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from xmc_midx.data.features import FEATURE_IDS, IDF, NUM_FEATURES, FeatureScalin
 from xmc_midx.pipeline import diagnose, plan
 from xmc_midx.recipe import DataShape, resolve
 
+READER = Path(__file__).parents[1] / "scripts" / "read_midx.py"
 NUM_HASHED = 5003
 QUICK = {"training": {"epochs": 3, "ensemble_size": 2}, "model": {"dim": 16, "storage": "float32"}}
 Pair = tuple[csr_matrix, csr_matrix]
@@ -87,6 +90,14 @@ def test_an_unknown_feature_takes_its_part_of_the_length_and_no_more(
     assert (alone.label_ids[0] == alone.label_ids[1]).all()
 
 
+def read_midx(directory: Path, lines: list[str]) -> list[dict[int, float]]:
+    """What the reader answers to each line."""
+    command = [sys.executable, str(READER), str(directory)]
+    done = subprocess.run(command, input="\n".join(lines), text=True, capture_output=True, check=True, timeout=60)
+    pairs = ([one.split(":") for one in line.split()] for line in done.stdout.splitlines())
+    return [{int(label): float(score) for label, score in line} for line in pairs]
+
+
 @pytest.mark.parametrize("format", ["midx", "onnx", "faiss"])
 def test_exports_take_the_ids_that_rows_have(
     format: str, runs: tuple[Path, Path], splits: tuple[Pair, Pair, np.ndarray], tmp_path: Path
@@ -100,7 +111,19 @@ def test_exports_take_the_ids_that_rows_have(
         few = load_file(runs[0] / "model.safetensors")
         table = tensors["encoder.embedding"]
         assert table.shape[0] == NUM_HASHED and np.array_equal(table[ids], few["encoder.embedding"])
-        assert not np.delete(table, ids, axis=0).any()
+        assert not np.delete(table, ids, axis=0).any() and (tensors["features.ids"] == ids).all()
+        row = X_test[0]
+        line = " ".join(f"{ids[f]}:{v:.9g}" for f, v in zip(row.indices, row.data, strict=True))
+        # A feature that the model does not know makes the row longer, and no more.
+        unknown = int(np.setdiff1d(np.arange(NUM_HASHED), ids)[0])
+        plain, longer = read_midx(tmp_path / "out", [line, f"{line} {unknown}:2"])
+        length = np.sqrt((row.data**2).sum())
+        for found, scale in ((plain, 1.0), (longer, length / np.sqrt(length**2 + 4))):
+            query = np.maximum(
+                scale * (row.data / length) @ few["encoder.embedding"][row.indices] + few["encoder.bias"], 0
+            )
+            logits = few["labels.weight"] @ query + few["labels.bias"]
+            assert found and all(abs(logits[label] - score) < 1e-4 for label, score in found.items())
 
 
 def test_the_other_commands_know_them(

@@ -328,9 +328,7 @@ def find_files(data: str | Path, *, test: str | Path | None = None) -> DataFiles
             hint="Matrices in memory are a pair, features and labels: data=(X, Y).",
         )
     path = home_path(data)
-    test_path = None if test is None else home_path(test)
-    if test_path is not None and not test_path.exists():
-        raise DataError(f"{test_path}: no such file.", hint="It is the file of the test split.")
+    test_path = None if test is None else _found_test(test)
     spec = None if path.exists() else _spec_on_disk(str(data))
     if spec is not None:
         path = spec.directory
@@ -363,6 +361,13 @@ def find_files(data: str | Path, *, test: str | Path | None = None) -> DataFiles
         unread=tuple((other, group[0]) for group in (trains, tests) for other in group[1:]),
         spec=spec,
     )
+
+
+def _found_test(test: str | Path) -> Path:
+    path = home_path(test)
+    if not path.exists():
+        raise DataError(f"{path}: no such file.", hint="It is the file of the test split.")
+    return path
 
 
 def _nothing_found(directory: Path) -> DataError:
@@ -448,7 +453,7 @@ def load_dataset(data: Data, *, test: str | Path | None = None, sizes: tuple[int
     """
     if isinstance(data, tuple | XmcDataset):
         dataset = data if isinstance(data, XmcDataset) else XmcDataset.from_matrices(data)
-        return dataset if test is None else _with_test(dataset, home_path(test))
+        return dataset if test is None else _with_test(dataset, _found_test(test))
     files = find_files(data, test=test)
     train = load_split(files.train) if files.train else None
     test_split = load_split(files.test) if files.test else None
@@ -483,11 +488,9 @@ def _split_in_memory(pair: tuple[Any, Any], kind: str) -> Split:
 
 def _with_test(dataset: XmcDataset, path: Path) -> XmcDataset:
     """The dataset with the file of another test split."""
-    files = find_files(path)
-    assert files.train is not None  # a file is one
-    train, test = fit_sizes(dataset.train, load_split(files.train), (dataset.num_features, dataset.num_labels))
+    train, test = fit_sizes(dataset.train, load_split(path), (dataset.num_features, dataset.num_labels))
     assert test is not None
-    return replace(dataset, train=train, test=_with_ignored(test, files.ignored_train))
+    return replace(dataset, train=train, test=_with_ignored(test, _ignored_beside(path)))
 
 
 def _checked_names(names: Sequence[str], num_labels: int) -> tuple[str, ...]:

@@ -51,6 +51,8 @@ def export_midx(source: ExportSource, queries: Queries | None, target: Path) -> 
     }
     if idf is not None:
         tensors["features.idf"] = idf
+    if source.model.scaling.kept is not None:
+        tensors["features.ids"] = source.model.scaling.kept
     save_file(
         {name: np.ascontiguousarray(tensor) for name, tensor in (tensors | index).items()}, target / "model.safetensors"
     )

@@ -28,7 +28,7 @@ class Model:
             if actual != expected or rest:
                 raise ValueError(f"{name} has another sha256 than SHA256SUMS says")
         document, self.words = json.loads((directory / "export.json").read_bytes()), {}
-        if document["kind"] != "midx" or document["version"] not in (1, 2):
+        if document["kind"] != "midx" or document["version"] not in (1, 2, 3):
             raise ValueError("export.json is of another kind or version")
         self.facts, self.num_candidates = document["model"], document["index"]["num_candidates"]
         types = {"F32": "<f4", "I64": "<i8", "I32": "<i4"}

@@ -143,14 +143,23 @@ def test_models_to_which_nothing_is_added_keep_their_logits(
     np.testing.assert_allclose(whole.predict(rows, k=L, scores="probabilities").scores, chances, atol=1e-6)
 
 
-@pytest.mark.parametrize(("scanned", "enabled", "expected"), [(0, True, 3), (10**6, True, 1), (0, False, 1)])
+@pytest.mark.parametrize(
+    ("scanned", "enabled", "expected"),
+    [((0, 10**9), True, 3), ((10**6, 0), True, 3), ((10**6, 10**9), True, 1), ((0, 0), False, 1)],
+)
 def test_a_further_model_builds_cells_where_many_instances_ask(
-    topic_dir: Path, tmp_path: Path, scanned: int, enabled: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+    topic_dir: Path,
+    tmp_path: Path,
+    scanned: tuple[int, int],
+    enabled: bool,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It needs them for its rivals alone; of few instances, all labels are looked at sooner."""
     built = []
     monkeypatch.setattr("xmc_midx.finish.CELLS_FROM", 2)
     monkeypatch.setattr("xmc_midx.finish._SCANNED", scanned)
+    monkeypatch.setattr("xmc_midx.finish.multiplies_bfloat16", lambda device: True)
     monkeypatch.setattr(
         "xmc_midx.finish.fit_cells", lambda *args, **given: built.append(1) or fit_cells(*args, **given)
     )

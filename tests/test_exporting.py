@@ -376,7 +376,7 @@ def test_cut_missing_swapped_and_foreign_files_are_refused(exported: Path, data:
 
     def other_version(copy: Path) -> None:
         document = json.loads((copy / "export.json").read_text(encoding="utf-8"))
-        (copy / "export.json").write_text(json.dumps(document | {"version": 3}))
+        (copy / "export.json").write_text(json.dumps(document | {"version": 4}))
         reseal(copy)
 
     assert "model.safetensors has another sha256" in damage(cut)

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.sparse import coo_array, coo_matrix, csc_matrix, csr_array, csr_matrix
+from scipy.sparse import bsr_matrix, coo_array, coo_matrix, csc_matrix, csr_array, csr_matrix
 
 from xmc_midx import Predictor, XmcDataset, evaluate, export, load_dataset, resume, train
+from xmc_midx.data.check import check_dataset
 from xmc_midx.errors import DataError, UsageError, XmcMidxError
-from xmc_midx.pipeline import plan
+from xmc_midx.pipeline import diagnose, plan
 
 QUICK = {"training": {"epochs": 2, "ensemble_size": 1}, "model": {"dim": 8}}
 X = np.array([[1, 0, 0, 0.5], [0, -2, 0, 0], [0, 0, 0, 0]], dtype=np.float32)
@@ -23,6 +24,12 @@ Y = np.array([[1, 0, 1], [0, 0, 0], [0, 0, 1]], dtype=np.float32)
 def both(dataset: XmcDataset) -> tuple[tuple[csr_matrix, csr_matrix], tuple[csr_matrix, csr_matrix]]:
     train_split, test_split = dataset.split("train"), dataset.split("test")
     return (train_split.features, train_split.labels), (test_split.features, test_split.labels)
+
+
+def with_wide_ids(matrix: csr_matrix) -> csr_matrix:
+    """Whose ids and offsets are int64, as SciPy itself would not leave them."""
+    matrix.indices, matrix.indptr = matrix.indices.astype(np.int64), matrix.indptr.astype(np.int64)
+    return matrix
 
 
 @pytest.mark.parametrize(
@@ -37,11 +44,8 @@ def both(dataset: XmcDataset) -> tuple[tuple[csr_matrix, csr_matrix], tuple[csr_
         coo_array,
         csr_array,
         lambda a: csr_matrix(a.astype(np.float64)),
-        lambda a: (
-            csr_matrix((a.data, a.indices.astype(np.int64), a.indptr.astype(np.int64)), a.shape)
-            if isinstance(a, csr_matrix)
-            else csr_matrix(a)
-        ),
+        lambda a: a.astype(np.float16),
+        lambda a: with_wide_ids(csr_matrix(a)),
     ],
 )
 def test_takes_matrices_of_every_kind(make: Callable[[Any], Any]) -> None:
@@ -71,6 +75,19 @@ def odd_ids() -> csr_matrix:
     return matrix
 
 
+def odd_offsets(make: Callable[[Any], Any] = csr_matrix) -> Any:
+    matrix = make(X)
+    matrix.indptr[1] = 1000
+    return matrix
+
+
+def odd_rows(make: Callable[[Any], Any]) -> Any:
+    """An id far beyond what there is."""
+    matrix = make(X)
+    (matrix.row if matrix.format == "coo" else matrix.indices)[0] = 10**6
+    return matrix
+
+
 @pytest.mark.parametrize(
     ("pair", "says"),
     [
@@ -88,6 +105,11 @@ def odd_ids() -> csr_matrix:
             (np.where(X == -2, 1e300, X.astype(float)), Y),
             r"features: row 1: the value 1e\+300 of feature id 1 is beyond",
         ),
+        ((odd_offsets(), Y), r"features: the matrix's offsets do not rise"),
+        ((odd_offsets(csc_matrix), Y), r"features: the matrix's offsets do not rise"),
+        ((odd_rows(csc_matrix), Y), r"features: the matrix holds ids from 0 to 1000000, expected 0 to 2"),
+        ((odd_rows(coo_matrix), Y), r"features: the matrix holds ids from 0 to 1000000, expected 0 to 2"),
+        ((odd_rows(lambda a: bsr_matrix(a, blocksize=(1, 2))), Y), r"ids from \d to 1000000, expected 0 to 1"),
         ((odd_ids(), Y), r"features: row 0: feature id 4 is outside 0..3"),
         ((X, Y * np.nan), r"labels: row 0: the value nan of label 0 is not finite"),
     ],
@@ -105,13 +127,18 @@ def test_splits_and_names_fit_one_another() -> None:
         XmcDataset.from_matrices(pair, (X, Y[:, :2]))
     with pytest.raises(DataError, match=r"2 label names, expected 3"):
         XmcDataset.from_matrices(pair, label_names=["a", "b"])
-    with pytest.raises(DataError, match=r"The name of label 1 is 'b\\nc'; expected text of one line"):
+    with pytest.raises(DataError, match=r"The name of label 1 is 'b\\nc'; expected text of one line, without tabs"):
         XmcDataset.from_matrices(pair, label_names=["a", "b\nc", "d"])
+    with pytest.raises(DataError, match=r"The name of label 0 is '\\ud800'"):
+        XmcDataset.from_matrices(pair, label_names=["\ud800", "b", "c"])
     with pytest.raises(UsageError, match="no matrices"):
         XmcDataset.from_matrices(None)
     with pytest.raises(UsageError, match=r"data is a list; expected a path") as caught:
         load_dataset([X, Y])  # type: ignore[arg-type]
     assert "data=(X, Y)" in str(caught.value.hint)
+    with pytest.raises(UsageError, match=r"data is a tuple; expected a path") as caught:
+        check_dataset(pair)  # type: ignore[arg-type]
+    assert caught.value.hint is None
     only_test = XmcDataset.from_matrices(None, pair, name="mine")
     with pytest.raises(DataError, match=r"^mine: has no train split"):
         only_test.split("train")
@@ -143,14 +170,14 @@ def test_a_run_of_matrices_is_resumed_with_them(topic_dir: Path, tmp_path: Path)
     run = tmp_path / "run"
     begun = train(pair, output=run, config=QUICK, max_seconds=0.0)
     assert not begun.finished
-    with pytest.raises(DataError, match="was trained on matrices in memory") as caught:
+    with pytest.raises(DataError, match="was trained on data in memory") as caught:
         resume(run)
     assert "data=(X, Y)" in str(caught.value.hint)
     with pytest.raises(DataError, match=r"^data in memory: is not the data that"):
         resume(run, data=test_pair)
     with pytest.raises(UsageError, match=r"holds a run already, an unfinished one") as refused:
         train(pair, output=run, config=QUICK)
-    assert "xmc-midx train DATA" in str(refused.value.hint)
+    assert f"xmc_midx.resume('{run}', data=(X, Y))" in str(refused.value.hint)
     assert resume(run, data=pair).finished
     train(topic_dir, output=tmp_path / "whole", config=QUICK)
     assert (run / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
@@ -162,12 +189,23 @@ def test_matrices_go_with_a_test_file_names_plans_and_exports(topic_dir: Path, t
     names = [f"topic {label}" for label in range(given.num_labels)]
     dataset = XmcDataset.from_matrices(pair, label_names=names)
     result = train(dataset, output=tmp_path / "run", test=topic_dir / "test.txt", config=QUICK)
+    for name, lines in (("train.svm", "0 1:1 5:2\n3 3:1\n"), ("wide.svm", "0 1:1 55:2\n22 3:1\n")):
+        (tmp_path / name).write_text(lines)
+    wider = load_dataset(load_dataset(tmp_path / "train.svm"), test=tmp_path / "wide.svm")
+    assert (wider.num_features, wider.num_labels, wider.split("train").features.shape[1]) == (56, 23, 56)
+    with pytest.raises(DataError, match=r"wide.svm: the largest id makes 56 features, expected at most 40"):
+        load_dataset(dataset, test=tmp_path / "wide.svm")
     assert result.test is not None and result.evaluate_on == str(topic_dir / "test.txt")
     assert result.test == evaluate(tmp_path / "run", data=topic_dir).report
     with pytest.raises(DataError, match="no such file"):
         train(dataset, output=tmp_path / "none", test=tmp_path / "nowhere.txt")
     with pytest.raises(DataError, match=r"^debtags: no such file"):  # a dataset's name, but no file
         train(dataset, output=tmp_path / "none", test="debtags")
+    with pytest.raises(UsageError, match=r"test is a tuple; expected the path of a file"):
+        train(pair, output=tmp_path / "none", test=pair)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"^data in memory: has no test split to evaluate on"):
+        evaluate(tmp_path / "run", data=XmcDataset.from_matrices(pair))
+    assert diagnose(tmp_path / "run", data=dataset, num_instances=20, repeats=2).data == "data in memory"
     assert list(Predictor.load(tmp_path / "run").label_names or ()) == names
     assert plan(pair).config == plan(replace(given, test=None)).config
     exported = export(tmp_path / "run", output=tmp_path / "midx", data=pair)

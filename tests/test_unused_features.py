@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from scipy.sparse import csr_matrix, hstack
 from xmc_midx import Config, Predictor, evaluate, export, resume, train
 from xmc_midx.config import DataConfig
 from xmc_midx.data.features import FEATURE_IDS, IDF, NUM_FEATURES, FeatureScaling, normalize_rows
+from xmc_midx.errors import DataError
 from xmc_midx.pipeline import diagnose, plan
 from xmc_midx.recipe import DataShape, resolve
 
@@ -112,6 +115,7 @@ def test_exports_take_the_ids_that_rows_have(
         table = tensors["encoder.embedding"]
         assert table.shape[0] == NUM_HASHED and np.array_equal(table[ids], few["encoder.embedding"])
         assert not np.delete(table, ids, axis=0).any() and (tensors["features.ids"] == ids).all()
+        assert json.loads((tmp_path / "out" / "export.json").read_bytes())["version"] == 3
         row = X_test[0]
         line = " ".join(f"{ids[f]}:{v:.9g}" for f, v in zip(row.indices, row.data, strict=True))
         # A feature that the model does not know makes the row longer, and no more.
@@ -139,6 +143,24 @@ def test_the_other_commands_know_them(
     for member in (".", "members/2"):
         model = member + "/model.safetensors"
         assert (tmp_path / "run" / model).read_bytes() == (runs[1] / model).read_bytes()
+
+
+def test_a_member_of_other_features_is_refused(splits: tuple[Pair, Pair, np.ndarray], tmp_path: Path) -> None:
+    """Its table would be read where it has no rows."""
+    (X, Y), _, ids = splits
+    fewer = spread(X[:, : X.shape[1] // 2], ids)
+    others = spread(X, (ids + 1) % NUM_HASHED)
+    others.sort_indices()
+    plain = QUICK | {"neighbors": {"enabled": False}, "ranker": {"enabled": False}}
+    for name, features in (("whole", spread(X, ids)), ("fewer", fewer), ("others", others)):
+        train((features, Y), output=tmp_path / name, config=plain)
+    Predictor.load(tmp_path / "whole")
+    for name in ("fewer", "others"):
+        member = tmp_path / name / "members" / "2"
+        shutil.rmtree(member)
+        shutil.copytree(tmp_path / "whole" / "members" / "2", member)
+        with pytest.raises(DataError, match="is of other features or labels than"):
+            Predictor.load(tmp_path / name)
 
 
 def test_counts_keep_their_weights(splits: tuple[Pair, Pair, np.ndarray], tmp_path: Path) -> None:
@@ -186,9 +208,12 @@ def test_scaling_drops_columns_and_reads_what_it_wrote() -> None:
             (FEATURE_IDS, arrays[FEATURE_IDS][:-1]),
             (FEATURE_IDS, arrays[FEATURE_IDS].astype(np.int64)),
             (FEATURE_IDS, arrays[FEATURE_IDS] - 60),
-            (NUM_FEATURES, arrays[FEATURE_IDS].max()),
+            (NUM_FEATURES, arrays[FEATURE_IDS].max().astype(np.int64)),
+            (NUM_FEATURES, np.array(np.inf)),
+            (NUM_FEATURES, np.array([60])),
+            (NUM_FEATURES, np.array(2**40)),
         ):
-            with pytest.raises(ValueError, match=r"train\.(feature_ids|idf)"):
+            with pytest.raises(ValueError, match=r"train\.(feature_ids|idf|num_features)"):
                 FeatureScaling.of(config, arrays | {name: value}, len(used))
         with pytest.raises(LookupError):
             FeatureScaling.of(config, {IDF: arrays.get(IDF)}, len(used))

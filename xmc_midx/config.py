@@ -80,8 +80,8 @@ class DataConfig(_Section):
     """Scale of each feature row; `none` uses the values as given."""
     unused_features: Literal["drop", "keep"] | Auto = "auto"
     """Features that no training instance has. `drop`: they have no row in the feature table, and no part in a
-    prediction but in the length of its rows; `keep`: they have a random one. By default, more than a tenth of all are
-    dropped."""
+    prediction but in the length of its rows; `keep`: they have a random one. By default they are dropped where they are
+    more than a tenth of all."""
     validation_fraction: Fraction | Auto = "auto"
     """Share of the training rows held out to choose the best epoch; 0 trains on all rows and keeps the last epoch."""
 
@@ -142,8 +142,8 @@ class SamplerConfig(_Section):
     """Power of the importance weights of a pool's labels: 1 estimates the full softmax without bias, 0 counts each
     label once."""
     refresh_every: PositiveInt | Literal["epoch"] | Auto = "auto"
-    """Steps between two rebuilds of the codebooks, or once an epoch. auto: an epoch, or several short ones where labels
-    are many."""
+    """Steps between two rebuilds of the codebooks, or once an epoch. By default an epoch, or
+    64 steps, from 4,096 labels on, where an epoch has fewer."""
     refresh_iterations: Annotated[int, Field(ge=0, le=100)] = 2
     """Iterations of k-means in a rebuild; 0 keeps the codewords and only assigns the labels anew."""
 

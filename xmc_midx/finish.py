@@ -19,7 +19,7 @@ from xmc_midx.calibration import BACKGROUND, fit_calibration
 from xmc_midx.cells import fit_cells
 from xmc_midx.data.dataset import Split
 from xmc_midx.data.features import FeatureScaling
-from xmc_midx.device import release_freed_memory
+from xmc_midx.device import multiplies_bfloat16, release_freed_memory
 from xmc_midx.encoder import SparseEncoder, stored_encoder
 from xmc_midx.index import CellIndex, Effort, StoredIndex, tune_effort
 from xmc_midx.interpolation import SHORTLIST, Interpolation
@@ -44,9 +44,9 @@ _SHOWN = "P@1", "P@5", "PSP@5"
 """What is added is chosen by P and PSP at 1, 3 and 5 together."""
 _CELL_QUERIES = 20_000, 2_000
 """Training instances that the label cells are fitted to, and held-out ones that their effort is tuned on."""
-_SCANNED = 20_000
-"""Instances that the ranker learns from up to which a further model of an ensemble looks at all labels for rivals:
-cells that are built for that alone would take longer (EXPERIMENTS.md, "Few instances, many labels")."""
+_SCANNED = 20_000, 1 << 30
+"""Instances that the ranker learns from, and these times the labels, up to which a further model of an ensemble looks
+at all labels for rivals: cells for that alone would take longer (EXPERIMENTS.md, "Few instances, many labels")."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -266,7 +266,10 @@ class Finish:
         return LinearRanker.fit(features, labels, rivals, num_threads=torch.get_num_threads())
 
     def _searches_for_rivals(self) -> bool:
-        return self.config.ranker.enabled and self._rivalled_rows().size > _SCANNED
+        rows, pairs = _SCANNED
+        asking, num_labels = self._rivalled_rows().size, self.trainer.stream.labels.shape[1]
+        is_long = asking > rows or asking * num_labels > pairs or not multiplies_bfloat16(self.trainer.device)
+        return self.config.ranker.enabled and is_long
 
     def _rivalled_rows(self) -> NDArray[np.intp]:
         """Rising row numbers of the training instances that the ranker learns from."""

@@ -149,7 +149,8 @@ class Predictor:
             with refuse_misfits(path):
                 added = member.added(verify=verify, neighbors=neighbors)
                 one = cls._build(member, model, where, added, is_member=True)
-            if (one.num_features, one.num_labels) != (found.num_features, found.num_labels):
+            fits = one.num_labels == found.num_labels and one.scaling.takes_as(found.scaling)
+            if not fits or one.encoder.num_features != found.encoder.num_features:
                 raise DataError(f"{path}: is of other features or labels than {directory.path}.", hint="It was edited.")
             with refuse_misfits(path):
                 found.members = (*found.members, one)

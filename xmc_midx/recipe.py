@@ -231,6 +231,7 @@ def as_started(config: Config) -> Config:
         ("model", "storage", "int8"),
         ("sampler", "pool_instances", batch_size),
         ("sampler", "gradient_negatives", "all"),
+        ("sampler", "refresh_every", "epoch"),
         ("training", "cuda_graphs", False),
         ("training", "ensemble_size", 1),
     ):

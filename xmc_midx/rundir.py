@@ -525,13 +525,15 @@ def _holds_a_run(path: Path) -> UsageError:
     try:
         record = read_json(path / "run.json")
         directory = RunDirectory.open(path)
-        data = str(record["data"] or "DATA")
+        data = record["data"]
         finished = "finished" in record and directory.is_complete
     except (DataError, LookupError, TypeError):
         data, finished = "DATA", False
     if finished:
         return UsageError(f"{path}: holds a run already, a finished one.", hint=anew[0].upper() + anew[1:])
-    go_on = shlex.join(["xmc-midx", "train", data, "--output", str(path), "--resume"])
+    go_on = f"xmc_midx.resume({str(path)!r}, data=(X, Y)), the data in memory as it was"
+    if data is not None:
+        go_on = shlex.join(["xmc-midx", "train", str(data), "--output", str(path), "--resume"])
     return UsageError(f"{path}: holds a run already, an unfinished one.", hint=f"Go on with: {go_on}; or {anew}")
 
 

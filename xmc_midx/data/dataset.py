@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -43,6 +43,7 @@ __all__ = [
     "XmcDataset",
     "find_files",
     "fit_sizes",
+    "is_in_memory",
     "load_dataset",
     "load_features",
     "load_split",
@@ -224,6 +225,11 @@ Data: TypeAlias = str | Path | tuple[Any, Any] | XmcDataset
 `XmcDataset.from_matrices`; or a whole dataset."""
 
 
+def is_in_memory(data: Any) -> TypeGuard[tuple[Any, Any] | XmcDataset]:
+    """Whether it is no path and no name."""
+    return isinstance(data, tuple | XmcDataset)
+
+
 def training_faults(split: Split) -> Iterator[tuple[str, DataError]]:
     """Why nothing can be trained on a split that can be read: the kind of each fault, and what is said of it."""
     (_, num_features), (_, num_labels) = split.features.shape, split.labels.shape
@@ -325,7 +331,7 @@ def find_files(data: str | Path, *, test: str | Path | None = None) -> DataFiles
     if not isinstance(data, str | os.PathLike):
         raise UsageError(
             f"data is a {type(data).__name__}; expected a path, or the name of a dataset.",
-            hint="Matrices in memory are a pair, features and labels: data=(X, Y).",
+            hint=None if is_in_memory(data) else "Matrices in memory are a pair, features and labels: data=(X, Y).",
         )
     path = home_path(data)
     test_path = None if test is None else _found_test(test)
@@ -364,6 +370,11 @@ def find_files(data: str | Path, *, test: str | Path | None = None) -> DataFiles
 
 
 def _found_test(test: str | Path) -> Path:
+    if isinstance(test, tuple):
+        raise UsageError(
+            "test is a tuple; expected the path of a file.",
+            hint="In memory: data=XmcDataset.from_matrices((X, Y), (X_test, Y_test)).",
+        )
     path = home_path(test)
     if not path.exists():
         raise DataError(f"{path}: no such file.", hint="It is the file of the test split.")
@@ -488,19 +499,32 @@ def _split_in_memory(pair: tuple[Any, Any], kind: str) -> Split:
 
 def _with_test(dataset: XmcDataset, path: Path) -> XmcDataset:
     """The dataset with the file of another test split."""
-    train, test = fit_sizes(dataset.train, load_split(path), (dataset.num_features, dataset.num_labels))
+    train, test = fit_sizes(dataset.train, load_split(path))
     assert test is not None
-    return replace(dataset, train=train, test=_with_ignored(test, _ignored_beside(path)))
+    (_, num_features), (_, num_labels) = test.features.shape, test.labels.shape
+    test = _with_ignored(test, _ignored_beside(path))
+    return replace(dataset, train=train, test=test, num_features=num_features, num_labels=num_labels)
 
 
 def _checked_names(names: Sequence[str], num_labels: int) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise UsageError("label_names is one text; expected a sequence of them.")
     found = tuple(names)
     if len(found) != num_labels:
         raise DataError(f"There are {len(found)} label names, expected {num_labels}, one a column of the labels.")
     for label, name in enumerate(found):
-        if not isinstance(name, str) or "\n" in name:
-            raise DataError(f"The name of label {label} is {name!r:.60}; expected text of one line.")
+        if not isinstance(name, str) or not _is_line(name):
+            raise DataError(f"The name of label {label} is {name!a:.60}; expected text of one line, without tabs.")
     return found
+
+
+def _is_line(name: str) -> bool:
+    """Whether a file of names can hold it."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return not {"\n", "\t"} & {*name}
 
 
 def _with_ignored(split: Split, path: Path | None) -> Split:

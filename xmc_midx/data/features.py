@@ -87,15 +87,24 @@ class FeatureScaling:
         """
         kept, idf, num_features = None, None, num_rows
         if config.unused_features == "drop":
-            kept, num_features = np.asarray(model[FEATURE_IDS]), int(model[NUM_FEATURES])
+            kept, count = np.asarray(model[FEATURE_IDS]), np.asarray(model[NUM_FEATURES])
             rises = kept.dtype == np.int32 and kept.shape == (num_rows,) and (kept[1:] > kept[:-1]).all()
-            if not rises or not 0 <= kept.min(initial=0) <= kept.max(initial=0) < num_features:
+            if count.dtype != np.int64 or count.shape or not 1 <= count <= np.iinfo(np.int32).max:
+                raise ValueError(f"{NUM_FEATURES}: expected the number of features")
+            num_features = int(count)
+            if not rises or not kept.size or not 0 <= kept[0] <= kept[-1] < num_features:
                 raise ValueError(f"{FEATURE_IDS}: expected rising feature ids, one a row of the feature table")
         if config.weighting == "tf-idf":
             idf = np.asarray(model[IDF])
             if idf.dtype != np.float32 or idf.shape != (num_features,) or not np.isfinite(idf).all():
                 raise ValueError(f"{IDF}: expected a finite float32 number for each feature")
         return cls(normalize=config.normalize, idf=idf, kept=kept, num_features=None if kept is None else num_features)
+
+    def takes_as(self, other: FeatureScaling) -> bool:
+        """Whether both number the features alike, so that the rows of one are those of the other."""
+        if self.kept is None or other.kept is None:
+            return self.kept is other.kept
+        return self.num_features == other.num_features and np.array_equal(self.kept, other.kept)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What a model keeps of it."""

@@ -55,8 +55,12 @@ def _scan(given: Any, column: Column, name: str) -> MatrixScan:
             "row.",
             hint="Of lists of labels, sklearn.preprocessing.MultiLabelBinarizer(sparse_output=True) makes one.",
         )
+    if not issparse(given) and given.dtype.kind == "f" and given.dtype.itemsize < 4:
+        given = given.astype(np.float32)  # SciPy knows no half precision
     if not 1 <= given.shape[1] <= MAX_SIZE or given.shape[0] > MAX_SIZE:
         raise DataError(f"{name}: a matrix of {given.shape[0]} x {given.shape[1]}, expected sizes up to {MAX_SIZE}.")
+    if issparse(given):
+        _require_sound(given, name)
     matrix = csr_matrix(given)
     if not matrix.has_canonical_format:
         matrix = matrix.copy()
@@ -65,6 +69,27 @@ def _scan(given: Any, column: Column, name: str) -> MatrixScan:
     offsets = matrix.indptr.astype(np.int64, copy=False)
     matrix = checked_matrix(matrix.data, matrix.indices, offsets, matrix.shape, places, column, raise_error)
     return MatrixScan(matrix=matrix, num_rows=matrix.shape[0], places=places)
+
+
+def _require_sound(given: Any, name: str) -> None:
+    """Refuse offsets and ids that SciPy's compiled code would follow out of its arrays; the ids of CSR are looked at
+    with their rows (`checked_matrix`)."""
+    ids: list[tuple[NDArray[Any], int]] = []
+    if given.format in ("csr", "csc", "bsr"):
+        offsets, found = given.indptr, given.indices
+        if offsets[0] != 0 or (offsets[1:] < offsets[:-1]).any() or offsets[-1] > len(found):
+            raise DataError(f"{name}: the matrix's offsets do not rise from 0, so it is not known where its rows are.")
+        if given.format == "csc":
+            ids = [(found, given.shape[0])]
+        elif given.format == "bsr":
+            ids = [(found, given.shape[1] // given.blocksize[1])]
+    elif given.format == "coo":
+        ids = [(given.row, given.shape[0]), (given.col, given.shape[1])]
+    for found, size in ids:
+        if found.size and not 0 <= found.min() <= found.max() < size:
+            raise DataError(
+                f"{name}: the matrix holds ids from {found.min()} to {found.max()}, expected 0 to {size - 1}."
+            )
 
 
 def checked_matrix(

@@ -29,8 +29,9 @@ __all__ = ["FORMAT", "export_midx"]
 
 FORMAT = "xmc-midx export"
 VERSION = 1
-_WEIGHTED_VERSION = 2
-"""With `features.idf`: a reader of the first version would leave the weights out."""
+_WEIGHTED_VERSION, _NUMBERED_VERSION = 2, 3
+"""With `features.idf`, and with `features.ids`: a reader of an earlier version would leave the weights out, and take
+the features of neighbours and ranker for others."""
 _FEWEST = 64
 """Candidates that the search for the right number begins with."""
 
@@ -51,8 +52,9 @@ def export_midx(source: ExportSource, queries: Queries | None, target: Path) -> 
     }
     if idf is not None:
         tensors["features.idf"] = idf
+    version = VERSION if idf is None else _WEIGHTED_VERSION
     if source.model.scaling.kept is not None:
-        tensors["features.ids"] = source.model.scaling.kept
+        tensors["features.ids"], version = source.model.scaling.kept, _NUMBERED_VERSION
     save_file(
         {name: np.ascontiguousarray(tensor) for name, tensor in (tensors | index).items()}, target / "model.safetensors"
     )
@@ -74,7 +76,7 @@ def export_midx(source: ExportSource, queries: Queries | None, target: Path) -> 
     source.copy_names(target)
     document = {
         "format": FORMAT,
-        "version": VERSION if idf is None else _WEIGHTED_VERSION,
+        "version": version,
         "kind": "midx",
         "model": source.facts(),
         "index": {"quantizer": _QUANTIZER, "num_codewords": len(index["index.codewords1"]), **settings},

@@ -12,7 +12,7 @@ from typing import Any
 from xmc_midx.config import SAMPLER_NAMES
 from xmc_midx.data.dataset import Data, load_dataset
 from xmc_midx.errors import UsageError
-from xmc_midx.pipeline.inputs import check_sizes, say_which, training_split
+from xmc_midx.pipeline.inputs import called, check_sizes, say_which, training_split
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.types import Reporter, SamplerDiagnosis, SilentReporter
 
@@ -142,7 +142,7 @@ def diagnose(
     return Diagnosis(
         samplers=figures,
         run=str(run),
-        data=str(data),
+        data=called(dataset, data),
         num_labels=dataset.num_labels,
         num_instances=min(num_instances, rows.size),
         batch_size=min(batch_size, rows.size),

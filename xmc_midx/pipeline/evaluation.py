@@ -106,7 +106,9 @@ def evaluate(
     dataset = load_dataset(data, sizes=None if predictor is None else (predictor.num_features, predictor.num_labels))
     split = dataset.test if dataset.test is not None else dataset.train
     assert split is not None, "a dataset has a split"
-    if dataset.test is None and isinstance(data, str | Path) and home_path(data).is_dir():
+    if dataset.test is None and isinstance(data, XmcDataset):
+        raise DataError(f"{data.name}: has no test split to evaluate on.", hint="Give the pair itself, (X, Y).")
+    if dataset.test is None and not isinstance(data, tuple | XmcDataset) and home_path(data).is_dir():
         raise DataError(f"{data}: has no test split to evaluate on.", hint="Give the file itself.")
     frequencies, num_train = _training_frequencies(predictor, dataset)
     a, b, source = propensity(A, B, dataset, num_train)

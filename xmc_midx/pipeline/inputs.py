@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from xmc_midx import __version__
-from xmc_midx.data.dataset import Data, Split, XmcDataset, training_faults
+from xmc_midx.data.dataset import Data, Split, XmcDataset, is_in_memory, training_faults
 from xmc_midx.data.registry import match_spec
 from xmc_midx.errors import DataError, UsageError
 from xmc_midx.paths import home_path
@@ -47,7 +47,7 @@ def training_split(dataset: XmcDataset, data: Data) -> Split:
     """
     split = dataset.train
     if split is None:
-        hint = "Expected train.txt, or one sparse feature file."
+        hint = None if is_in_memory(data) else "Expected train.txt, or one sparse feature file."
         raise DataError(f"{called(dataset, data)}: has no training split.", hint=hint)
     for _, error in training_faults(split):
         raise error
@@ -56,7 +56,7 @@ def training_split(dataset: XmcDataset, data: Data) -> Split:
 
 def called(dataset: XmcDataset, data: Data) -> str:
     """What messages call the data: what was typed, or the name of what is in memory."""
-    return str(data) if isinstance(data, str | Path) else dataset.name
+    return dataset.name if is_in_memory(data) else str(data)
 
 
 def shape_of(dataset: XmcDataset, training: Split) -> DataShape:
@@ -99,7 +99,7 @@ def provenance_of(dataset: XmcDataset, data: Data, test: str | Path | None) -> d
     import torch
 
     return {
-        "data": _absolute(data) if isinstance(data, str | Path) else None,
+        "data": None if is_in_memory(data) else _absolute(data),
         "test": None if test is None else _absolute(test),
         "dataset": dataset.name,
         "fingerprint": dataset.fingerprint(),
@@ -120,7 +120,7 @@ def provenance_of(dataset: XmcDataset, data: Data, test: str | Path | None) -> d
     }
 
 
-def _absolute(data: str | Path) -> str:
+def _absolute(data: Any) -> str:
     """A path as it can be found from anywhere; a dataset's name as it is."""
     path = home_path(data)
     return str(path.resolve()) if path.exists() else str(data)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xmc_midx.config import Config, GivenConfig, as_config
-from xmc_midx.data.dataset import Data, XmcDataset, load_dataset
+from xmc_midx.data.dataset import Data, XmcDataset, is_in_memory, load_dataset
 from xmc_midx.errors import DataError
 from xmc_midx.metrics import evaluate_topk, without_ignored
 from xmc_midx.paths import home_path
@@ -210,8 +210,8 @@ def resume(
         data = provenance.data if data is None else data
         if data is None and provenance.fingerprint is not None:
             raise DataError(
-                f"{directory.path}: was trained on matrices in memory, which no file holds.",
-                hint="Give them again: xmc_midx.resume(run, data=(X, Y)).",
+                f"{directory.path}: was trained on data in memory, which this machine no longer knows.",
+                hint="Give it again, as it was: xmc_midx.resume(run, data=(X, Y)).",
             )
         if data is None or provenance.fingerprint is None:
             raise DataError(
@@ -276,7 +276,7 @@ def _train_result(
         num_validation=session.num_held_out,
         validation=session.validation,
         test=report,
-        evaluate_on=(test or str(data)) if is_there and (test or isinstance(data, str | Path)) else None,
+        evaluate_on=None if not is_there or (test is None and is_in_memory(data)) else (test or str(data)),
         propensity=session.propensity,
         model_bytes=run.model_bytes or (best / "model.safetensors").stat().st_size,
         peak_memory_bytes=peak_memory_bytes(),

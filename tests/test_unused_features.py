@@ -145,6 +145,7 @@ def test_the_other_commands_know_them(
         assert (tmp_path / "run" / model).read_bytes() == (runs[1] / model).read_bytes()
 
 
+@pytest.mark.fault("R7")
 def test_a_member_of_other_features_is_refused(splits: tuple[Pair, Pair, np.ndarray], tmp_path: Path) -> None:
     """Its table would be read where it has no rows."""
     (X, Y), _, ids = splits

@@ -142,8 +142,8 @@ class SamplerConfig(_Section):
     """Power of the importance weights of a pool's labels: 1 estimates the full softmax without bias, 0 counts each
     label once."""
     refresh_every: PositiveInt | Literal["epoch"] | Auto = "auto"
-    """Steps between two rebuilds of the codebooks, or once an epoch. By default an epoch, or
-    64 steps, from 4,096 labels on, where an epoch has fewer."""
+    """Steps between two rebuilds of the codebooks, or once an epoch. By default an epoch, or 64 steps, from 4,096
+    labels on, where an epoch has fewer."""
     refresh_iterations: Annotated[int, Field(ge=0, le=100)] = 2
     """Iterations of k-means in a rebuild; 0 keeps the codewords and only assigns the labels anew."""
 

@@ -306,7 +306,7 @@ class _Check:
                 self._warn("unseen-labels", text, file=str(train.source.labels))
 
     def _check_features(self) -> None:
-        """What leaves nothing of the rest."""
+        """Whether one leaves nothing of the rest."""
         train = self.sound.get("train")
         if train is None or not train.features.nnz:
             return
@@ -325,12 +325,8 @@ class _Check:
             largest = int(np.argmax(shares))
             text = f"feature {largest} makes up {shares[largest]:.0%} of the rows' squared length, on the mean: "
             text += "scaled to length 1, they leave little to the others."
-            self._warn(
-                "dominant-feature",
-                text,
-                "Scale it, leave it out, or --set data.normalize=none.",
-                file=str(train.source.features),
-            )
+            hint = "Scale it, leave it out, or --set data.normalize=none."
+            self._warn("dominant-feature", text, hint, file=str(train.source.features))
 
     def _check_first_id(self, what: Literal["feature", "label"]) -> None:
         """Guess whether the ids start from 1."""

@@ -62,12 +62,12 @@ class FeatureScaling:
     @classmethod
     def fit(cls, config: DataConfig, features: csr_matrix) -> FeatureScaling:
         """As a resolved configuration says, with the idf of all training rows."""
-        frequencies, idf, kept = feature_frequencies(features), None, None
+        idf, kept = None, None
         if config.weighting == "tf-idf":
-            idf = inverse_document_frequency(frequencies, features.shape[0])
+            idf = inverse_document_frequency(feature_frequencies(features), features.shape[0])
         if config.unused_features == "drop":
             # A table has a row at the least.
-            used = np.flatnonzero(frequencies)
+            used = np.flatnonzero(feature_frequencies(features))
             kept = (used if used.size else np.zeros(1)).astype(np.int32)
         return cls(
             normalize=config.normalize,

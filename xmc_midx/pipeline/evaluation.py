@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xmc_midx.data.dataset import Data, Split, XmcDataset, load_dataset, training_faults
+from xmc_midx.data.dataset import Data, Split, XmcDataset, is_in_memory, load_dataset, training_faults
 from xmc_midx.data.predictions import read_predictions
 from xmc_midx.errors import DataError, UsageError
 from xmc_midx.metrics import (
@@ -23,7 +23,7 @@ from xmc_midx.metrics import (
     without_ignored,
 )
 from xmc_midx.paths import home_path
-from xmc_midx.pipeline.inputs import check_k, open_predictor, propensity
+from xmc_midx.pipeline.inputs import called, check_k, open_predictor, propensity
 from xmc_midx.types import DEFAULT_KS, MetricReport, Reporter, SilentReporter, TopK
 
 if TYPE_CHECKING:
@@ -106,10 +106,13 @@ def evaluate(
     dataset = load_dataset(data, sizes=None if predictor is None else (predictor.num_features, predictor.num_labels))
     split = dataset.test if dataset.test is not None else dataset.train
     assert split is not None, "a dataset has a split"
-    if dataset.test is None and isinstance(data, XmcDataset):
-        raise DataError(f"{data.name}: has no test split to evaluate on.", hint="Give the pair itself, (X, Y).")
-    if dataset.test is None and not isinstance(data, tuple | XmcDataset) and home_path(data).is_dir():
-        raise DataError(f"{data}: has no test split to evaluate on.", hint="Give the file itself.")
+    if (
+        dataset.test is None
+        and not isinstance(data, tuple)
+        and (isinstance(data, XmcDataset) or home_path(data).is_dir())
+    ):
+        hint = f"Give the {'pair' if is_in_memory(data) else 'file'} itself."
+        raise DataError(f"{called(dataset, data)}: has no test split to evaluate on.", hint=hint)
     frequencies, num_train = _training_frequencies(predictor, dataset)
     a, b, source = propensity(A, B, dataset, num_train)
     seconds = 0.0

@@ -80,7 +80,7 @@ class Guards:
             raise Finished
 
         session.TrainingSession._end_epoch = timed_end  # type: ignore[method-assign]
-        session.TrainingSession._conclude = stop  # type: ignore[method-assign]
+        session.TrainingSession.conclude = stop  # type: ignore[method-assign]
 
     def _guard(self, owner: type, name: str, instead: Any) -> None:
         work = getattr(owner, name)

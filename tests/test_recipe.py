@@ -83,6 +83,7 @@ def test_given_values_stay() -> None:
         "sampler.refresh_every": 3,
         "ranker.num_instances": 11,
         "training.ensemble_size": 2,
+        "training.models_at_once": 3,
     }
     config = load_config(assignments=[f"{key}={value}" for key, value in given.items()])
     assert autos(config.model_dump()) == UNTOUCHED

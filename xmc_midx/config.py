@@ -185,8 +185,11 @@ class TrainingConfig(_Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of start values, order, draws and held-out instances: the same seed, the same model (CPU)."""
     ensemble_size: Annotated[int, Field(ge=1, le=64)] | Auto = "auto"
-    """Models that are trained one after the other, each from a seed of its own and with other instances held out, and
-    whose scores are averaged at prediction."""
+    """Models, each from a seed of its own and with other instances held out, whose scores are averaged at
+    prediction."""
+    models_at_once: PositiveInt | Auto = "auto"
+    """Of them, how many run their epochs at once on a CPU, each on its share of the threads: less time, more memory;
+    `auto`: 2, unless their tables are large or memory is scarce."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

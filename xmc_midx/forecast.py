@@ -11,7 +11,8 @@ the positives, `u` and `l` the rows of the two tables that an average batch touc
 - tables, 4 (D + 1) (F + L): both, with the labels' bias; a bfloat16 label table half of its part
 - optimiser, 4 F + 16 L: a second moment of each row, and of each label's row and bias a count
 - sampler, 24 L + 28 C^2 + 8 C D: codes, places, cumulative mass, frequencies; codebooks
-- the largest of four stages, as each gives back what it took:
+- the last four of each model that is trained at once (`training.models_at_once`; on a GPU one)
+- the largest of four stages, as each gives back what it took, and models at once take theirs at different moments:
   - start, 4 D (4 x 4096 + min(y, L) + min(y, 65536)), y = 4096 Y / N: the queries of a chunk, a sum for each of its
     labels, a query for each positive of a part
   - epoch, 12 u D + 16 (l + g p) D + 32 B p + 100 MB + 6 min(L, 4096) C + 4 D min(L, 1024 C) (on a GPU where that is
@@ -22,7 +23,7 @@ the positives, `u` and `l` the rows of the two tables that an average batch touc
   - neighbours, 12 nnz + 164 F + 16 Y + 160 MB + 70 MB: the index, the shortlist (or 300 bytes for each label that is
     voted for, where that is more: instances with many labels), compiled code; and
     24 (Y + 50 R) + 50 MB for the linear ranker, R = `ranker.num_instances`, or N if less
-  in the last two, on a CPU, the stored tables (`model.storage`) stand for tables, optimiser and sampler
+  in the last two, on a CPU, the stored tables (`model.storage`) stand for tables, optimiser and sampler of the model
 
 u is exact in expectation: the sum over the features of 1 - (1 - share of the instances that have it)^B, and likewise l
 and p (of B / g instances), plus the draws. On CUDA, tables, optimiser, sampler and epoch count on the device instead,
@@ -206,14 +207,17 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     held_out = round(_fraction(config) * data.num_instances)
     epoch += min(4 * min(held_out, _ENCODE_CHUNK) * num_labels, 4 * _SCORES_AT_ONCE) + 8 * num_labels
     kept = 1.0 - _fraction(config)
+    size = _number(training.ensemble_size)
+    at_once = 1 if cuda else min(size, _number(training.models_at_once))
+    of_rows = 8 * kept * (data.num_values + data.num_positives) if held_out else 4 * data.num_values
     host = {
         "libraries": _LIBRARIES,
         "data": int((_READING if held_out else _READING_ALL) * data.loaded_bytes),
-        "training rows": int(8 * kept * (data.num_values + data.num_positives) if held_out else 4 * data.num_values),
-        "tables": tables,
+        "training rows": at_once * int(of_rows),
+        "tables": at_once * tables,
     }
     device: dict[str, int] = {}
-    (device if cuda else host).update({"optimiser": optimizer, "sampler": sampler_state})
+    (device if cuda else host).update({"optimiser": at_once * optimizer, "sampler": at_once * sampler_state})
     start = 0.0
     if model.label_init == "mean-instance":
         chunk = min(data.num_instances, _ENCODE_CHUNK)
@@ -252,19 +256,23 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     checkpoint = tables + optimizer + 16 * num_labels + 4 * codewords * dim
     finished = on_disk + (_RANKER_LABEL * num_labels if config.ranker.enabled else 0)
     rows_kept = 2 * data.num_values + 4 * data.num_positives if config.neighbors.enabled else 0
-    size = _number(training.ensemble_size)
     step = {} if speed is None else _step(config, data, rows + labels, pool, speed)
     steps = -(-data.num_instances * kept // batch)
     # No more are kept than are made.
     num_saves = _number(training.epochs) * (1 + steps // (training.save_every_steps or steps + 1)) + _CLOCKED_SAVES
     keep = min(training.keep_checkpoints, int(num_saves))
-    finish = None if speed is None else size * _finish(config, data, held_out)
+    seconds = finish = None
+    if speed is not None:
+        finish = size * _finish(config, data, held_out)
+        # What is neither takes one thread: so many models go on meanwhile.
+        of_a_step = sum(step.values()) - step["overhead"] * (1 - 1 / at_once)
+        seconds = size * _number(training.epochs) * steps * of_a_step + finish
     return Forecast(
         host=host,
         device=device,
         checkpoint_bytes=checkpoint,
         disk_bytes=size * ((2 * keep + 1) * checkpoint + finished + 10 * _MB) + rows_kept,
-        seconds=None if finish is None else size * _number(training.epochs) * steps * sum(step.values()) + finish,
+        seconds=seconds,
         finish_seconds=finish,
         step=step,
     )
@@ -289,6 +297,8 @@ def cheaper_options(config: Config, data: TrainingData, *, cuda: bool = False) -
         "neighbors.enabled=false": {"neighbors": {"enabled": False}},
         "ranker.enabled=false": {"ranker": {"enabled": False}},
     }
+    if min(_number(config.training.models_at_once), _number(config.training.ensemble_size)) > 1 and not cuda:
+        trials["training.models_at_once=1"] = {"training": {"models_at_once": 1}}
     if cuda and config.sampler.name in HOST_SAMPLERS:
         trials["model.label_memory=host"] = {"model": {"label_memory": "host"}}
     if cuda and _has_static_shapes(config, data.label_counts.shape[0]):

@@ -53,6 +53,8 @@ _REFRESH_STEPS = 64
 would be a third (as above)."""
 
 
+_TABLES_AT_ONCE = 1 << 30
+"""Bytes of a model's two tables up to which another is trained beside it."""
 _MOST_MODELS = 5
 """Of an ensemble whose size is not given."""
 
@@ -184,6 +186,9 @@ def resolve(config: Config, shape: DataShape) -> Config:
     num_epochs = tree["training"]["epochs"]
     derive("training", "encoder_learning_rate", 0.36 / math.sqrt(num_epochs))
     derive("model", "dim", effort.dim_of_few if of_few else effort.dim)
+    num_rows = (shape.num_features if tree["data"]["unused_features"] == "keep" else used) + shape.num_labels
+    is_alone = tree["training"]["ensemble_size"] == 1 or 4 * tree["model"]["dim"] * num_rows > _TABLES_AT_ONCE
+    derive("training", "models_at_once", 1 if is_alone else 2)
     derive("model", "dropout", min(0.6, num_epochs / 20))
     # What the last step is fitted to is what is stored (EXPERIMENTS.md, "The saved model").
     derive("model", "storage", "int4" if has_many_labels else "int8")
@@ -234,6 +239,7 @@ def as_started(config: Config) -> Config:
         ("sampler", "refresh_every", "epoch"),
         ("training", "cuda_graphs", False),
         ("training", "ensemble_size", 1),
+        ("training", "models_at_once", 1),
     ):
         if tree[section][key] == "auto":
             tree[section][key] = before

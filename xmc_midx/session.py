@@ -7,6 +7,8 @@ Before it: run directory and trainer; after it: the pipeline.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -50,8 +52,8 @@ class TrainingSession:
     reporter : receives the progress.
     deadline : of `time.monotonic()`, after which the training is saved and stops; None: no limit.
     propensity : A and B of the propensity model, for PSP@k of the held-out instances and what is chosen by it.
-    first : of a further model of an ensemble, the run directory of the finished first one, which finds labels and
-        neighbours for all.
+    first : of a further model of an ensemble, the run directory of the first one, which finds labels and neighbours
+        for all: finished before this one is concluded.
     """
 
     def __init__(
@@ -65,6 +67,10 @@ class TrainingSession:
         first: RunDirectory | None = None,
     ) -> None:
         self.run_directory, self.reporter, self.deadline, self.first = run, reporter, deadline, first
+        self.halted = threading.Event()
+        """Once it is set, the training is saved and stops, as at the deadline."""
+        self.num_at_once = 1
+        """Trainings whose epochs share the machine: each counts its part of the time."""
         self.config = config = run.config
         self.propensity = propensity
         device = find_device(config.training.device)
@@ -123,9 +129,12 @@ class TrainingSession:
         self.validation: dict[str, float] = {}
         """Of the best epoch; at the end, with neighbours and frequencies, which the same instances chose."""
         self.seconds = 0.0
+        """Of training so far, without the time in which it waited."""
+        self._clock = 0.0
+        """When it would have begun, had it not waited; of `time.perf_counter()`."""
         self.loss = float("nan")
         self.finished = False
-        """Whether `run` came to the end, rather than to the deadline."""
+        """Whether it came to the end, rather than to the deadline."""
         self._pending: EpochStats | None = None
         """An epoch whose steps are done and whose validation is not."""
         self._saves: list[list[int]] = []
@@ -138,17 +147,27 @@ class TrainingSession:
         self._postponed: _Postponed | None = None
 
     def run(self) -> None:
-        """Train to the end: all epochs, or until the validation score has not risen for `patience` epochs.
+        """Train to the end, or to the deadline: `run_epochs`, then `conclude`."""
+        if self.run_epochs():
+            self.conclude()
+
+    def run_epochs(self) -> bool:
+        """Train all epochs, or until the validation score has not risen for `patience` of them.
 
         SIGINT and SIGTERM wait for the end of the running step or validation chunk; then all is saved, and
-        KeyboardInterrupt or its child `Terminated` is raised. The deadline is obeyed after a step or an epoch.
+        KeyboardInterrupt or its child `Terminated` is raised. The deadline is obeyed after a step or an epoch. In
+        another thread than the main one, which alone receives signals, `halted` is what stops it.
+
+        Returns
+        -------
+        bool : whether all are done; False where the deadline was first, or `halted` is set.
 
         Raises
         ------
         DivergedError : a loss, a gradient or a weight is not finite; the checkpoints that are there stay.
         ResourceError : a checkpoint cannot be written.
         """
-        started = time.perf_counter() - self.seconds
+        self._clock = time.perf_counter() - self.seconds * self.num_at_once
         if self.trainer.step == 0:
             self.reporter.start("initialize", None)
             self.trainer.initialize(self.config.model.label_init, self.config.training.seed)
@@ -156,15 +175,15 @@ class TrainingSession:
         # A kill may have left other lines than the checkpoint's.
         self.run_directory.write_metrics(self.history)
         with deferred_signals() as self._signals:
-            self.validator.check = self._signals.check
+            self.validator.check = functools.partial(_check, self._signals, self.halted)
             try:
                 try:
-                    self._run_epochs(started)
-                except (KeyboardInterrupt, _DeadlinePassed) as stop:
-                    self.seconds = time.perf_counter() - started
+                    self._run_epochs()
+                except (KeyboardInterrupt, _Halted) as stop:
+                    self._look_at_clock()
                     self._save()
-                    if isinstance(stop, _DeadlinePassed):
-                        return
+                    if isinstance(stop, _Halted):
+                        return False
                     stop.add_note(f"Saved at step {self.trainer.step} of {self.trainer.total_steps}.")
                     raise
             except DivergedError as error:
@@ -175,7 +194,14 @@ class TrainingSession:
                 raise
             finally:
                 self.store.settle()
-        self._conclude(started)
+        self._look_at_clock()
+        return True
+
+    def conclude(self) -> None:
+        """Make a finished run of what `run_epochs` trained."""
+        self.num_at_once = 1
+        self._clock = time.perf_counter() - self.seconds
+        self._keep_best()
         self.run_directory.write_metrics(self.history)
         self.finished = True
         self.run_directory.finish(self.seconds)
@@ -186,18 +212,18 @@ class TrainingSession:
             self.__dict__.pop(name, None)
         release_freed_memory()
 
-    def _run_epochs(self, started: float) -> None:
+    def _run_epochs(self) -> None:
         patience = self.config.training.patience
         while self._pending is not None or (
             self.trainer.step < self.trainer.total_steps and (patience is None or self.stale < patience)
         ):
             if self._pending is None:
                 self._announce_epoch()
-                self._pending = self.trainer.run_epoch(self.reporter, after_step=lambda: self._after_step(started))
-            self._end_epoch(self._pending, started)
+                self._pending = self.trainer.run_epoch(self.reporter, after_step=self._after_step)
+            self._end_epoch(self._pending)
             self._stop_if_asked()
 
-    def _conclude(self, started: float) -> None:
+    def _keep_best(self) -> None:
         """Keep the best model, and choose what is added to it, unless a resumed run has both already."""
         run = self.run_directory
         # No step follows; recorded ones hold the memory of a step, and the trainer that holds them.
@@ -232,7 +258,7 @@ class TrainingSession:
             self.validation = finish.choose_added(self.history[self.best_epoch - 1]["validation"])
         crash_point("model.unsealed")
         run.seal_model()
-        self.seconds = time.perf_counter() - started
+        self._look_at_clock()
 
     def _announce_epoch(self) -> None:
         steps = self.trainer.stream.steps_per_epoch
@@ -241,7 +267,7 @@ class TrainingSession:
         if done:
             self.reporter.step(done)
 
-    def _end_epoch(self, stats: EpochStats, started: float) -> None:
+    def _end_epoch(self, stats: EpochStats) -> None:
         is_saved = self._epoch_is_saved()
         if is_saved:
             self._begin_save()
@@ -262,23 +288,23 @@ class TrainingSession:
             self.best_score = -1.0 if score is None else score
         self.history.append(_history_line(stats))
         self._pending = None
-        self.seconds = time.perf_counter() - started
+        self._look_at_clock()
         if is_saved:
             self._save()
         elif self.best_step == self.trainer.step:
             self._postpone()
-        self.seconds = time.perf_counter() - started
+        self._look_at_clock()
         self.run_directory.append_metrics(self.history[-1])
         self.reporter.epoch(stats)
 
     # ------------------------------------------------------------ checkpoints
 
-    def _after_step(self, started: float) -> None:
+    def _after_step(self) -> None:
         """Between two steps: save if it is time, and stop if asked to."""
         if self.trainer.step % self.trainer.stream.steps_per_epoch == 0:
             return  # the end of the epoch saves and stops
         if self._save_is_due():
-            self.seconds = time.perf_counter() - started
+            self._look_at_clock()
             self._save()
         self._stop_if_asked()
 
@@ -288,9 +314,12 @@ class TrainingSession:
         return by_steps or (minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes)
 
     def _stop_if_asked(self) -> None:
-        self._signals.check()
+        _check(self._signals, self.halted)
         if self.deadline is not None and time.monotonic() >= self.deadline:
-            raise _DeadlinePassed
+            raise _Halted
+
+    def _look_at_clock(self) -> None:
+        self.seconds = (time.perf_counter() - self._clock) / self.num_at_once
 
     def _epoch_is_saved(self) -> bool:
         """Whether the end of this epoch is on the disk before the next: unless the model is small and the last save so
@@ -434,8 +463,14 @@ class _Postponed:
     state: dict[str, Any]
 
 
-class _DeadlinePassed(Exception):  # noqa: N818  # nothing is wrong
-    """The time limit is over; what there is has to be saved."""
+class _Halted(Exception):  # noqa: N818  # nothing is wrong
+    """The time limit is over, or another stops; what there is has to be saved."""
+
+
+def _check(signals: PendingSignal, halted: threading.Event) -> None:
+    signals.check()
+    if halted.is_set():
+        raise _Halted
 
 
 def _require_finite(model: Mapping[str, torch.Tensor], step: int) -> None:

@@ -47,7 +47,9 @@ def in_threads(work: Callable[[int, int], object], num_rows: int, *, least: int 
         finally:
             _LOCAL.working = False
 
-    others = [_pool(workers - 1).submit(work_off) for _ in range(workers - 1)]
+    # Callers at once, each with a share of the machine, find a thread for all that they ask for.
+    pool = _pool(max(workers, os.cpu_count() or 1) - 1)
+    others = [pool.submit(work_off) for _ in range(workers - 1)]
     try:
         work_off()
     finally:

@@ -22,7 +22,7 @@ from xmc_midx.types import Reporter, SilentReporter
 if TYPE_CHECKING:
     from xmc_midx.forecast import Forecast, TrainingData
 
-__all__ = ["Plan", "memory_failures", "plan", "refuse_what_does_not_fit"]
+__all__ = ["Plan", "fit_to_machine", "memory_failures", "plan"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +108,8 @@ def plan(
     size = min(batch, shape.num_instances, 4096), min(draws, shape.num_labels, 8192), min(dim, 4096)
     flops, rate = measure_speed(*size, precision, device)
     speed = Speed(flops=flops, bytes=rate, rounds_slopes=rounds_slopes(device))
+    if available is not None and forecast(resolved, data, cuda=device.type == "cuda").host_bytes > available:
+        resolved = _one_at_a_time(resolved, config)
     return Plan(
         forecast=forecast(resolved, data, cuda=device.type == "cuda", speed=speed),
         available_memory=available,
@@ -120,10 +122,20 @@ _CERTAINTY = 0.8
 """A training is refused where even this share of its forecast is not there; the forecast is good to 20%."""
 
 
-def refuse_what_does_not_fit(
-    config: Config, dataset: XmcDataset, training: Split, output: Path, reporter: Reporter
-) -> None:
-    """Before the first epoch, and before anything is written."""
+def fit_to_machine(
+    config: Config, given: Config, dataset: XmcDataset, training: Split, output: Path, reporter: Reporter
+) -> Config:
+    """The configuration with which a training fits into memory and disk: models one at a time, unless asked for
+    otherwise, where as many as `resolve` chose do not. Before the first epoch, and before anything is written.
+
+    Parameters
+    ----------
+    config, given : resolved, and as it was given.
+
+    Raises
+    ------
+    ResourceError : it does not fit.
+    """
     from xmc_midx.device import available_memory_bytes, find_device, used_memory_bytes
     from xmc_midx.forecast import cheaper_options, forecast
 
@@ -138,7 +150,10 @@ def refuse_what_does_not_fit(
         )
     more, available = needs.host_bytes - used_memory_bytes(), available_memory_bytes()
     if available is None or more <= available:
-        return
+        return config
+    alone = _one_at_a_time(config, given)
+    if alone != config:
+        return fit_to_machine(alone, alone, dataset, training, output, reporter)
     options = "; ".join(f"{name} ({size:,})" for name, size in cheaper_options(config, data))
     fact = (
         f"Training needs about {needs.host_bytes:,} bytes of memory, {max(more, 0):,} more than now; "
@@ -148,6 +163,14 @@ def refuse_what_does_not_fit(
     if _CERTAINTY * more > available:
         raise ResourceError(fact, hint=hint)
     reporter.message(f"warning: {fact} {hint}")
+    return config
+
+
+def _one_at_a_time(config: Config, given: Config) -> Config:
+    """A resolved configuration that trains its models one after the other, unless it was asked for something else."""
+    if given.training.models_at_once != "auto":
+        return config
+    return config.model_copy(update={"training": config.training.model_copy(update={"models_at_once": 1})})
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from xmc_midx.metrics import evaluate_topk, without_ignored
 from xmc_midx.paths import home_path
 from xmc_midx.pipeline.evaluation import predicted, report_dict, with_ignored
 from xmc_midx.pipeline.inputs import called, propensity, provenance_of, shape_of, training_split
-from xmc_midx.pipeline.members import Member, train_members
-from xmc_midx.pipeline.planning import memory_failures, refuse_what_does_not_fit
+from xmc_midx.pipeline.members import Member, train_models
+from xmc_midx.pipeline.planning import fit_to_machine, memory_failures
 from xmc_midx.recipe import as_started, resolve
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.types import DEFAULT_KS, MetricReport, Reporter, SilentReporter
@@ -147,7 +147,7 @@ def train(
         sizes = f"{dataset.num_features} features and {dataset.num_labels} labels"
         reporter.message(f"{training.path}: states no sizes; the largest ids make {sizes}")
     resolved = resolve(config, shape_of(dataset, training))
-    refuse_what_does_not_fit(resolved, dataset, training, output, reporter)
+    resolved = fit_to_machine(resolved, config, dataset, training, output, reporter)
     if "name" in config.sampler.model_fields_set:
         _say_where_a_sampler_says_nothing(resolved, dataset.num_labels, reporter)
     with RunDirectory.create(
@@ -160,8 +160,7 @@ def train(
         with memory_failures(resolved, dataset, training):
             a_and_b = propensity(None, None, dataset, training.num_instances)[:2]
             session = TrainingSession(run, training, reporter, deadline=deadline, propensity=a_and_b)
-            session.run()
-            others = train_members(session, training, verify=True)
+            others = train_models(session, training, verify=True)
         return _train_result(session, others, dataset, data, None if test is None else str(test))
 
 
@@ -234,8 +233,7 @@ def resume(
             session.load(verify=verify)
             if directory.is_complete:
                 reporter.message("the run is finished already")
-            session.run()
-            others = train_members(session, training, verify=verify)
+            others = train_models(session, training, verify=verify)
         return _train_result(session, others, dataset, data, provenance.test)
 
 

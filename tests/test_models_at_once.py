@@ -124,7 +124,7 @@ def test_models_at_once_are_those_of_one_after_the_other(
         assert listener.epochs == [1, 2, 1, 2], "of the first and the third"
         names = [text for text in listener.said if text.startswith("model") or text == "neighbours"]
         assert names == [
-            "model 1 of 3 and model 2 of 3, at once; the progress is the former's",
+            "models 1 and 2 of 3 at once; the progress is that of model 1",
             *("neighbours", "model 2 of 3", "neighbours", "model 3 of 3", "neighbours"),
         ]
 

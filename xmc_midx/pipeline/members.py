@@ -167,8 +167,9 @@ def _run_epochs(group: Sequence[TrainingSession], at_once: int, num_models: int)
     leader, *others = group
     num_threads, halted = torch.get_num_threads(), threading.Event()
     if others:
-        names = " and ".join(_called(session, num_models) for session in group)
-        leader.reporter.message(f"{names}, at once; the progress is the former's")
+        numbers = [str(_number(session)) for session in group]
+        names = f"{', '.join(numbers[:-1])} and {numbers[-1]}"
+        leader.reporter.message(f"models {names} of {num_models} at once; the progress is that of model {numbers[0]}")
     elif leader.first is not None:
         leader.reporter.message(_called(leader, num_models))
     for session in group:
@@ -195,8 +196,11 @@ def _run_epochs(group: Sequence[TrainingSession], at_once: int, num_models: int)
 
 
 def _called(session: TrainingSession, num_models: int) -> str:
-    number = 1 if session.first is None else int(session.run_directory.path.name)
-    return f"model {number} of {num_models}"
+    return f"model {_number(session)} of {num_models}"
+
+
+def _number(session: TrainingSession) -> int:
+    return 1 if session.first is None else int(session.run_directory.path.name)
 
 
 class _Beside:

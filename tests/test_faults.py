@@ -42,6 +42,7 @@ from xmc_midx.packing import pack_rows
 from xmc_midx.pipeline import evaluate, resume, train
 from xmc_midx.predictor import Predictor
 from xmc_midx.rundir import RunDirectory
+from xmc_midx.trainer import Trainer
 from xmc_midx.types import SilentReporter
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -939,6 +940,21 @@ def test_a_finished_run_needs_its_checkpoints_no_more(whole: Path, topic_dir: Pa
     shutil.copytree(whole, run, ignore=shutil.ignore_patterns("checkpoints", "best", "latest", "metrics.jsonl"))
     expected = evaluate(whole, data=topic_dir).report.metrics
     assert evaluate(run, data=topic_dir).report.metrics == expected
+
+
+@pytest.mark.parametrize("gone", [(), ("best", "latest"), ("metrics.jsonl",)])
+def test_a_finished_run_without_checkpoints_is_not_trained_again(
+    whole: Path, tmp_path: Path, gone: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, expected = tmp_path / "run", resume(whole)
+    shutil.copytree(whole, run, ignore=shutil.ignore_patterns("checkpoints", *gone))
+    monkeypatch.setattr(Trainer, "run_epoch", None)
+    found, others = resume(run), {"run", "best", "peak_memory_bytes", "seconds"}
+    assert found.finished and found.seconds == pytest.approx(expected.seconds, abs=0.01)
+    if "metrics.jsonl" not in gone:
+        same = {key: value for key, value in found.as_dict().items() if key not in others}
+        assert same == {key: value for key, value in expected.as_dict().items() if key not in others}
+    assert weights(run) == weights(whole)
 
 
 def test_whoever_may_read_the_configuration_may_read_the_model(whole: Path) -> None:

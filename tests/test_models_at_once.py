@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import test_pipeline
 import torch
 import victims
 from conftest import MOST_MODELS
@@ -17,9 +19,12 @@ from test_ensemble import make_config
 
 from xmc_midx import Predictor, load_config, recipe, resume, train
 from xmc_midx.checkpoint import CheckpointStore
-from xmc_midx.errors import DivergedError, ResourceError
+from xmc_midx.data.dataset import load_dataset
+from xmc_midx.errors import DataError, DivergedError, ResourceError
+from xmc_midx.forecast import TrainingData, cheaper_options, forecast
 from xmc_midx.pipeline import TrainResult, members, plan, planning
 from xmc_midx.recipe import DataShape, resolve
+from xmc_midx.rundir import RunDirectory
 from xmc_midx.session import TrainingSession
 from xmc_midx.types import EpochStats, SilentReporter
 
@@ -32,7 +37,7 @@ class Listener(SilentReporter):
         self.epochs: list[int] = []
 
     def start(self, stage: str, total: int | None) -> None:
-        if stage in ("initialize", "neighbours"):
+        if stage in ("neighbours", "waiting for the others"):
             self.said.append(stage)
 
     def epoch(self, stats: EpochStats) -> None:
@@ -146,18 +151,26 @@ def test_time_is_counted_once(topic_dir: Path, tmp_path: Path, monkeypatch: pyte
     assert 0.5 * clock.now < result.seconds <= clock.now
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException, others_wait: bool = True) -> None:
-    """Let the first epoch of one model end with an error, the others having begun."""
-    end_epoch, begun = TrainingSession._end_epoch, threading.Event()
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException, at_once: int) -> None:
+    """Let the first epoch of one model end with an error, when those of the others have ended."""
+    end_epoch, ended = TrainingSession._end_epoch, {n: threading.Event() for n in range(1, at_once + 1)}
 
     def end(self: TrainingSession, stats: EpochStats) -> None:
         end_epoch(self, stats)
         if number_of(self) == number:
-            assert begun.wait(timeout=60)
+            assert all(other.wait(timeout=60) for n, other in ended.items() if n != number)
             raise error
-        begun.set()
+        if number_of(self) in ended:
+            ended[number_of(self)].set()
 
     monkeypatch.setattr(TrainingSession, "_end_epoch", end)
+
+
+def steps_of(run: Path, *numbers: int) -> list[int]:
+    """That the latest checkpoints of these models have done."""
+    paths = [run if number == 1 else run / "members" / str(number) for number in numbers]
+    saved = [CheckpointStore(path / "checkpoints").load("latest", []) for path in paths]
+    return [checkpoint.state["counters"]["step"] for checkpoint in saved]
 
 
 def test_what_stops_the_first_saves_the_others(
@@ -165,13 +178,12 @@ def test_what_stops_the_first_saves_the_others(
 ) -> None:
     run, config = tmp_path / "run", make_config(*THREE, "training.models_at_once=3")
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 1, KeyboardInterrupt())
+        interrupt_at(patch, 1, KeyboardInterrupt(), 3)
         with pytest.raises(KeyboardInterrupt):
             train(topic_dir, output=run, config=config)
     assert not any((path / "model.json").exists() for path in (run, run / "members/2", run / "members/3"))
-    for path in (run, run / "members/2", run / "members/3"):
-        store = CheckpointStore(path / "checkpoints")
-        assert store.step_of("latest") is not None or not (path / "metrics.jsonl").read_text()
+    steps = steps_of(run, 1, 2, 3)
+    assert steps[0] == 8 and min(steps[1:]) >= 8, "an epoch of each"
     assert resume(run).finished
     assert what_predicts(run) == alone
 
@@ -179,7 +191,7 @@ def test_what_stops_the_first_saves_the_others(
 def test_an_interruption_while_the_first_waits_saves_the_others(
     topic_dir: Path, tmp_path: Path, alone: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, ready = tmp_path / "run", threading.Event()
+    run, ready, waited, wait = tmp_path / "run", threading.Event(), list[bool](), members.wait
     end_epoch = TrainingSession._end_epoch
 
     def end(self: TrainingSession, stats: EpochStats) -> None:
@@ -188,17 +200,40 @@ def test_an_interruption_while_the_first_waits_saves_the_others(
             ready.set()
             assert self.halted.wait(timeout=60)
 
-    def interrupted(futures: Any) -> None:
-        assert ready.wait(timeout=60)
-        raise KeyboardInterrupt
+    def interrupted(futures: Any, timeout: float) -> Any:
+        if timeout and not waited:
+            waited.append(ready.wait(timeout=60))
+            raise KeyboardInterrupt
+        return wait(futures, timeout=timeout)
 
+    listener = Listener()
     with monkeypatch.context() as patch:
         patch.setattr(TrainingSession, "_end_epoch", end)
         patch.setattr(members, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
+            train(topic_dir, output=run, config=make_config(*THREE, "training.models_at_once=2"), reporter=listener)
+    assert waited == [True] and listener.said[-1] == "waiting for the others"
+    assert steps_of(run, 1, 2) == [16, 8]
+    assert resume(run).finished
+    assert what_predicts(run) == alone
+
+
+def test_what_cannot_be_saved_at_an_interruption_is_said(
+    topic_dir: Path, tmp_path: Path, alone: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, save = tmp_path / "run", TrainingSession._save
+
+    def full(self: TrainingSession) -> None:
+        if number_of(self) == 2 and self.halted.is_set():
+            raise ResourceError("The disk is full.")
+        save(self)
+
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1, KeyboardInterrupt(), 2)
+        patch.setattr(TrainingSession, "_save", full)
+        with pytest.raises(KeyboardInterrupt) as raised:
             train(topic_dir, output=run, config=make_config(*THREE, "training.models_at_once=2"))
-    first, second = (CheckpointStore(path / "checkpoints").load("latest", []) for path in (run, run / "members/2"))
-    assert first.state["counters"]["step"] == 2 * second.state["counters"]["step"] > 0
+    assert raised.value.__notes__ == ["Saved at step 8 of 16.", "Model 2: The disk is full."]
     assert resume(run).finished
     assert what_predicts(run) == alone
 
@@ -206,14 +241,37 @@ def test_an_interruption_while_the_first_waits_saves_the_others(
 def test_an_error_of_another_waits_until_the_first_is_there(
     topic_dir: Path, tmp_path: Path, alone: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = tmp_path / "run"
+    run, listener = tmp_path / "run", Listener()
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 2, DivergedError("It diverged.", hint="Lower it."))
+        interrupt_at(patch, 2, DivergedError("It diverged.", hint="Lower it."), 2)
         with pytest.raises(DivergedError) as raised:
-            train(topic_dir, output=run, config=make_config(*THREE, "training.models_at_once=2"))
+            train(topic_dir, output=run, config=make_config(*THREE, "training.models_at_once=2"), reporter=listener)
     expected = f"Remove {run / 'members' / '2'}: --resume trains that model anew, and until then the others predict."
     assert raised.value.hint is not None and raised.value.hint.endswith(expected)
+    assert any(text.startswith("model 2 of 3: stopped: It diverged.") for text in listener.said)
+    assert not Predictor.load(run).members and not (run / "members" / "3").exists()
+    # The others go on without the first, the second where it was saved.
+    listener = Listener()
+    assert resume(run, reporter=listener).finished
+    assert listener.said[0] == "models 2 and 3 of 3 at once; the progress is that of model 2"
+    assert listener.epochs == [2] and "model 3 of 3" in listener.said
+    assert what_predicts(run) == alone
+
+
+def test_a_model_that_cannot_be_opened_keeps_no_other_from_its_end(
+    topic_dir: Path, tmp_path: Path, alone: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1, KeyboardInterrupt(), 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(topic_dir, output=run, config=make_config(*THREE, "training.models_at_once=2"))
+    (run / "members" / "2" / "config.yaml").write_text("nonsense: 1\n")
+    with pytest.raises(DataError) as raised:
+        resume(run)
+    assert raised.value.hint == f"Remove {run / 'members' / '2'}: --resume trains that model anew."
     assert not Predictor.load(run).members
+    shutil.rmtree(run / "members" / "2")
     assert resume(run).finished
     assert what_predicts(run) == alone
 
@@ -222,14 +280,28 @@ def test_an_error_of_the_first_stops_the_others(
     topic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    interrupt_at(monkeypatch, 1, DivergedError("It diverged."))
+    interrupt_at(monkeypatch, 1, DivergedError("It diverged."), 3)
     with pytest.raises(DivergedError, match="It diverged") as raised:
         train(topic_dir, output=run, config=make_config(*THREE, "training.models_at_once=3", "training.epochs=400"))
     assert "Remove" not in (raised.value.hint or "")
-    for number in (2, 3):
-        store = CheckpointStore(run / "members" / str(number) / "checkpoints")
-        assert store.load("latest", []).state["counters"]["step"] < 400 * 8, "it was stopped"
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("beside")], "and is gone"
+    assert all(8 <= step < 400 * 8 for step in steps_of(run, 2, 3)), "they were stopped, and saved"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("beside")], "and are gone"
+
+
+def test_a_halt_is_obeyed_within_a_validation(topic_dir: Path, tmp_path: Path) -> None:
+    split = load_dataset(topic_dir).split("train")
+    with RunDirectory.create(tmp_path / "run", test_pipeline.make_config()) as directory:
+        session = TrainingSession(directory, split, SilentReporter())
+        predict = session.validator.predict
+
+        def halted(*given: Any, **named: Any) -> Any:
+            session.halted.set()
+            return predict(*given, **named)
+
+        session.validator.predict = halted  # type: ignore[method-assign]
+        assert not session.run_epochs() and not session.epochs_are_done
+    saved = CheckpointStore(tmp_path / "run" / "checkpoints").load("latest", [])
+    assert saved.state["counters"]["step"] == test_pipeline.STEPS and saved.state["pending"] is not None
 
 
 def test_a_time_limit_stops_all_and_each_goes_on(topic_dir: Path, tmp_path: Path, alone: dict[str, bytes]) -> None:
@@ -276,19 +348,19 @@ def test_a_signal_saves_every_model_at_once(topic_dir: Path, tmp_path: Path, pro
 
 
 def test_a_gpu_and_a_single_thread_train_one_at_a_time() -> None:
-    def session(device: str, asked: int, size: int) -> Any:
-        training = SimpleNamespace(models_at_once=asked, ensemble_size=size)
-        return SimpleNamespace(
-            config=SimpleNamespace(training=training), trainer=SimpleNamespace(device=torch.device(device))
-        )
+    cpu, before = torch.device("cpu"), torch.get_num_threads()
 
-    before = torch.get_num_threads()
+    def at_once(asked: int, size: int, device: torch.device = cpu, *more: str) -> int:
+        options = (f"training.models_at_once={asked}", f"training.ensemble_size={size}", *more)
+        return planning.models_at_once(load_config(assignments=options), device)
+
     try:
         torch.set_num_threads(3)
-        assert [members._num_at_once(session("cpu", n, 5)) for n in (1, 2, 3, 4)] == [1, 2, 3, 3]
-        assert members._num_at_once(session("cpu", 2, 1)) == members._num_at_once(session("cuda", 2, 5)) == 1
+        assert [at_once(n, 5) for n in (1, 2, 3, 4)] == [1, 2, 3, 3]
+        assert at_once(2, 1) == at_once(2, 5, torch.device("cuda")) == 1
+        assert at_once(9, 9, cpu, "training.num_threads=7") == 7
         torch.set_num_threads(1)
-        assert members._num_at_once(session("cpu", 2, 5)) == 1
+        assert at_once(2, 5) == 1
     finally:
         torch.set_num_threads(before)
 
@@ -314,11 +386,12 @@ def test_large_tables_are_trained_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_where_memory_is_scarce_models_are_trained_one_at_a_time(
-    topic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    topic_dir: Path, tmp_path: Path, alone: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from xmc_midx import device
 
-    options = ["training.ensemble_size=2", "model.dim=4096"]
+    options = ["training.ensemble_size=2", "training.num_threads=2", "model.dim=4096"]
+    options += ["neighbors.enabled=false", "ranker.enabled=false"]
     needs = [
         plan(topic_dir, config=make_config(*options, f"training.models_at_once={n}")).forecast.host_bytes
         for n in (1, 2)
@@ -327,28 +400,46 @@ def test_where_memory_is_scarce_models_are_trained_one_at_a_time(
     monkeypatch.setattr(device, "used_memory_bytes", lambda: 0)
     monkeypatch.setattr(device, "available_memory_bytes", lambda: needs[0])
     assert plan(topic_dir, config=make_config(*options)).config.training.models_at_once == 1
-    result = _train_little(topic_dir, tmp_path / "one", *options)
-    assert (
-        result.config.training.models_at_once == 1
-        and "models_at_once: 1\n" in (tmp_path / "one/config.yaml").read_text()
-    )
+    listener, said = Listener(), "the models are trained one after the other: memory does not hold several at once"
+    result = _train_little(topic_dir, tmp_path / "one", *options, reporter=listener)
+    assert result.config.training.models_at_once == 1 and said in listener.said
+    assert "models_at_once: 1\n" in (tmp_path / "one" / "config.yaml").read_text()
     monkeypatch.setattr(planning, "_CERTAINTY", 1.0)
-    with pytest.raises(ResourceError, match="Training needs about") as refused:
+    with pytest.raises(ResourceError, match="Training needs about"):
         _train_little(topic_dir, tmp_path / "two", *options, "training.models_at_once=2")
-    assert "training.models_at_once=1 (" in (refused.value.hint or "")
     monkeypatch.setattr(device, "available_memory_bytes", lambda: needs[1])
     assert plan(topic_dir, config=make_config(*options)).config.training.models_at_once == 2
+    # What was begun with more memory goes on with less.
+    run = tmp_path / "three"
+    monkeypatch.setattr(device, "available_memory_bytes", lambda: None)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1, KeyboardInterrupt(), 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(topic_dir, output=run, config=make_config(*THREE, "training.models_at_once=2"))
+    monkeypatch.setattr(device, "available_memory_bytes", lambda: 0)
+    listener = Listener()
+    assert resume(run, reporter=listener).finished and said in listener.said
+    assert not any("at once;" in text for text in listener.said)
+    assert what_predicts(run) == alone
 
 
-def _train_little(data: Path, run: Path, *options: str) -> TrainResult:
-    return train(data, output=run, config=make_config(*options, "training.epochs=1"))
+def _train_little(data: Path, run: Path, *options: str, reporter: Listener | None = None) -> TrainResult:
+    return train(data, output=run, config=make_config(*options, "training.epochs=1"), reporter=reporter)
+
+
+def test_one_at_a_time_is_an_option_where_memory_is_lacking() -> None:
+    data = TrainingData.of_shape(10_000, 200_000, 10_000, values=10, positives=2)
+    shape = DataShape(num_instances=10_000, num_features=200_000, num_labels=10_000, num_positives=20_000)
+    config = resolve(make_config(*THREE, "training.models_at_once=2", "model.dim=384"), shape)
+    options = dict(cheaper_options(config, data))
+    alone = config.model_copy(update={"training": config.training.model_copy(update={"models_at_once": 1})})
+    assert options["training.models_at_once=1"] == forecast(alone, data).host_bytes < forecast(config, data).host_bytes
+    assert "training.models_at_once=1" not in dict(cheaper_options(alone, data))
+    assert "training.models_at_once=1" not in dict(cheaper_options(config, data, cuda=True))
 
 
 def test_the_forecast_knows_how_many_are_trained_at_once(topic_dir: Path) -> None:
-    one, two = (
-        plan(topic_dir, config=make_config("training.ensemble_size=2", f"training.models_at_once={n}")).forecast
-        for n in (1, 2)
-    )
+    one, two = (plan(topic_dir, config=make_config(*THREE, f"training.models_at_once={n}")).forecast for n in (1, 2))
     for part in ("training rows", "tables", "optimiser", "sampler"):
         assert two.host[part] == 2 * one.host[part]
     assert one.disk_bytes == two.disk_bytes and one.seconds is not None and two.seconds is not None

@@ -148,10 +148,10 @@ def test_a_file_its_bytes_on_stdin_and_its_texts_have_the_same_answers(
     run: Path, data: Path, tmp_path: Path, capsys: Any, give: Callable[[bytes], None]
 ) -> None:
     assert call(run, data / "test.txt") == 0
-    whole = capsys.readouterr().out
+    whole = capsys.readouterr()
     give((data / "test.txt").read_bytes())
     assert call(run, "-") == 0
-    assert capsys.readouterr() == (whole, "")
+    assert capsys.readouterr() == whole
     features = load_dataset(data).split("test").features
     texts = "".join(" ".join(f"WORD{j:02}!" for j in features[[i]].indices) + "\n" for i in range(20))
     (tmp_path / "texts.txt").write_text(texts, encoding="utf-8")
@@ -425,6 +425,22 @@ def test_a_threshold_that_nothing_reaches_is_said(run: Path, data: Path, capsys:
         assert f"Nothing was predicted for these 150 instances: none of the {scores} reaches {threshold}." in shown.err
     assert call(run, data / "test.txt", "--threshold", "0.2", "--scores", "probabilities") == 0
     assert "Nothing was predicted" not in capsys.readouterr().err
+
+
+def test_what_the_model_knows_nothing_of_is_counted(
+    run: Path, tmp_path: Path, capsys: Any, give: Callable[[bytes], None]
+) -> None:
+    said = "2 of these 3 instances hold no feature, or word, of the model's: all of them get the same labels."
+    for content in ("unheard of\nword03 word04\nxyzzy\n", "3 40\n\n3:1 4:0.5\n\n"):
+        give(content.encode())
+        assert call(run, "-", "-k", "1") == 0
+        shown = capsys.readouterr()
+        assert shown.err.strip() == said and len(shown.out.splitlines()) == 3
+        (tmp_path / "in.txt").write_text(content)
+        assert call(run, tmp_path / "in.txt", "-k", "1", "-o", tmp_path / "out.tsv") == 0
+        assert said in " ".join(capsys.readouterr().err.split())
+        lines = [line.split("\t")[2:4] for line in (tmp_path / "out.tsv").read_text().splitlines()]
+        assert lines[0] == lines[2] != lines[1]
 
 
 def test_no_duplicate_missing_or_pad_ever_leaves(run: Path, data: Path, tmp_path: Path, capsys: Any) -> None:

@@ -257,7 +257,8 @@ def test_a_session_that_nobody_holds_is_gone_at_once(topic_dir: Path, tmp_path: 
         with RunDirectory.create(tmp_path / "run", config) as run:
             one = session.TrainingSession(run, split, SilentReporter())
             trainer = weakref.ref(one.trainer)
-            one.run()
+            assert one.run_epochs()
+            one.conclude()
             del one
         assert trainer() is None
     finally:

@@ -11,8 +11,9 @@ the positives, `u` and `l` the rows of the two tables that an average batch touc
 - tables, 4 (D + 1) (F + L): both, with the labels' bias; a bfloat16 label table half of its part
 - optimiser, 4 F + 16 L: a second moment of each row, and of each label's row and bias a count
 - sampler, 24 L + 28 C^2 + 8 C D: codes, places, cumulative mass, frequencies; codebooks
-- the last four of each model that is trained at once (`training.models_at_once`; on a GPU one)
-- the largest of four stages, as each gives back what it took, and models at once take theirs at different moments:
+  (these four of each model that is trained at once: `training.models_at_once`; on a GPU one)
+- the largest of four stages, as each gives back what it took; of models at once, one counts, as measured: what
+  makes a stage large seldom comes at the same moment
   - start, 4 D (4 x 4096 + min(y, L) + min(y, 65536)), y = 4096 Y / N: the queries of a chunk, a sum for each of its
     labels, a query for each positive of a part
   - epoch, 12 u D + 16 (l + g p) D + 32 B p + 100 MB + 6 min(L, 4096) C + 4 D min(L, 1024 C) (on a GPU where that is
@@ -23,7 +24,7 @@ the positives, `u` and `l` the rows of the two tables that an average batch touc
   - neighbours, 12 nnz + 164 F + 16 Y + 160 MB + 70 MB: the index, the shortlist (or 300 bytes for each label that is
     voted for, where that is more: instances with many labels), compiled code; and
     24 (Y + 50 R) + 50 MB for the linear ranker, R = `ranker.num_instances`, or N if less
-  in the last two, on a CPU, the stored tables (`model.storage`) stand for tables, optimiser and sampler of the model
+  in the last two, on a CPU, the stored tables (`model.storage`) stand for tables, optimiser and sampler, of all models
 
 u is exact in expectation: the sum over the features of 1 - (1 - share of the instances that have it)^B, and likewise l
 and p (of B / g instances), plus the draws. On CUDA, tables, optimiser, sampler and epoch count on the device instead,
@@ -250,7 +251,7 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
             queries = sum(_CELL_QUERIES) + 4 * min(data.num_instances, _ENCODE_CHUNK)
             stages["cells"] = 4 * dim * (queries + 6 * dim) + _CELL_LABEL * num_labels + _FRAGMENTS
         for stage in stages.keys() - {"start", "epoch"}:
-            stages[stage] += stored - (tables + optimizer + sampler_state)
+            stages[stage] += stored - at_once * (tables + optimizer + sampler_state)
         largest = max(stages, key=lambda stage: stages[stage])
         host[largest] = int(stages[largest])
     checkpoint = tables + optimizer + 16 * num_labels + 4 * codewords * dim

@@ -378,7 +378,7 @@ class Predictor:
         )
 
     def _features(self, instances: Instances) -> csr_matrix:
-        features = self._read(instances)
+        features = self.read(instances)
         if features.shape[1] != self.num_features:
             raise DataError(
                 f"The instances have {features.shape[1]} features; the model was trained with {self.num_features}.",
@@ -388,7 +388,14 @@ class Predictor:
             raise DataError("The instances hold a value that is not finite; expected numbers.")
         return self.scaling(features)
 
-    def _read(self, instances: Instances) -> csr_matrix:
+    def read(self, instances: Instances) -> csr_matrix:
+        """The feature rows (N, F) of instances, as `predict` takes them; a row of a text without a known word is empty.
+
+        Raises
+        ------
+        UsageError : there is no vocabulary for a text, or they are no instances.
+        DataError : ids or values are at fault.
+        """
         instances = held_rows(instances)
         if issparse(instances):
             features = instances

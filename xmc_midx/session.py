@@ -69,8 +69,10 @@ class TrainingSession:
         self.run_directory, self.reporter, self.deadline, self.first = run, reporter, deadline, first
         self.halted = threading.Event()
         """Once it is set, the training is saved and stops, as at the deadline."""
+        self.starting = threading.Lock()
+        """Held while the tables get their start values: of models at once, one at a time takes the memory for it."""
         self.num_at_once = 1
-        """Trainings whose epochs share the machine: each counts its part of the time."""
+        """Trainings whose epochs share the machine: each counts its part of the time, whoever ends first."""
         self.config = config = run.config
         self.propensity = propensity
         device = find_device(config.training.device)
@@ -135,6 +137,8 @@ class TrainingSession:
         self.loss = float("nan")
         self.finished = False
         """Whether it came to the end, rather than to the deadline."""
+        self._is_aside = False
+        """Whether the tables are given back."""
         self._pending: EpochStats | None = None
         """An epoch whose steps are done and whose validation is not."""
         self._saves: list[list[int]] = []
@@ -146,10 +150,12 @@ class TrainingSession:
         """That training stood still for the last save."""
         self._postponed: _Postponed | None = None
 
-    def run(self) -> None:
-        """Train to the end, or to the deadline: `run_epochs`, then `conclude`."""
-        if self.run_epochs():
-            self.conclude()
+    @property
+    def epochs_are_done(self) -> bool:
+        """Whether `run_epochs` has nothing left to do."""
+        patience = self.config.training.patience
+        is_over = self.trainer.step >= self.trainer.total_steps or (patience is not None and self.stale >= patience)
+        return self._pending is None and is_over
 
     def run_epochs(self) -> bool:
         """Train all epochs, or until the validation score has not risen for `patience` of them.
@@ -170,8 +176,9 @@ class TrainingSession:
         self._clock = time.perf_counter() - self.seconds * self.num_at_once
         if self.trainer.step == 0:
             self.reporter.start("initialize", None)
-            self.trainer.initialize(self.config.model.label_init, self.config.training.seed)
-            release_freed_memory()
+            with self.starting:
+                self.trainer.initialize(self.config.model.label_init, self.config.training.seed)
+                release_freed_memory()
         # A kill may have left other lines than the checkpoint's.
         self.run_directory.write_metrics(self.history)
         with deferred_signals() as self._signals:
@@ -180,6 +187,8 @@ class TrainingSession:
                 try:
                     self._run_epochs()
                 except (KeyboardInterrupt, _Halted) as stop:
+                    if isinstance(stop, KeyboardInterrupt):
+                        self.halted.set()  # others save while this does
                     self._look_at_clock()
                     self._save()
                     if isinstance(stop, _Halted):
@@ -197,6 +206,12 @@ class TrainingSession:
         self._look_at_clock()
         return True
 
+    def put_aside(self) -> None:
+        """Between `run_epochs`, where it came to the end, and `conclude`: give back what the checkpoints hold."""
+        self._is_aside = True
+        self.trainer.release_tables()
+        release_freed_memory()
+
     def conclude(self) -> None:
         """Make a finished run of what `run_epochs` trained."""
         self.num_at_once = 1
@@ -213,10 +228,7 @@ class TrainingSession:
         release_freed_memory()
 
     def _run_epochs(self) -> None:
-        patience = self.config.training.patience
-        while self._pending is not None or (
-            self.trainer.step < self.trainer.total_steps and (patience is None or self.stale < patience)
-        ):
+        while not self.epochs_are_done:
             if self._pending is None:
                 self._announce_epoch()
                 self._pending = self.trainer.run_epoch(self.reporter, after_step=self._after_step)
@@ -239,7 +251,9 @@ class TrainingSession:
             self.validation = chosen
         if run.has_model:
             return
-        if self.best_step not in (0, self.trainer.step):
+        if self._is_aside:
+            self.trainer.take_model(self.store.load("best" if self.best_step else "latest", ["model"]).parts["model"])
+        elif self.best_step not in (0, self.trainer.step):
             # Into the trainer's own tables: a second model beside them would be the peak of the whole training.
             self.trainer.load_model(self.store.load("best", ["model"]).parts["model"])
         crash_point("model.begun")
@@ -400,6 +414,9 @@ class TrainingSession:
         ------
         DataError : all checkpoints are damaged, or they are not of this run.
         """
+        if self.run_directory.has_model and not self.store.steps():
+            self._load_records()
+            return
         saved, faults = self.store.load_newest(["model", "training"], verify=verify)
         if saved is None:
             return
@@ -427,6 +444,19 @@ class TrainingSession:
             self.seconds = self.run_directory.provenance().seconds or self.seconds
         self._saved = (self.trainer.step, self._pending is not None)
         self._point_back()
+
+    def _load_records(self) -> None:
+        """Of a finished training whose checkpoints were removed, what it wrote down: nothing is left to train."""
+        self.history = self.run_directory.read_metrics()
+        self.trainer.step = self.trainer.total_steps
+        self.seconds = self.run_directory.provenance().seconds or 0.0
+        for line in self.history:
+            score = _score(line["validation"])
+            if score is None or score >= self.best_score:
+                self.best_step, self.best_epoch = line["step"], line["epoch"]
+                self.best_score = -1.0 if score is None else score
+        if self.history:
+            self.loss, self.validation = self.history[-1]["loss"], dict(self.history[self.best_epoch - 1]["validation"])
 
     def _forget_best(self, error: DataError) -> None:
         """The best checkpoint is damaged: the model goes on without it."""

@@ -309,6 +309,14 @@ class Trainer:
         self.step = int(counters["step"])
         self._loss_sum, self._pool_sum = float(counters["loss_sum"]), float(counters["pool_sum"])
 
+    def take_model(self, model: dict[str, torch.Tensor]) -> None:
+        """After `release_tables`: the parameters that `model_tensors` returned, for predictions. The tables are not
+        copied; what may be kept longer is, and not with all of a mapped file."""
+        for prefix, module in (("encoder.", self.encoder), ("labels.", self.softmax)):
+            for name, parameter in module.named_parameters():
+                is_table = parameter is self.encoder.embedding or parameter is self.softmax.weight
+                parameter.data = model[f"{prefix}{name}"] if is_table else model[f"{prefix}{name}"].clone()
+
     def release_tables(self) -> None:
         """Give the tables, their optimiser and the sampler back. Nothing can be trained or saved any more."""
         self.optimizer.state.clear()

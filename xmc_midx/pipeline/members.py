@@ -1,10 +1,10 @@
-"""Layer 6. The models of a run: which are trained at once, and which after the others.
+"""Layer 6. The models of a run: whose epochs run at once, and what follows them, one model after the other.
 
 Before it: sessions and run directories; after it: `training`.
 
 Much of a step has no work for a second thread, so that the epochs of two models, each by half of the threads, take less
-time than those of one and then the other by all (EXPERIMENTS.md, "Models at once"). What follows the epochs is done for
-one model after the other: the first finds labels and neighbours for all.
+time than those of one and then of the other by all (EXPERIMENTS.md, "Models at once"). What follows the epochs needs
+what the first model has chosen, which finds labels and neighbours for all.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager, nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from xmc_midx.config import Config
 from xmc_midx.data.dataset import Split
 from xmc_midx.errors import DataError, DivergedError, UsageError
+from xmc_midx.pipeline.planning import models_at_once
 from xmc_midx.rundir import RunDirectory, timestamp
 from xmc_midx.types import EpochStats, Reporter
 
@@ -42,7 +43,7 @@ class Member:
 
 
 def train_models(first: TrainingSession, training: Split, *, verify: bool) -> list[Member]:
-    """All models of a run, each from where it stands, or anew.
+    """All models of a run, each from where it stands, or anew: to their ends, or to the deadline.
 
     Parameters
     ----------
@@ -54,58 +55,58 @@ def train_models(first: TrainingSession, training: Split, *, verify: bool) -> li
     -------
     list : the further models that are begun.
     """
-    run, found = first.run_directory, list[Member]()
-    num_models, at_once = 1 + len(run.members), _num_at_once(first)
-    for begin in range(0, num_models, at_once):
-        if begin and not first.finished:
-            break
+    run, found, waiting = first.run_directory, list[Member](), list[int]()
+    for number, path in enumerate(run.members, start=2):
+        if path in run.finished_members:
+            seconds = RunDirectory.open(path).provenance().seconds
+            found.append(Member(finished=True, seconds=seconds or 0.0))
+        else:
+            waiting.append(number)
+    at_once, is_begun = models_at_once(run.config, first.trainer.device), False
+    while not is_begun or (waiting and first.finished and not _is_over(first)):
+        group, errors = [] if is_begun else [first], list[Exception]()
+        # Of a first one whose epochs are done nothing else has to wait.
+        room = 0 if not is_begun and first.epochs_are_done else at_once - len(group)
+        is_begun = True
         with ExitStack() as locks:
-            group = [first] if begin == 0 else []
-            for index in range(max(begin, 1), min(begin + at_once, num_models)):
-                path = run.members[index - 1]
-                if path in run.finished_members:
-                    seconds = RunDirectory.open(path).provenance().seconds
-                    found.append(Member(finished=True, seconds=seconds or 0.0))
-                elif not _is_over(first.deadline) or begin == 0:
-                    group.append(locks.enter_context(_session(first, training, index, verify=verify)))
+            for number in waiting[:room]:
+                try:
+                    group.append(locks.enter_context(_session(first, training, number, verify=verify)))
+                except Exception as error:
+                    errors.append(error)
+            del waiting[:room]
+            # A model that cannot go on keeps none of the others from it.
             if group:
-                _train(group, first, at_once)
+                _train_group(group, first, at_once)
             found += (Member(finished=one.finished, seconds=one.seconds) for one in group if one is not first)
+        if errors:
+            raise errors[0]
     return found
 
 
-def _num_at_once(first: TrainingSession) -> int:
-    """Models whose epochs run at once: no more than threads; on a GPU, which is busy with one, one."""
-    import torch
-
-    asked, size = first.config.training.models_at_once, first.config.training.ensemble_size
-    assert isinstance(asked, int) and isinstance(size, int), "the configuration is resolved"
-    return 1 if first.trainer.device.type != "cpu" else min(asked, size, torch.get_num_threads())
-
-
-def _is_over(deadline: float | None) -> bool:
-    return deadline is not None and time.monotonic() >= deadline
+def _is_over(first: TrainingSession) -> bool:
+    return first.deadline is not None and time.monotonic() >= first.deadline
 
 
 @contextmanager
-def _session(first: TrainingSession, training: Split, index: int, *, verify: bool) -> Iterator[TrainingSession]:
-    """A further model's, its run directory locked; the first has index 0."""
+def _session(first: TrainingSession, training: Split, number: int, *, verify: bool) -> Iterator[TrainingSession]:
+    """A further model's, its run directory locked."""
     from xmc_midx.session import TrainingSession
 
     run = first.run_directory
-    path = run.members[index - 1]
-    tree = run.config.model_dump()
-    tree["training"] |= {"seed": (run.config.training.seed + index) % 2**63, "ensemble_size": 1, "models_at_once": 1}
+    path, num_models = run.members[number - 2], 1 + len(run.members)
+    tree, seed = run.config.model_dump(), (run.config.training.seed + number - 1) % 2**63
+    tree["training"] |= {"seed": seed, "ensemble_size": 1, "models_at_once": 1}
     provenance = {key: value for key, value in run.read_json("run.json").items() if key not in _OF_ITS_OWN}
     provenance["started"] = timestamp()
     is_there, config = (path / "config.yaml").exists(), Config.model_validate(tree)
     with ExitStack() as lock:
-        with _says_what_to_remove(path):
+        with _says_what_to_remove(path, first):
             directory = _opened(path) if is_there else RunDirectory.create(path, config, provenance=provenance)
             session = TrainingSession(
                 lock.enter_context(directory),
                 training,
-                first.reporter,
+                _Progress(first.reporter, f"model {number} of {num_models}"),
                 deadline=first.deadline,
                 propensity=first.propensity,
                 first=run,
@@ -123,40 +124,42 @@ def _opened(path: Path) -> Iterator[RunDirectory]:
 
 
 @contextmanager
-def _says_what_to_remove(path: Path) -> Iterator[None]:
+def _says_what_to_remove(path: Path, first: TrainingSession) -> Iterator[None]:
     """Of a further model that cannot be trained."""
     try:
         yield
     except (DataError, UsageError, DivergedError) as error:
         own = f"{error.hint} " if isinstance(error, DivergedError) and error.hint else ""
-        error.hint = f"{own}Remove {path}: --resume trains that model anew, and until then the others predict."
+        meanwhile = ", and until then the others predict" if first.run_directory.has_model else ""
+        error.hint = f"{own}Remove {path}: --resume trains that model anew{meanwhile}."
         raise
 
 
-# -------------------------------------------------------------------- at once
+# ------------------------------------------------------------------ a group
 
 
-def _train(group: Sequence[TrainingSession], first: TrainingSession, at_once: int) -> None:
-    """To their ends, or to the deadline: the epochs at once, what follows them one after the other.
-
-    Parameters
-    ----------
-    group : those that are not finished of `at_once` models, which share the threads.
-    """
-    reporter, num_models = first.reporter, 1 + len(first.run_directory.members)
-    for session, are_done in zip(group, _run_epochs(group, at_once, num_models), strict=True):
-        with nullcontext() if session is first else _says_what_to_remove(session.run_directory.path):
-            if are_done() and (session is first or first.finished):
-                if session is not group[0]:
-                    session.reporter = session.validator.reporter = reporter
-                    reporter.message(_called(session, num_models))
+def _train_group(group: Sequence[TrainingSession], first: TrainingSession, at_once: int) -> None:
+    """The epochs of all of them at once, then what follows them."""
+    for session, outcome in zip(group, _run_epochs(group, at_once), strict=True):
+        if session is first:
+            if outcome():
                 session.conclude()
-        if num_models > 1:
+        else:
+            with _says_what_to_remove(session.run_directory.path, first):
+                if outcome() and first.finished and not _is_over(first):
+                    if session is not group[0]:
+                        _show(session)
+                    session.conclude()
+        if first.run_directory.members:
             session.release()
 
 
-def _run_epochs(group: Sequence[TrainingSession], at_once: int, num_models: int) -> list[Callable[[], bool]]:
-    """Of the first of them in this thread, of the others beside it. What stops the first stops all.
+def _run_epochs(group: Sequence[TrainingSession], at_once: int) -> list[Callable[[], bool]]:
+    """Of the first of the group in this thread, of the others beside it. What stops the first stops all; an error of
+    another waits for its turn.
+
+    Each has its share of the threads, also where fewer than `at_once` are left: torch's sums have other bits by other
+    numbers of threads, and a training that goes on is to be the one that was not interrupted.
 
     Returns
     -------
@@ -165,58 +168,98 @@ def _run_epochs(group: Sequence[TrainingSession], at_once: int, num_models: int)
     import torch
 
     leader, *others = group
-    num_threads, halted = torch.get_num_threads(), threading.Event()
+    num_threads, halted, starting = torch.get_num_threads(), threading.Event(), threading.Lock()
     if others:
-        numbers = [str(_number(session)) for session in group]
-        names = f"{', '.join(numbers[:-1])} and {numbers[-1]}"
-        leader.reporter.message(f"models {names} of {num_models} at once; the progress is that of model {numbers[0]}")
-    elif leader.first is not None:
-        leader.reporter.message(_called(leader, num_models))
+        numbers, run = [str(_number(session)) for session in group], leader.first or leader.run_directory
+        names = f"{', '.join(numbers[:-1])} and {numbers[-1]} of {1 + len(run.members)}"
+        _show(leader, said=False)
+        leader.reporter.message(f"models {names} at once; the progress is that of model {numbers[0]}")
+    else:
+        _show(leader)
     for session in group:
-        session.halted, session.num_at_once = halted, len(group)
-    for session in others:
-        session.reporter = session.validator.reporter = _Beside(leader.reporter, _called(session, num_models))
+        session.halted, session.starting, session.num_at_once = halted, starting, len(group)
 
-    def run(session: TrainingSession) -> bool:
-        # Each thread has a number of threads of its own.
-        torch.set_num_threads(max(1, num_threads // at_once))
+    def epochs_of(session: TrainingSession) -> bool:
+        # A number of each thread's own.
+        torch.set_num_threads(num_threads // at_once)
         return session.run_epochs()
 
-    with ThreadPoolExecutor(max(1, len(others)), thread_name_prefix="beside") as pool:
-        beside = [pool.submit(run, session) for session in others]
+    def beside(session: TrainingSession) -> bool:
         try:
-            done = run(leader)
-            wait(beside)
-        except BaseException:
+            if are_done := epochs_of(session):
+                # What follows the epochs of those before it is the peak of a training.
+                session.put_aside()
+            return are_done
+        except Exception as error:
+            session.reporter.message(f"stopped: {error}")
+            raise
+
+    with ThreadPoolExecutor(max(1, len(others)), thread_name_prefix="beside") as pool:
+        futures: list[Future[bool]] = []
+        try:
+            for session in others:
+                futures.append(pool.submit(beside, session))
+            done = epochs_of(leader)
+            if wait(futures, timeout=0).not_done:
+                leader.reporter.start("waiting for the others", None)
+            _wait(futures, halted)
+        except BaseException as error:
             halted.set()
+            _wait(futures, halted)
+            for session, future in zip(others, futures, strict=False):
+                if future.exception() is not None:
+                    error.add_note(f"Model {_number(session)}: {future.exception()}")
             raise
         finally:
             torch.set_num_threads(num_threads)
-    return [lambda: done, *(epochs.result for epochs in beside)]
+    return [lambda: done, *(future.result for future in futures)]
 
 
-def _called(session: TrainingSession, num_models: int) -> str:
-    return f"model {_number(session)} of {num_models}"
+def _wait(futures: Sequence[Future[bool]], halted: threading.Event) -> None:
+    """Until all have ended: what interrupts this stops them first, and is raised then."""
+    interruption: BaseException | None = None
+    while True:
+        try:
+            # In pieces: on Windows nothing interrupts a longer wait.
+            while wait(futures, timeout=1).not_done:
+                pass
+            break
+        except BaseException as error:
+            halted.set()
+            interruption = error
+    if interruption is not None:
+        raise interruption
+
+
+class _Progress:
+    """The `Reporter` of a further model: shown or not; what is said while it is not, with its name."""
+
+    def __init__(self, reporter: Reporter, name: str) -> None:
+        self.reporter, self.name, self.is_shown = reporter, name, False
+
+    def start(self, stage: str, total: int | None) -> None:
+        if self.is_shown:
+            self.reporter.start(stage, total)
+
+    def step(self, advance: int = 1, **facts: float) -> None:
+        if self.is_shown:
+            self.reporter.step(advance, **facts)
+
+    def epoch(self, stats: EpochStats) -> None:
+        if self.is_shown:
+            self.reporter.epoch(stats)
+
+    def message(self, text: str) -> None:
+        self.reporter.message(text if self.is_shown else f"{self.name}: {text}")
+
+
+def _show(session: TrainingSession, *, said: bool = True) -> None:
+    """From now on the progress is this model's; which it is, is said of a further one."""
+    if isinstance(session.reporter, _Progress):
+        session.reporter.is_shown = True
+        if said:
+            session.reporter.message(session.reporter.name)
 
 
 def _number(session: TrainingSession) -> int:
     return 1 if session.first is None else int(session.run_directory.path.name)
-
-
-class _Beside:
-    """The `Reporter` of a model beside the one whose progress is shown: what it says, with its name."""
-
-    def __init__(self, reporter: Reporter, name: str) -> None:
-        self.reporter, self.name = reporter, name
-
-    def start(self, stage: str, total: int | None) -> None:
-        pass
-
-    def step(self, advance: int = 1, **facts: float) -> None:
-        pass
-
-    def epoch(self, stats: EpochStats) -> None:
-        pass
-
-    def message(self, text: str) -> None:
-        self.reporter.message(f"{self.name}: {text}")

@@ -20,9 +20,11 @@ from xmc_midx.recipe import DataShape, resolve
 from xmc_midx.types import Reporter, SilentReporter
 
 if TYPE_CHECKING:
+    import torch
+
     from xmc_midx.forecast import Forecast, TrainingData
 
-__all__ = ["Plan", "fit_to_machine", "memory_failures", "plan"]
+__all__ = ["Plan", "fit_to_memory", "memory_failures", "models_at_once", "plan", "refuse_what_does_not_fit"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,10 +110,10 @@ def plan(
     size = min(batch, shape.num_instances, 4096), min(draws, shape.num_labels, 8192), min(dim, 4096)
     flops, rate = measure_speed(*size, precision, device)
     speed = Speed(flops=flops, bytes=rate, rounds_slopes=rounds_slopes(device))
-    if available is not None and forecast(resolved, data, cuda=device.type == "cuda").host_bytes > available:
-        resolved = _one_at_a_time(resolved, config)
+    if config.training.models_at_once == "auto":
+        resolved = _fitted(resolved, data, device)
     return Plan(
-        forecast=forecast(resolved, data, cuda=device.type == "cuda", speed=speed),
+        forecast=forecast(_as_trained(resolved, device), data, cuda=device.type == "cuda", speed=speed),
         available_memory=available,
         available_disk=_free_disk(home_path(output)),
         config=resolved,
@@ -122,24 +124,25 @@ _CERTAINTY = 0.8
 """A training is refused where even this share of its forecast is not there; the forecast is good to 20%."""
 
 
-def fit_to_machine(
-    config: Config, given: Config, dataset: XmcDataset, training: Split, output: Path, reporter: Reporter
-) -> Config:
-    """The configuration with which a training fits into memory and disk: models one at a time, unless asked for
-    otherwise, where as many as `resolve` chose do not. Before the first epoch, and before anything is written.
+def fit_to_memory(config: Config, dataset: XmcDataset, training: Split, reporter: Reporter) -> Config:
+    """The resolved configuration; with models one after the other, where memory does not hold as many at once."""
+    from xmc_midx.device import find_device
 
-    Parameters
-    ----------
-    config, given : resolved, and as it was given.
+    fitted = _fitted(config, _training_data(dataset, training), find_device(config.training.device))
+    if fitted != config:
+        reporter.message("the models are trained one after the other: memory does not hold several at once")
+    return fitted
 
-    Raises
-    ------
-    ResourceError : it does not fit.
-    """
+
+def refuse_what_does_not_fit(
+    config: Config, dataset: XmcDataset, training: Split, output: Path, reporter: Reporter
+) -> None:
+    """Before the first epoch, and before anything is written."""
     from xmc_midx.device import available_memory_bytes, find_device, used_memory_bytes
     from xmc_midx.forecast import cheaper_options, forecast
 
-    cuda = find_device(config.training.device).type == "cuda"
+    device = find_device(config.training.device)
+    config, cuda = _as_trained(config, device), device.type == "cuda"
     data = _training_data(dataset, training)
     needs = forecast(config, data, cuda=cuda)
     free = _free_disk(output)
@@ -150,11 +153,8 @@ def fit_to_machine(
         )
     more, available = needs.host_bytes - used_memory_bytes(), available_memory_bytes()
     if available is None or more <= available:
-        return config
-    alone = _one_at_a_time(config, given)
-    if alone != config:
-        return fit_to_machine(alone, alone, dataset, training, output, reporter)
-    options = "; ".join(f"{name} ({size:,})" for name, size in cheaper_options(config, data))
+        return
+    options = "; ".join(f"{name} ({size:,})" for name, size in cheaper_options(config, data, cuda=cuda))
     fact = (
         f"Training needs about {needs.host_bytes:,} bytes of memory, {max(more, 0):,} more than now; "
         f"{available:,} are available."
@@ -163,14 +163,35 @@ def fit_to_machine(
     if _CERTAINTY * more > available:
         raise ResourceError(fact, hint=hint)
     reporter.message(f"warning: {fact} {hint}")
-    return config
 
 
-def _one_at_a_time(config: Config, given: Config) -> Config:
-    """A resolved configuration that trains its models one after the other, unless it was asked for something else."""
-    if given.training.models_at_once != "auto":
+def models_at_once(config: Config, device: torch.device) -> int:
+    """Models of an ensemble whose epochs run at once: on a CPU, no more than threads; on a GPU, busy with one, one."""
+    import torch
+
+    training = config.training
+    assert isinstance(training.models_at_once, int) and isinstance(training.ensemble_size, int), "it is resolved"
+    num_threads = training.num_threads or torch.get_num_threads()
+    return 1 if device.type != "cpu" else min(training.models_at_once, training.ensemble_size, num_threads)
+
+
+def _as_trained(config: Config, device: torch.device) -> Config:
+    return _with_at_once(config, models_at_once(config, device))
+
+
+def _fitted(config: Config, data: TrainingData, device: torch.device) -> Config:
+    from xmc_midx.device import available_memory_bytes, used_memory_bytes
+    from xmc_midx.forecast import forecast
+
+    trained, available = _as_trained(config, device), available_memory_bytes()
+    if trained.training.models_at_once == 1 or available is None:
         return config
-    return config.model_copy(update={"training": config.training.model_copy(update={"models_at_once": 1})})
+    more = forecast(trained, data).host_bytes - used_memory_bytes()
+    return config if more <= available else _with_at_once(config, 1)
+
+
+def _with_at_once(config: Config, number: int) -> Config:
+    return config.model_copy(update={"training": config.training.model_copy(update={"models_at_once": number})})
 
 
 @contextmanager
@@ -184,9 +205,9 @@ def memory_failures(config: Config, dataset: XmcDataset, training: Split) -> Ite
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        cuda = find_device(config.training.device).type == "cuda"
-        data = _training_data(dataset, training)
-        options = ", ".join(name for name, _ in cheaper_options(config, data, cuda=cuda))
+        device, data = find_device(config.training.device), _training_data(dataset, training)
+        cheaper = cheaper_options(_as_trained(config, device), data, cuda=device.type == "cuda")
+        options = ", ".join(name for name, _ in cheaper)
         raise ResourceError(
             "The memory is used up; the run is saved up to its last checkpoint.",
             hint=f"Train anew with --set {options}, or --resume where there is more memory.",

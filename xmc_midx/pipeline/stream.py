@@ -59,7 +59,7 @@ class PredictionStream:
         self._exact = exact
         self._shard, self._live, self._reporter, self._model = shard, live, reporter, model
         self._next, self._input_sha256 = 0, ""
-        self._num_answered, self._seconds, self._has_labels = 0, 0.0, False
+        self._num_answered, self._num_empty, self._seconds, self._has_labels = 0, 0, 0.0, False
 
     @property
     def label_names(self) -> Sequence[str] | None:
@@ -104,16 +104,23 @@ class PredictionStream:
             threshold, scores = self._options["threshold"], self._options["scores"]
             why = "" if threshold is None else f": none of the {scores} reaches {threshold:g}"
             self._reporter.message(f"Nothing was predicted for these {self._num_answered:,} instances{why}.")
+        if self._num_empty:
+            self._reporter.message(
+                f"{self._num_empty:,} of these {self._num_answered:,} instances hold no feature, or word, of the "
+                "model's: all of them get the same labels."
+            )
 
     def _answer(self, first: int, rows: csr_matrix | list[str], digest: str) -> PredictionChunk:
         began = time.monotonic()
         try:
-            top = self._predictor.predict(rows, **self._options)
+            features = self._predictor.read(rows)
+            top = self._predictor.predict(features, **self._options)
         except DataError as error:
             raise DataError(
                 f"Instances {first} to {first + _length(rows) - 1}: {error.message}", hint=error.hint
             ) from None
         self._num_answered += _length(rows)
+        self._num_empty += int(np.count_nonzero(np.diff(features.indptr) == 0))
         self._has_labels |= bool((top.label_ids >= 0).any())
         self._seconds += time.monotonic() - began
         self._reporter.step(_length(rows), instances_per_second=self._num_answered / max(self._seconds, 1e-9))

@@ -17,7 +17,7 @@ from xmc_midx.paths import home_path
 from xmc_midx.pipeline.evaluation import predicted, report_dict, with_ignored
 from xmc_midx.pipeline.inputs import called, propensity, provenance_of, shape_of, training_split
 from xmc_midx.pipeline.members import Member, train_models
-from xmc_midx.pipeline.planning import fit_to_machine, memory_failures
+from xmc_midx.pipeline.planning import fit_to_memory, memory_failures, refuse_what_does_not_fit
 from xmc_midx.recipe import as_started, resolve
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.types import DEFAULT_KS, MetricReport, Reporter, SilentReporter
@@ -147,7 +147,9 @@ def train(
         sizes = f"{dataset.num_features} features and {dataset.num_labels} labels"
         reporter.message(f"{training.path}: states no sizes; the largest ids make {sizes}")
     resolved = resolve(config, shape_of(dataset, training))
-    resolved = fit_to_machine(resolved, config, dataset, training, output, reporter)
+    if config.training.models_at_once == "auto":
+        resolved = fit_to_memory(resolved, dataset, training, reporter)
+    refuse_what_does_not_fit(resolved, dataset, training, output, reporter)
     if "name" in config.sampler.model_fields_set:
         _say_where_a_sampler_says_nothing(resolved, dataset.num_labels, reporter)
     with RunDirectory.create(
@@ -226,7 +228,8 @@ def resume(
             )
         training = training_split(dataset, data)
         # What an older release did not know is open in its configuration.
-        directory.config = resolve(as_started(directory.config), shape_of(dataset, training))
+        resolved = resolve(as_started(directory.config), shape_of(dataset, training))
+        directory.config = fit_to_memory(resolved, dataset, training, reporter)
         with memory_failures(directory.config, dataset, training):
             a_and_b = propensity(None, None, dataset, training.num_instances)[:2]
             session = TrainingSession(directory, training, reporter, deadline=deadline, propensity=a_and_b)
@@ -244,7 +247,9 @@ def _train_result(
     from xmc_midx.predictor import Predictor
 
     run = session.run_directory
-    best = session.store.path_of("best" if session.best_step else "latest")
+    kept = "best" if session.best_step else "latest"
+    # Of a finished run, checkpoints may have been removed.
+    best = run.path if run.has_model and session.store.step_of(kept) is None else session.store.path_of(kept)
     report = None
     is_there = dataset.test is not None and dataset.test.num_instances > 0
     # An older release began runs with a test file of nothing.

@@ -904,8 +904,8 @@ def test_a_run_that_is_not_finished_says_so(topic_dir: Path, tmp_path: Path) -> 
         train(topic_dir, output=tmp_path / "run", config=make_config("training.epochs=3"), reporter=Impatient())
     predict(tmp_path / "run", input=topic_dir / "test.txt", reporter=Listener())
     evaluate(tmp_path / "run", data=topic_dir, reporter=Listener())
-    assert sum(" is not finished: results are of the encoder alone" in text for text in messages) == 2
-    assert all("--resume` finishes it" in text for text in messages)
+    said = [text for text in messages if " is not finished: results are of the encoder alone" in text]
+    assert len(said) == 2 and all("--resume` finishes it" in text for text in said)
     with pytest.raises(UsageError, match="its training has not ended"):
         predict(tmp_path / "run", input=topic_dir / "test.txt", scores="probabilities")
     messages.clear()

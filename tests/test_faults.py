@@ -950,7 +950,7 @@ def test_a_finished_run_without_checkpoints_is_not_trained_again(
     shutil.copytree(whole, run, ignore=shutil.ignore_patterns("checkpoints", *gone))
     monkeypatch.setattr(Trainer, "run_epoch", None)
     found, others = resume(run), {"run", "best", "peak_memory_bytes", "seconds"}
-    assert found.finished and found.seconds == pytest.approx(expected.seconds, abs=0.01)
+    assert found.finished and found.seconds == pytest.approx(expected.seconds, abs=0.01) and Path(found.best) == run
     if "metrics.jsonl" not in gone:
         same = {key: value for key, value in found.as_dict().items() if key not in others}
         assert same == {key: value for key, value in expected.as_dict().items() if key not in others}

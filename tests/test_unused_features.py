@@ -89,8 +89,10 @@ def test_an_unknown_feature_takes_its_part_of_the_length_and_no_more(
     expected, found = few_predictor.predict(scaled[:, :-3]), predictor.predict(rows)
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4, atol=1e-4)
     assert (found.label_ids == expected.label_ids).mean() > 0.99
-    alone = predictor.predict([{int(f): 1.0 for f in unknown}, {}])
-    assert (alone.label_ids[0] == alone.label_ids[1]).all()
+    alone = predictor.read([{int(f): 1.0 for f in unknown}, {}, {int(unknown[0]): 1.0, int(ids[5]): 0.1}])
+    answers = predictor.predict(alone).label_ids
+    assert (answers[0] == answers[1]).all() and predictor.num_without_features(alone) == 2
+    assert few_predictor.num_without_features(few_predictor.read([{}, {3: 1.0}])) == 1
 
 
 def read_midx(directory: Path, lines: list[str]) -> list[dict[int, float]]:

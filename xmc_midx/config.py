@@ -188,8 +188,8 @@ class TrainingConfig(_Section):
     """Models, each from a seed of its own and with other instances held out, whose scores are averaged at
     prediction."""
     models_at_once: PositiveInt | Auto = "auto"
-    """Of them, how many run their epochs at once on a CPU, each on its share of the threads: less time, more memory;
-    `auto`: 2, unless their tables are large or memory is scarce."""
+    """Models of an ensemble that run their epochs at once, each by its share of a CPU's threads (no more models than
+    threads; on a GPU one): less time, more memory. `auto`: 2, unless their tables are large or memory is scarce."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -265,9 +265,9 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     seconds = finish = None
     if speed is not None:
         finish = size * _finish(config, data, held_out)
-        # What is neither takes one thread: so many models go on meanwhile.
-        of_a_step = sum(step.values()) - step["overhead"] * (1 - 1 / at_once)
-        seconds = size * _number(training.epochs) * steps * of_a_step + finish
+        # What is neither takes one thread of each model, and of those at once the same time.
+        of_all = size * (step["products"] + step["rows"]) + -(-size // at_once) * step["overhead"]
+        seconds = _number(training.epochs) * steps * of_all + finish
     return Forecast(
         host=host,
         device=device,

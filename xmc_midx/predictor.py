@@ -422,6 +422,14 @@ class Predictor:
             return self._read_texts(given)
         return rows_from_pairs(given, self.num_features)
 
+    def num_without_features(self, features: csr_matrix) -> int:
+        """Of rows as of `read`, those that hold no feature that the model has: they are all answered alike."""
+        if self.scaling.kept is None:
+            return int(np.count_nonzero(np.diff(features.indptr) == 0))
+        is_known = np.isin(features.indices, self.scaling.kept)
+        rows = np.repeat(np.arange(features.shape[0]), np.diff(features.indptr))
+        return int(features.shape[0] - np.unique(rows[is_known]).size)
+
     def _read_texts(self, texts: Sequence[str]) -> csr_matrix:
         if not texts:
             return rows_from_pairs([], self.num_features)

@@ -207,7 +207,8 @@ class TrainingSession:
         return True
 
     def put_aside(self) -> None:
-        """Between `run_epochs`, where it came to the end, and `conclude`: give back what the checkpoints hold."""
+        """After `run_epochs`, where others are concluded first: give back what the checkpoints hold. `conclude` reads
+        the best model from them; nothing can be trained or saved any more."""
         self._is_aside = True
         self.trainer.release_tables()
         release_freed_memory()
@@ -252,7 +253,7 @@ class TrainingSession:
         if run.has_model:
             return
         if self._is_aside:
-            self.trainer.take_model(self.store.load("best" if self.best_step else "latest", ["model"]).parts["model"])
+            self.trainer.take_model(self.store.load("best", ["model"]).parts["model"])
         elif self.best_step not in (0, self.trainer.step):
             # Into the trainer's own tables: a second model beside them would be the peak of the whole training.
             self.trainer.load_model(self.store.load("best", ["model"]).parts["model"])
@@ -447,16 +448,15 @@ class TrainingSession:
 
     def _load_records(self) -> None:
         """Of a finished training whose checkpoints were removed, what it wrote down: nothing is left to train."""
-        self.history = self.run_directory.read_metrics()
         self.trainer.step = self.trainer.total_steps
         self.seconds = self.run_directory.provenance().seconds or 0.0
-        for line in self.history:
-            score = _score(line["validation"])
-            if score is None or score >= self.best_score:
-                self.best_step, self.best_epoch = line["step"], line["epoch"]
-                self.best_score = -1.0 if score is None else score
-        if self.history:
-            self.loss, self.validation = self.history[-1]["loss"], dict(self.history[self.best_epoch - 1]["validation"])
+        with refuse_misfits(self.run_directory.path / "metrics.jsonl"):
+            self.history = self.run_directory.read_metrics()
+            for line in self.history:
+                score, self.loss = _score(line["validation"]), float(line["loss"])
+                if score is None or score >= self.best_score:
+                    self.best_step, self.best_epoch = int(line["step"]), int(line["epoch"])
+                    self.best_score, self.validation = -1.0 if score is None else score, dict(line["validation"])
 
     def _forget_best(self, error: DataError) -> None:
         """The best checkpoint is damaged: the model goes on without it."""

@@ -306,7 +306,7 @@ class Reporter(Protocol):
     def epoch(self, stats: EpochStats) -> None: ...
 
     def message(self, text: str) -> None:
-        """One line for the user: something chosen, found or repaired."""
+        """One line for the user: something chosen, found or repaired. It may come from another thread than steps do."""
         ...
 
 

@@ -53,7 +53,7 @@ def train_models(first: TrainingSession, training: Split, *, verify: bool) -> li
 
     Returns
     -------
-    list : the further models that are begun.
+    list : the further models that are finished, or that this call came to.
     """
     run, found, waiting = first.run_directory, list[Member](), list[int]()
     for number, path in enumerate(run.members, start=2):
@@ -63,7 +63,7 @@ def train_models(first: TrainingSession, training: Split, *, verify: bool) -> li
         else:
             waiting.append(number)
     at_once, is_begun = models_at_once(run.config, first.trainer.device), False
-    while not is_begun or (waiting and first.finished and not _is_over(first)):
+    while not is_begun or (waiting and first.finished and not _is_late(first)):
         group, errors = [] if is_begun else [first], list[Exception]()
         # Of a first one whose epochs are done nothing else has to wait.
         room = 0 if not is_begun and first.epochs_are_done else at_once - len(group)
@@ -73,18 +73,21 @@ def train_models(first: TrainingSession, training: Split, *, verify: bool) -> li
                 try:
                     group.append(locks.enter_context(_session(first, training, number, verify=verify)))
                 except Exception as error:
+                    first.reporter.message(f"model {number} of {1 + len(run.members)} waits: {error}")
                     errors.append(error)
             del waiting[:room]
-            # A model that cannot go on keeps none of the others from it.
+            # A model that cannot go on keeps none of those beside it from their end.
             if group:
-                _train_group(group, first, at_once)
+                errors += _train_group(group, first, at_once)
             found += (Member(finished=one.finished, seconds=one.seconds) for one in group if one is not first)
         if errors:
+            for other in errors[1:]:
+                errors[0].add_note(str(other))
             raise errors[0]
     return found
 
 
-def _is_over(first: TrainingSession) -> bool:
+def _is_late(first: TrainingSession) -> bool:
     return first.deadline is not None and time.monotonic() >= first.deadline
 
 
@@ -138,25 +141,30 @@ def _says_what_to_remove(path: Path, first: TrainingSession) -> Iterator[None]:
 # ------------------------------------------------------------------ a group
 
 
-def _train_group(group: Sequence[TrainingSession], first: TrainingSession, at_once: int) -> None:
-    """The epochs of all of them at once, then what follows them."""
+def _train_group(group: Sequence[TrainingSession], first: TrainingSession, at_once: int) -> list[Exception]:
+    """The epochs of all of them at once, then what follows them; the errors of further models, when all is done."""
+    errors = []
     for session, outcome in zip(group, _run_epochs(group, at_once), strict=True):
         if session is first:
             if outcome():
                 session.conclude()
         else:
-            with _says_what_to_remove(session.run_directory.path, first):
-                if outcome() and first.finished and not _is_over(first):
-                    if session is not group[0]:
-                        _show(session)
-                    session.conclude()
+            try:
+                with _says_what_to_remove(session.run_directory.path, first):
+                    if outcome() and first.finished and not _is_late(first):
+                        if session is not group[0]:
+                            _show(session)
+                        session.conclude()
+            except Exception as error:
+                errors.append(error)
         if first.run_directory.members:
             session.release()
+    return errors
 
 
 def _run_epochs(group: Sequence[TrainingSession], at_once: int) -> list[Callable[[], bool]]:
-    """Of the first of the group in this thread, of the others beside it. What stops the first stops all; an error of
-    another waits for its turn.
+    """Of the first of the group in this thread, of the others beside it. An interruption, or an error of the first
+    model, stops all; an error of a further one is its own outcome.
 
     Each has its share of the threads, also where fewer than `at_once` are left: torch's sums have other bits by other
     numbers of threads, and a training that goes on is to be the one that was not interrupted.
@@ -186,20 +194,25 @@ def _run_epochs(group: Sequence[TrainingSession], at_once: int) -> list[Callable
 
     def beside(session: TrainingSession) -> bool:
         try:
-            if are_done := epochs_of(session):
-                # What follows the epochs of those before it is the peak of a training.
-                session.put_aside()
-            return are_done
+            return epochs_of(session)
         except Exception as error:
             session.reporter.message(f"stopped: {error}")
             raise
+        finally:
+            # What follows the epochs of those before it would else be the peak of the training.
+            session.put_aside()
 
     with ThreadPoolExecutor(max(1, len(others)), thread_name_prefix="beside") as pool:
-        futures: list[Future[bool]] = []
+        done, futures = Future[bool](), list[Future[bool]]()
         try:
             for session in others:
                 futures.append(pool.submit(beside, session))
-            done = epochs_of(leader)
+            try:
+                done.set_result(epochs_of(leader))
+            except Exception as error:
+                if leader.first is None:
+                    raise
+                done.set_exception(error)
             if wait(futures, timeout=0).not_done:
                 leader.reporter.start("waiting for the others", None)
             _wait(futures, halted)
@@ -212,7 +225,7 @@ def _run_epochs(group: Sequence[TrainingSession], at_once: int) -> list[Callable
             raise
         finally:
             torch.set_num_threads(num_threads)
-    return [lambda: done, *(future.result for future in futures)]
+    return [future.result for future in (done, *futures)]
 
 
 def _wait(futures: Sequence[Future[bool]], halted: threading.Event) -> None:

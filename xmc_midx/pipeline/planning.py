@@ -128,7 +128,10 @@ def fit_to_memory(config: Config, dataset: XmcDataset, training: Split, reporter
     """The resolved configuration; with models one after the other, where memory does not hold as many at once."""
     from xmc_midx.device import find_device
 
-    fitted = _fitted(config, _training_data(dataset, training), find_device(config.training.device))
+    device = find_device(config.training.device)
+    if models_at_once(config, device) == 1:
+        return config
+    fitted = _fitted(config, _training_data(dataset, training), device)
     if fitted != config:
         reporter.message("the models are trained one after the other: memory does not hold several at once")
     return fitted

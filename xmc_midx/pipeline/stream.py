@@ -106,8 +106,8 @@ class PredictionStream:
             self._reporter.message(f"Nothing was predicted for these {self._num_answered:,} instances{why}.")
         if self._num_empty:
             self._reporter.message(
-                f"{self._num_empty:,} of these {self._num_answered:,} instances hold no feature, or word, of the "
-                "model's: all of them get the same labels."
+                f"Instances without any feature, or word, that the model has: {self._num_empty:,} of "
+                f"{self._num_answered:,}. All of them get the same labels."
             )
 
     def _answer(self, first: int, rows: csr_matrix | list[str], digest: str) -> PredictionChunk:
@@ -120,7 +120,7 @@ class PredictionStream:
                 f"Instances {first} to {first + _length(rows) - 1}: {error.message}", hint=error.hint
             ) from None
         self._num_answered += _length(rows)
-        self._num_empty += int(np.count_nonzero(np.diff(features.indptr) == 0))
+        self._num_empty += self._predictor.num_without_features(features)
         self._has_labels |= bool((top.label_ids >= 0).any())
         self._seconds += time.monotonic() - began
         self._reporter.step(_length(rows), instances_per_second=self._num_answered / max(self._seconds, 1e-9))

@@ -229,12 +229,13 @@ def resume(
         training = training_split(dataset, data)
         # What an older release did not know is open in its configuration.
         resolved = resolve(as_started(directory.config), shape_of(dataset, training))
-        directory.config = fit_to_memory(resolved, dataset, training, reporter)
+        is_complete = directory.is_complete
+        directory.config = resolved if is_complete else fit_to_memory(resolved, dataset, training, reporter)
         with memory_failures(directory.config, dataset, training):
             a_and_b = propensity(None, None, dataset, training.num_instances)[:2]
             session = TrainingSession(directory, training, reporter, deadline=deadline, propensity=a_and_b)
             session.load(verify=verify)
-            if directory.is_complete:
+            if is_complete:
                 reporter.message("the run is finished already")
             others = train_models(session, training, verify=verify)
         return _train_result(session, others, dataset, data, provenance.test)
@@ -249,7 +250,8 @@ def _train_result(
     run = session.run_directory
     kept = "best" if session.best_step else "latest"
     # Of a finished run, checkpoints may have been removed.
-    best = run.path if run.has_model and session.store.step_of(kept) is None else session.store.path_of(kept)
+    is_kept = not run.has_model or (session.store.step_of(kept) is not None and session.store.path_of(kept).is_dir())
+    best = session.store.path_of(kept) if is_kept else run.path
     report = None
     is_there = dataset.test is not None and dataset.test.num_instances > 0
     # An older release began runs with a test file of nothing.

@@ -251,7 +251,8 @@ def test_an_error_of_another_waits_until_the_first_is_there(
     expected = f"Remove {run / 'members' / '2'}: --resume trains that model anew, and until then the others predict."
     assert raised.value.hint is not None and raised.value.hint.endswith(expected)
     assert any(text.startswith("model 2 of 3: stopped: It diverged.") for text in listener.said)
-    assert not Predictor.load(run).members and not (run / "members" / "3").exists()
+    assert RunDirectory.open(run).has_model and not Predictor.load(run).members
+    assert not (run / "members" / "3").exists()
     # The others go on without the first, the second where it was saved.
     listener = Listener()
     assert resume(run, reporter=listener).finished
@@ -272,7 +273,7 @@ def test_a_model_that_cannot_be_opened_keeps_no_other_from_its_end(
     with pytest.raises(DataError) as raised:
         resume(run)
     assert raised.value.hint == f"Remove {run / 'members' / '2'}: --resume trains that model anew."
-    assert not Predictor.load(run).members
+    assert RunDirectory.open(run).has_model and not Predictor.load(run).members
     shutil.rmtree(run / "members" / "2")
     assert resume(run).finished
     assert what_predicts(run) == alone

@@ -244,7 +244,7 @@ def test_what_is_finished_needs_no_checkpoint_and_what_is_damaged_can_be_trained
     again = resume(run, max_seconds=1e-6, reporter=Listener())
     assert again.finished and messages[-1] == "the run is finished already"
     of_each = [json.loads((path / "run.json").read_text())["seconds"] for path in members_of(run)]
-    assert again.seconds == pytest.approx(sum(of_each), abs=0.01) and again.num_finished == 3
+    assert again.seconds == pytest.approx(sum(of_each), abs=1e-6) and again.num_finished == 3
     (run / "members" / "3" / "model.json").unlink()
     evaluate(run, data=topic_dir, reporter=Listener())
     assert "of which 2 can predict" in messages[-1]

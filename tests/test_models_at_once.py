@@ -153,8 +153,11 @@ def test_time_is_counted_once(topic_dir: Path, tmp_path: Path, monkeypatch: pyte
     assert 0.25 * clock.now < result.seconds <= clock.now
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException, at_once: int) -> None:
-    """Let the first epoch of one model end with an error, when those of the others have ended."""
+def interrupt_at(
+    monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException, at_once: int, *, others_wait: bool = False
+) -> None:
+    """Let the first epoch of one model end with an error, when those of the others have ended, which go on, or wait
+    until they are halted."""
     end_epoch, ended = TrainingSession._end_epoch, {n: threading.Event() for n in range(1, at_once + 1)}
 
     def end(self: TrainingSession, stats: EpochStats) -> None:
@@ -164,6 +167,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, number: int, error: BaseExcept
             raise error
         if number_of(self) in ended:
             ended[number_of(self)].set()
+            assert not others_wait or self.halted.wait(timeout=60)
 
     monkeypatch.setattr(TrainingSession, "_end_epoch", end)
 
@@ -231,7 +235,7 @@ def test_what_cannot_be_saved_at_an_interruption_is_said(
         save(self)
 
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 1, KeyboardInterrupt(), 2)
+        interrupt_at(patch, 1, KeyboardInterrupt(), 2, others_wait=True)
         patch.setattr(TrainingSession, "_save", full)
         with pytest.raises(KeyboardInterrupt) as raised:
             train(topic_dir, output=run, config=make_config(*THREE, "training.models_at_once=2"))

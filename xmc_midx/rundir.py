@@ -282,11 +282,18 @@ class RunDirectory:
             raise DataError(f"{self.path / 'run.json'}: is not what `train` wrote.", hint="It was edited.")
         return Provenance(**texts, seconds=seconds)
 
-    def finish(self, seconds: float) -> None:
-        """Note in `run.json` that the training has come to its end, after so long; a second note changes nothing."""
+    def finish(self, seconds: float) -> float:
+        """Note in `run.json` that the training has come to its end, after so long; a second note changes nothing.
+
+        Returns
+        -------
+        float : the seconds that are noted; those given, where an older release noted none.
+        """
         record = self.read_json("run.json")
         if "finished" not in record:
-            self.write_json("run.json", record | {"finished": timestamp(), "seconds": round(seconds, 3)})
+            record |= {"finished": timestamp(), "seconds": round(seconds, 3)}
+            self.write_json("run.json", record)
+        return float(record.get("seconds") or seconds)
 
     # ------------------------------------------------------------ finished model
 

@@ -220,7 +220,7 @@ class TrainingSession:
         self._keep_best()
         self.run_directory.write_metrics(self.history)
         self.finished = True
-        self.run_directory.finish(self.seconds)
+        self.seconds = self.run_directory.finish(self.seconds)
 
     def release(self) -> None:
         """Give tables and training rows back: what follows a finished training reads the run directory."""

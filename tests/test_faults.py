@@ -38,7 +38,7 @@ from xmc_midx.errors import DataError, DivergedError, ResourceError, UsageError
 from xmc_midx.exporting.source import ExportSource
 from xmc_midx.finish import Finish
 from xmc_midx.interpolation import Interpolation
-from xmc_midx.packing import pack_rows
+from xmc_midx.packing import pack_rows, unpack_tables
 from xmc_midx.pipeline import evaluate, resume, train
 from xmc_midx.predictor import Predictor
 from xmc_midx.rundir import RunDirectory
@@ -750,7 +750,7 @@ def test_arrays_of_a_finished_model_that_do_not_fit_together_are_refused(
     """Compiled code reads as many numbers as one of them has: of the others, whatever lies behind."""
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    model = load_arrays(run / "model.safetensors")
+    model = unpack_tables(load_arrays(run / "model.safetensors"))
     for stored in [known for known in model if known.removesuffix(".int8").removesuffix(".scale") == name]:
         model[stored] = model[stored][:-1].copy()
     if name == "F":
@@ -866,6 +866,37 @@ def test_malicious_json_and_training_rows_are_refused(whole: Path, tmp_path: Pat
             Predictor.load(run)
     (run / "interpolation.json").write_text(json.dumps(Interpolation(margin=1.0).as_dict()))
     with pytest.raises(DataError, match="names no file"):
+        Predictor.load(run)
+
+
+@pytest.mark.fault("R7")
+def test_a_model_of_an_older_format_is_read_and_one_of_a_newer_is_refused(whole: Path, tmp_path: Path) -> None:
+    run, rows = tmp_path / "run", csr_matrix(np.eye(40, dtype=np.float32))
+    shutil.copytree(whole, run)
+    expected, stored = Predictor.load(run).predict(rows, k=3), load_arrays(run / "model.safetensors")
+    assert "labels.weight.int8.packed" in stored
+    save_arrays(unpack_tables(stored), run / "model.safetensors")
+    RunDirectory.open(run).seal_model()
+    record = json.loads((run / "model.json").read_text())
+    for version in (1, 2):
+        (run / "model.json").write_text(json.dumps(record | {"format": version}))
+        found = Predictor.load(run).predict(rows, k=3)
+        np.testing.assert_array_equal(found.label_ids, expected.label_ids)
+        np.testing.assert_array_equal(found.scores, expected.scores)
+    (run / "model.json").write_text(json.dumps(record | {"format": 4}))
+    with pytest.raises(DataError, match=r"has model format 4; this release reads up to 3\."):
+        Predictor.load(run)
+
+
+@pytest.mark.fault("R7")
+def test_a_sealed_table_that_cannot_be_unpacked_is_refused(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    stored = load_arrays(run / "model.safetensors")
+    stored["labels.weight.int8.packed"] = stored["labels.weight.int8.packed"][:-9].copy()
+    save_arrays(stored, run / "model.safetensors")
+    RunDirectory.open(run).seal_model()
+    with pytest.raises(DataError, match=r"model\.safetensors: is not what `train` wrote: sizes do not fit"):
         Predictor.load(run)
 
 

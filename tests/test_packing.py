@@ -1,4 +1,4 @@
-"""Packed sparse rows: what goes in comes out, in few bytes, and a file that lies is refused."""
+"""Packed sparse rows and tables: what goes in comes out, in few bytes, and a file that lies is refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from xmc_midx.packing import pack_rows, unpack_rows
+from xmc_midx import packing
+from xmc_midx.packing import pack_rows, pack_tables, unpack_rows, unpack_tables
 
 
 def rows_of(num_rows: int, num_columns: int, share: float, dtype: str, seed: int) -> sp.csr_matrix:
@@ -82,3 +83,66 @@ def test_what_lies_is_refused() -> None:
             unpack_rows(arrays | lie, "int8")
     with pytest.raises(LookupError):
         unpack_rows({name: array for name, array in arrays.items() if name != "gaps"}, "int8")
+
+
+def codes_of(num_rows: int, num_columns: int, dtype: str, seed: int) -> np.ndarray:
+    """Of a bell's frequencies, every fifth row zeros."""
+    codes = np.rint(np.random.default_rng(seed).normal(0, 9, (num_rows, num_columns))).astype(np.int8)
+    codes[::5] = 0
+    return codes.view(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+@pytest.mark.parametrize("shape", [(1, 700), (37, 23), (5000, 13), (700, 1)])
+def test_tables_come_back_bit_for_bit(shape: tuple[int, int], dtype: str) -> None:
+    table = codes_of(*shape, dtype, 3)
+    arrays = {"bias": np.arange(99, dtype=np.int8), "t": table, "u": table[::-1], "w": np.ones((40, 40), "float32")}
+    stored = pack_tables(arrays)
+    assert stored.keys() == {"bias", "t.packed", "t.shape", "u.packed", "u.shape", "w"}
+    assert stored["w"] is arrays["w"], "floats are mapped"
+    found = unpack_tables(stored)
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype and found[name].flags.c_contiguous
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_a_table_takes_what_its_codes_are_worth() -> None:
+    """Within a twentieth of their entropy, zeros nearly for nothing."""
+    table = codes_of(5000, 64, "int8", 5)
+    share = np.bincount(table[np.arange(5000) % 5 > 0].view("u1").reshape(-1), minlength=256) / (4000 * 64)
+    entropy = -(share[share > 0] * np.log2(share[share > 0])).sum() / 8 * 4000 * 64
+    assert entropy < pack_tables({"t": table})["t.packed"].nbytes < 1.05 * entropy < 0.7 * table.nbytes
+
+
+def test_what_is_large_or_saves_nothing_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = codes_of(400, 30, "uint8", 7)
+    monkeypatch.setattr(packing, "_LARGEST_TABLE", table.nbytes)
+    random = np.random.default_rng(0).integers(0, 256, (300, 30), dtype=np.uint8)
+    arrays = {"of all bits": random, "none": table[:0], "t": table, "larger": np.vstack([table, table[:1]])}
+    assert pack_tables(arrays).keys() == {"of all bits", "none", "t.packed", "t.shape", "larger"}
+
+
+def test_a_table_that_lies_is_refused() -> None:
+    arrays = pack_tables({"t": codes_of(30, 50, "int8", 2)})
+    bomb = np.frombuffer(zlib.compress(bytes(10**8)), dtype=np.int8)
+    flipped = arrays["t.packed"].copy()
+    flipped[flipped.size // 2] ^= 4
+    for lie in (
+        {"t.shape": np.array([30, 49])},
+        {"t.shape": np.array([30, 51])},
+        {"t.shape": np.array([-30, -50])},
+        {"t.shape": np.array([30, 10**12])},
+        {"t.shape": np.array([30])},
+        {"t.shape": np.array([3, 10, 50])},
+        {"t.packed": arrays["t.packed"][:-1]},
+        {"t.packed": flipped},
+        {"t.packed": np.zeros(700, dtype=np.int8)},
+        {"t.packed": np.zeros(700, dtype=np.float32)},
+        {"t.packed": bomb},
+        {"t.packed": bomb, "t.shape": np.array([10**4, 10**5])},
+    ):
+        with pytest.raises((ValueError, LookupError)):
+            unpack_tables(arrays | lie)
+    with pytest.raises(LookupError):
+        unpack_tables({"t.packed": arrays["t.packed"]})

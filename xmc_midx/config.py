@@ -110,8 +110,8 @@ class ModelConfig(_Section):
     """Where the label table lies while it is trained on a GPU: `host` keeps it and its optimiser's state in the
     machine's memory, and moves the rows of each pool."""
     storage: Literal["int4", "int8", "float16", "float32"] | Auto = "auto"
-    """Of the finished model's tables on the disk; int4 and int8 have a scale for each row. int4 is for the two large
-    ones, of an even `dim`; the others are int8 then."""
+    """Of the finished model's tables on the disk; int4 and int8 have a scale for each row, and up to 64 MiB a table is
+    compressed without loss. int4 is for the two large ones, of an even `dim`; the others are int8 then."""
 
 
 class SamplerConfig(_Section):

@@ -1,9 +1,10 @@
-"""Layer 2. Sparse rows in as few bytes as they take, without loss.
+"""Layer 2. Sparse rows, and tables of one byte a number, in as few bytes as they take, without loss.
 
-Before it: training rows and the linear ranker's weights; after it: `rundir`. Columns are numbered by falling frequency
-and a row holds the gaps between its columns, most of which are small; integers are cut into their bytes, all first
-bytes together, then all second ones; and zlib does the rest. gnd-tib's training rows: 23.6 -> 13.4 MB (EXPERIMENTS.md,
-"The saved model").
+Before it: training rows, the linear ranker's weights, the model's tables; after it: `rundir`. Columns are numbered by
+falling frequency and a row holds the gaps between its columns, most of which are small; integers are cut into their
+bytes, all first bytes together, then all second ones; and zlib does the rest. gnd-tib's training rows: 23.6 -> 13.4 MB.
+Of a table's codes some are far more frequent than others, and its rows of zeros are runs: debian-deps's default model
+37.7 -> 27.0 MB (EXPERIMENTS.md, "The saved model").
 """
 
 from __future__ import annotations
@@ -16,13 +17,72 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-__all__ = ["pack_rows", "unpack_rows"]
+from xmc_midx.threads import in_threads
+
+__all__ = ["pack_rows", "pack_tables", "unpack_rows", "unpack_tables"]
 
 _LEVEL = 4
 """Of zlib: 6 takes twice the time for 2% of the bytes."""
 _MOST = 1100
 """Bytes that a byte can become at most, a little more than zlib's 1,032: a file cannot ask for more memory."""
 _HEADER = 64
+_PACKED, _SHAPE = ".packed", ".shape"
+_LARGEST_TABLE = 64 << 20
+"""Bytes of a table that is packed: a larger one is mapped from its file, so that only what is used is in memory."""
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def pack_tables(arrays: Arrays) -> dict[str, NDArray[Any]]:
+    """What `unpack_tables` makes the arrays of again.
+
+    Parameters
+    ----------
+    arrays : name -> array.
+
+    Returns
+    -------
+    The same; but of a table (two dimensions) of int8 or uint8 that is not large, and where it takes fewer bytes,
+    `name.packed`, its zlib stream, as an array of its dtype, and `name.shape` (2,) int64.
+    """
+    found = dict(arrays)
+    small = [name for name, array in arrays.items() if _is_packable(array)]
+    streams: dict[str, bytes] = {}
+
+    def pack(first: int, last: int) -> None:
+        for name in small[first:last]:
+            # Codes have frequencies, and runs where rows are zeros, but no other repetitions: to look for these takes
+            # four times as long, and finds those by chance.
+            deflater = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
+            streams[name] = deflater.compress(np.ascontiguousarray(arrays[name]).data) + deflater.flush()
+
+    in_threads(pack, len(small), least=2)
+    for name in small:
+        if len(streams[name]) < arrays[name].nbytes:
+            table = found.pop(name)
+            found[name + _PACKED] = np.frombuffer(streams[name], dtype=table.dtype)
+            found[name + _SHAPE] = np.array(table.shape, dtype=np.int64)
+    return found
+
+
+def unpack_tables(arrays: Arrays) -> dict[str, NDArray[Any]]:
+    """What `pack_tables` was given; a ValueError or LookupError where it is not that."""
+    packed = [name.removesuffix(_PACKED) for name in arrays if name.endswith(_PACKED)]
+    ours = {name + ending for name in packed for ending in (_PACKED, _SHAPE)}
+    found = {name: array for name, array in arrays.items() if name not in ours}
+
+    def unpack(first: int, last: int) -> None:
+        for name in packed[first:last]:
+            stream, (num_rows, num_columns) = arrays[name + _PACKED], map(int, arrays[name + _SHAPE])
+            data = _decompress(stream.view(np.uint8), num_rows * num_columns)
+            found[name] = np.frombuffer(data, dtype=stream.dtype).reshape(num_rows, num_columns)
+
+    in_threads(unpack, len(packed), least=2)
+    return found
+
+
+def _is_packable(array: NDArray[Any]) -> bool:
+    return array.ndim == 2 and array.dtype in (np.int8, np.uint8) and array.nbytes <= _LARGEST_TABLE
 
 
 def pack_rows(rows: csr_matrix) -> dict[str, NDArray[Any]]:
@@ -90,16 +150,21 @@ def _deflate(values: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _inflate(stream: NDArray[Any], dtype: str, count: int) -> NDArray[Any]:
-    size = count * np.dtype(dtype).itemsize
+    data = _decompress(stream, count * np.dtype(dtype).itemsize)
+    planes = np.frombuffer(data, dtype=np.uint8).reshape(np.dtype(dtype).itemsize, count)
+    return np.array(planes.T, order="C").reshape(-1).view(dtype)
+
+
+def _decompress(stream: NDArray[Any], size: int) -> bytes:
+    """So many bytes of a zlib stream; a ValueError where they are more, fewer or damaged."""
     if stream.dtype != np.uint8 or not 0 <= size <= _MOST * stream.nbytes + _HEADER:
         raise ValueError("sizes do not fit what is packed")
     inflater = zlib.decompressobj()
     try:
         # One byte more than wanted shows that there are more.
-        data = inflater.decompress(stream.tobytes(), size + 1)
+        data = inflater.decompress(np.ascontiguousarray(stream).data, size + 1)
     except zlib.error as error:
         raise ValueError(f"what is packed is damaged: {error}") from None
     if len(data) != size or not inflater.eof:
         raise ValueError("sizes do not fit what is packed")
-    planes = np.frombuffer(data, dtype=np.uint8).reshape(np.dtype(dtype).itemsize, count)
-    return np.array(planes.T, order="C").reshape(-1).view(dtype)
+    return data

@@ -35,6 +35,7 @@ from xmc_midx.data.files import atomic_write, read_json, sha256_of
 from xmc_midx.errors import DataError, ResourceError, UsageError
 from xmc_midx.interpolation import Interpolation
 from xmc_midx.neighbors import NeighborIndex, save_rows
+from xmc_midx.packing import pack_tables, unpack_tables
 from xmc_midx.paths import home_path
 from xmc_midx.ranker import LinearRanker
 from xmc_midx.tensorfile import write_arrays
@@ -49,8 +50,8 @@ __all__ = ["Added", "Provenance", "RunDirectory"]
 
 _Part = TypeVar("_Part", NeighborIndex, LinearRanker)
 _MODEL, _MODEL_RECORD = "model.safetensors", "model.json"
-_MODEL_FORMAT, _READ_FORMATS = 2, (1, 2)
-"""The second may hold tables in int4."""
+_MODEL_FORMAT, _READ_FORMATS = 3, (1, 2, 3)
+"""The second may hold tables in int4, the third packed ones."""
 _CELLS = "cells.safetensors"
 _INTERPOLATION = "interpolation.json"
 _NEIGHBORS, _RANKER = "neighbors.safetensors", "ranker.safetensors"
@@ -304,14 +305,15 @@ class RunDirectory:
 
     def write_model(self, stored: Mapping[str, NDArray[Any]]) -> None:
         """Keep the finished model: the tensors of a checkpoint's part `model`, as of `quantization.quantize`."""
-        self._write_tensors(_MODEL, lambda path: write_arrays(path, stored))
+        self._write_tensors(_MODEL, lambda path: write_arrays(path, pack_tables(stored)))
 
     def write_cells(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Keep what a search for labels begins with (`index.CellIndex.as_arrays`)."""
-        self._write_tensors(_CELLS, lambda path: write_arrays(path, arrays))
+        self._write_tensors(_CELLS, lambda path: write_arrays(path, pack_tables(arrays)))
 
     def map_cells(self) -> dict[str, NDArray[Any]] | None:
-        """What `write_cells` was given, mapped; None where it was not called. `map_model` has verified the file.
+        """What `write_cells` was given, mapped but for small tables; None where it was not called. `map_model` has
+        verified the file.
 
         Raises
         ------
@@ -328,7 +330,7 @@ class RunDirectory:
         self.write_json(_MODEL_RECORD, {"format": _MODEL_FORMAT, "files": files})
 
     def map_model(self, *, verify: bool = True) -> dict[str, NDArray[Any]]:
-        """What `write_model` was given, mapped from the file: only what is used is read.
+        """What `write_model` was given, mapped from the file but for small tables: only what is used is read.
 
         Parameters
         ----------
@@ -342,8 +344,7 @@ class RunDirectory:
         files, form = record.get("files"), record.get("format")
         if form not in _READ_FORMATS:
             raise DataError(
-                f"{self.path / _MODEL_RECORD}: has model format {form}; this release reads "
-                f"{' and '.join(map(str, _READ_FORMATS))}.",
+                f"{self.path / _MODEL_RECORD}: has model format {form}; this release reads up to {_MODEL_FORMAT}.",
                 hint="Install a newer xmc-midx, or train anew.",
             )
         if (
@@ -517,11 +518,11 @@ class RunDirectory:
 
 
 def _map(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of a safetensors file, mapped."""
+    """The arrays of a safetensors file, mapped; tables that are packed, in memory."""
     from safetensors.torch import load_file as map_file  # the NumPy one copies
 
     try:
-        return {name: tensor.numpy() for name, tensor in map_file(path).items()}
+        return unpack_tables({name: tensor.numpy() for name, tensor in map_file(path).items()})
     except (SafetensorError, OSError, LookupError, ValueError, TypeError) as error:
         raise DataError(f"{path}: is not what `train` wrote: {error}.", hint="It was edited.") from None
 

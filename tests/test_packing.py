@@ -103,7 +103,7 @@ def test_tables_come_back_bit_for_bit(shape: tuple[int, int], dtype: str) -> Non
     found = unpack_tables(stored)
     assert found.keys() == arrays.keys()
     for name, array in arrays.items():
-        assert found[name].dtype == array.dtype and found[name].flags.c_contiguous
+        assert found[name].dtype == array.dtype and found[name].flags.c_contiguous and found[name].flags.writeable
         np.testing.assert_array_equal(found[name], array)
 
 

@@ -75,7 +75,8 @@ def unpack_tables(arrays: Arrays) -> dict[str, NDArray[Any]]:
         for name in packed[first:last]:
             stream, (num_rows, num_columns) = arrays[name + _PACKED], map(int, arrays[name + _SHAPE])
             data = _decompress(stream.view(np.uint8), num_rows * num_columns)
-            found[name] = np.frombuffer(data, dtype=stream.dtype).reshape(num_rows, num_columns)
+            # A copy can be written to, as what is mapped: code that is compiled for the one is for the other.
+            found[name] = np.frombuffer(data, dtype=stream.dtype).reshape(num_rows, num_columns).copy()
 
     in_threads(unpack, len(packed), least=2)
     return found

@@ -126,8 +126,8 @@ class Predictor:
         checkpoint : `"best"`, the finished model where there is one; or `"latest"`.
         device : as in `training.device`.
         verify : whether the hashes of the model's files are computed; the sizes are compared in any case. The
-            tables of a checkpoint are mapped, not copied: without hashes, a prediction on the CPU reads the rows that
-            it needs alone.
+            tables of a checkpoint, and large ones of a finished model, are mapped, not copied: without hashes, a
+            prediction on the CPU reads the rows that it needs alone.
         exact : whether all labels are scored in float32, where label cells or a scan in bfloat16 would be faster
             (`xmc_midx.index`).
 

@@ -4,7 +4,7 @@ Before it: training rows, the linear ranker's weights, the model's tables; after
 falling frequency and a row holds the gaps between its columns, most of which are small; integers are cut into their
 bytes, all first bytes together, then all second ones; and zlib does the rest. gnd-tib's training rows: 23.6 -> 13.4 MB.
 Of a table's codes some are far more frequent than others, and its rows of zeros are runs: debian-deps's default model
-37.7 -> 27.0 MB (EXPERIMENTS.md, "The saved model").
+37.7 -> 26.9 MB (EXPERIMENTS.md, "The saved model").
 """
 
 from __future__ import annotations
@@ -74,6 +74,8 @@ def unpack_tables(arrays: Arrays) -> dict[str, NDArray[Any]]:
     def unpack(first: int, last: int) -> None:
         for name in packed[first:last]:
             stream, (num_rows, num_columns) = arrays[name + _PACKED], map(int, arrays[name + _SHAPE])
+            if num_rows * num_columns > _LARGEST_TABLE:
+                raise ValueError(f"{name}: a table of {num_rows} x {num_columns} is not packed")
             data = _decompress(stream.view(np.uint8), num_rows * num_columns)
             # A copy can be written to, as what is mapped: code that is compiled for the one is for the other.
             found[name] = np.frombuffer(data, dtype=stream.dtype).reshape(num_rows, num_columns).copy()

@@ -28,7 +28,7 @@ class Model:
             if actual != expected or rest:
                 raise ValueError(f"{name} has another sha256 than SHA256SUMS says")
         document, self.words = json.loads((directory / "export.json").read_bytes()), {}
-        if document["kind"] != "midx" or document["version"] not in (1, 2, 3):
+        if document["kind"] != "midx" or document["version"] not in (1, 2, 3, 4):
             raise ValueError("export.json is of another kind or version")
         self.facts, self.num_candidates = document["model"], document["index"]["num_candidates"]
         types = {"F32": "<f4", "I64": "<i8", "I32": "<i4"}
@@ -39,6 +39,7 @@ class Model:
             for name, entry in json.loads(data[8:start].tobytes()).items()
         }
         self.table, self.bias = self.tensors["labels.weight"], self.tensors["labels.bias"]
+        self.ids = self.tensors.get("labels.ids", range(len(self.bias)))
         if "vocabulary.txt" in sums:
             rule, *lines = (directory / "vocabulary.txt").read_text("utf-8").splitlines()
             self.longest = int((re.search(r"tokens 1 to (\d) times", rule) or (0, 1))[1])
@@ -69,7 +70,7 @@ class Model:
         return z
 
     def candidates(self, z: np.ndarray) -> np.ndarray:
-        """The labels of the best cells, until there are `num_candidates`, rising."""
+        """The rows of the labels of the best cells, until there are `num_candidates`, rising."""
         index = {name.removeprefix("index."): tensor for name, tensor in self.tensors.items()}
         first, second = index["codewords1"] @ z, index["codewords2"] @ z
         order = np.argsort(-(first[index["cells"][:, 0]] + second[index["cells"][:, 1]] + index["cell_bias"]))
@@ -79,9 +80,9 @@ class Model:
 
     def predict(self, line: str, k: int = 5) -> list[tuple[int, float]]:
         z = self.encode(self.read(line))
-        labels = self.candidates(z)
-        scores = self.table[labels] @ z + self.bias[labels]
-        return [(int(labels[i]), float(scores[i])) for i in np.argsort(-scores, kind="stable")[:k]]
+        rows = self.candidates(z)
+        scores = self.table[rows] @ z + self.bias[rows]
+        return [(int(self.ids[rows[i]]), float(scores[i])) for i in np.argsort(-scores, kind="stable")[:k]]
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from xmc_midx.cli import app
 from xmc_midx.config import SAMPLER_NAMES, Config, load_config
 from xmc_midx.data.dataset import load_split
 from xmc_midx.data.features import FeatureScaling, normalize_rows
+from xmc_midx.data.known_labels import KnownLabels
 from xmc_midx.device import find_device
 from xmc_midx.diagnostics import Instances, TrainedModel, choose_instances, diagnose_samplers
 from xmc_midx.encoder import SparseEncoder
@@ -58,6 +59,7 @@ def make_model(*assignments: str) -> TrainedModel:
         frequencies=frequencies,
         num_train=500,
         scaling=FeatureScaling(),
+        known_labels=KnownLabels(num_labels=L),
     )
 
 

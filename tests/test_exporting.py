@@ -260,16 +260,16 @@ def test_the_reader_and_the_measured_search_visit_the_same_labels(
     export(tmp_path / "run", output=tmp_path / "out")
     model = reader().Model(tmp_path / "out")
     source, queries = queries_of(tmp_path / "run", load_dataset(path).split().features[:60])
-    index = midx_module._build_index(source)
+    index, num_rows = midx_module._build_index(source), source.num_rows
     postings, offsets = model.tensors["index.postings"], model.tensors["index.offsets"]
-    assert sorted(postings.tolist()) == list(range(num_labels)) and offsets[-1] == num_labels
+    assert sorted(postings.tolist()) == list(range(num_rows)) and offsets[-1] == num_rows <= num_labels
     found = midx_module._search(queries.vectors, index, source.table(), source.bias(), num_candidates)
-    whole = midx_module._search(queries.vectors, index, source.table(), source.bias(), num_labels)
-    np.testing.assert_array_equal(whole, queries.exact_ids)
+    whole = midx_module._search(queries.vectors, index, source.table(), source.bias(), num_rows)
+    np.testing.assert_array_equal(source.model.known_labels.labels_of(whole), queries.exact_ids)
     model.num_candidates = num_candidates
     for row in range(60):
         candidates = model.candidates(queries.vectors[row])
-        assert len(candidates) >= min(num_candidates, num_labels) and len(np.unique(candidates)) == len(candidates)
+        assert len(candidates) >= min(num_candidates, num_rows) and len(np.unique(candidates)) == len(candidates)
         scores = source.table()[candidates] @ queries.vectors[row] + source.bias()[candidates]
         best = candidates[np.argsort(-scores, kind="stable")][:5]
         assert found[row][found[row] >= 0].tolist() == best.tolist()
@@ -281,6 +281,7 @@ def test_what_is_in_the_directory_is_all_there_is_to_know(exported: Path, run: P
     assert document["model"] == {
         "num_features": F,
         "num_labels": L,
+        "num_label_rows": L,
         "dim": D,
         "num_hidden_layers": 0,
         "activation": "relu",
@@ -376,7 +377,7 @@ def test_cut_missing_swapped_and_foreign_files_are_refused(exported: Path, data:
 
     def other_version(copy: Path) -> None:
         document = json.loads((copy / "export.json").read_text(encoding="utf-8"))
-        (copy / "export.json").write_text(json.dumps(document | {"version": 4}))
+        (copy / "export.json").write_text(json.dumps(document | {"version": 5}))
         reseal(copy)
 
     assert "model.safetensors has another sha256" in damage(cut)

@@ -878,13 +878,13 @@ def test_a_model_of_an_older_format_is_read_and_one_of_a_newer_is_refused(whole:
     save_arrays(unpack_tables(stored), run / "model.safetensors")
     RunDirectory.open(run).seal_model()
     record = json.loads((run / "model.json").read_text())
-    for version in (1, 2):
+    for version in (1, 2, 3):
         (run / "model.json").write_text(json.dumps(record | {"format": version}))
         found = Predictor.load(run).predict(rows, k=3)
         np.testing.assert_array_equal(found.label_ids, expected.label_ids)
         np.testing.assert_array_equal(found.scores, expected.scores)
-    (run / "model.json").write_text(json.dumps(record | {"format": 4}))
-    with pytest.raises(DataError, match=r"has model format 4; this release reads up to 3\."):
+    (run / "model.json").write_text(json.dumps(record | {"format": 5}))
+    with pytest.raises(DataError, match=r"has model format 5; this release reads up to 4\."):
         Predictor.load(run)
 
 

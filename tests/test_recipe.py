@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -80,6 +81,7 @@ def test_given_values_stay() -> None:
         "sampler.gradient_negatives": 6,
         "data.weighting": "tf-idf",
         "data.unused_features": "keep",
+        "data.unused_labels": "drop",
         "sampler.refresh_every": 3,
         "ranker.num_instances": 11,
         "training.ensemble_size": 2,
@@ -97,7 +99,9 @@ def test_a_run_of_an_older_release_goes_on_as_it_was_started() -> None:
     shape = DataShape(num_instances=90_000, num_features=500, num_labels=40_000, num_positives=10**6, has_counts=True)
     resumed = resolve(as_started(older), shape)
     assert (resumed.data.weighting, resumed.sampler.pool_instances) == ("none", 700)
-    assert resumed.data.unused_features == "keep"
+    some_used = replace(shape, num_used_features=200, num_used_labels=9_000)
+    assert resolve(as_started(older), some_used) == resumed != resolve(older, some_used)
+    assert (resumed.data.unused_features, resumed.data.unused_labels) == ("keep", "keep")
     assert resumed.sampler.gradient_negatives == "all" and resumed.training.cuda_graphs is False
     fresh = resolve(older, shape)
     assert (fresh.data.weighting, fresh.sampler.pool_instances) == ("tf-idf", 512)

@@ -82,6 +82,10 @@ class DataConfig(_Section):
     """Features that no training instance has. `drop`: they have no row in the feature table, and no part in a
     prediction but in the length of its rows; `keep`: they have a random one. By default they are dropped where they are
     more than a tenth of all."""
+    unused_labels: Literal["drop", "keep"] | Auto = "auto"
+    """Labels that no training instance has. `drop`: they have no row in the label table and are never predicted;
+    `keep`: they have one, which training only moves away from its queries. By default they are dropped where they are
+    more than a twentieth of all."""
     validation_fraction: Fraction | Auto = "auto"
     """Share of the training rows held out to choose the best epoch; 0 trains on all rows and keeps the last epoch."""
 

@@ -39,6 +39,7 @@ from xmc_midx.build import build_encoder, build_sampler
 from xmc_midx.checkpoint import read_model, refuse_misfits
 from xmc_midx.config import Config
 from xmc_midx.data.features import FeatureScaling
+from xmc_midx.data.known_labels import KnownLabels
 from xmc_midx.encoder import SparseEncoder
 from xmc_midx.errors import DataError, UsageError
 from xmc_midx.quantization import require_one_model
@@ -67,15 +68,17 @@ class TrainedModel:
     """Resolved."""
     encoder: SparseEncoder
     label_table: torch.Tensor
-    """(L, D) float32."""
+    """(L, D) float32, of the labels that have a row."""
     bias: torch.Tensor
     """(L,) float32."""
     frequencies: torch.Tensor
-    """(L,) int64, training instances of each label."""
+    """(L,) integers, training instances of each label."""
     num_train: int
     """N of the training split."""
     scaling: FeatureScaling
     """Of the feature rows."""
+    known_labels: KnownLabels
+    """The labels of the table's rows."""
 
     @classmethod
     def load(cls, run: RunDirectory, device: torch.device) -> TrainedModel:
@@ -95,6 +98,7 @@ class TrainedModel:
             require_one_model({name: tensor.numpy() for name, tensor in model.items()})
             num_rows = model["encoder.embedding"].shape[0]
             scaling = FeatureScaling.of(run.config.data, model, num_rows)
+            known_labels = KnownLabels.of(run.config.data, model, model["labels.weight"].shape[0])
             encoder = build_encoder(run.config, num_rows)
             names = {n.removeprefix("encoder."): t for n, t in model.items() if n.startswith("encoder.")}
             encoder.load_state_dict(names, assign=True)
@@ -106,6 +110,7 @@ class TrainedModel:
             frequencies=model["train.label_frequencies"].to(device),
             num_train=int(model["train.num_instances"]),
             scaling=scaling,
+            known_labels=known_labels,
         )
 
     @property

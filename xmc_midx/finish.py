@@ -19,6 +19,7 @@ from xmc_midx.calibration import BACKGROUND, fit_calibration
 from xmc_midx.cells import fit_cells
 from xmc_midx.data.dataset import Split
 from xmc_midx.data.features import FeatureScaling
+from xmc_midx.data.known_labels import KnownLabels
 from xmc_midx.device import multiplies_bfloat16, release_freed_memory
 from xmc_midx.encoder import SparseEncoder, stored_encoder
 from xmc_midx.index import CellIndex, Effort, StoredIndex, tune_effort
@@ -68,7 +69,7 @@ class Finish:
     trainer : with the best model in its tables.
     validator : asks it, and then the stored one.
     training : the whole training split, the held-out instances too.
-    scaling : of its rows.
+    scaling, known_labels : of its rows and labels.
     reporter : receives the progress.
     first : of a further model of an ensemble, the run directory of the finished first one.
     """
@@ -81,11 +82,13 @@ class Finish:
         *,
         training: Split,
         scaling: FeatureScaling,
+        known_labels: KnownLabels,
         reporter: Reporter,
         first: RunDirectory | None,
     ) -> None:
         self.run_directory, self.config, self.trainer, self.validator = run, run.config, trainer, validator
-        self._training, self._scaling, self.reporter, self.first = training, scaling, reporter, first
+        self._training, self._scaling, self._known_labels = training, scaling, known_labels
+        self.reporter, self.first = reporter, first
 
     def keep_model(self, known: Mapping[str, torch.Tensor]) -> None:
         """Store the model, and let the stored one answer from now on: what is fitted to its answers is fitted to what
@@ -154,7 +157,7 @@ class Finish:
         # What is kept knows all training rows, the held-out ones too.
         rows = None
         if chosen.needs_neighbors and (self.first is None or self.first.settings_of_rows() is None):
-            rows = self._scaling(self._training.features), self._training.labels
+            rows = self._scaling(self._training.features), self._known_labels(self._training.labels)
         kept = ranker if chosen.needs_ranker else None
         self.run_directory.write_interpolation(
             chosen, training_rows=rows, ranker=kept, validation=validation, calibration=calibration

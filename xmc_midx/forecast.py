@@ -1,8 +1,9 @@
 """Layer 3. What a training will need: memory at its peak, disk, and time, from the data and a resolved configuration.
 
-Memory on the CPU, each term in bytes, with F, L, D, C, B, N as in the shape legend, nnz the stored feature values, Y
-the positives, `u` and `l` the rows of the two tables that an average batch touches, `g` its groups of instances and
-`p` the labels of a group's pool:
+Memory on the CPU, each term in bytes, with F, L, D, C, B, N as in the shape legend (F and L without the features and
+labels that get no row: `data.unused_features`, `data.unused_labels`), nnz the stored feature values, Y the positives,
+`u` and `l` the rows of the two tables that an average batch touches, `g` its groups of instances and `p` the labels of
+a group's pool:
 
 - libraries, 375 MB: interpreter, torch, compiled code and products
 - data, 0.5 x (8 (nnz + Y) + 8 N) of all splits: what reading them leaves, as the CSR matrices are mapped from the cache
@@ -39,7 +40,7 @@ it is (EXPERIMENTS.md, "Forecast").
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -179,9 +180,8 @@ def forecast(config: Config, data: TrainingData, *, cuda: bool = False, speed: S
     """
     model, sampler, training = config.model, config.sampler, config.training
     dim, batch, codewords = _number(model.dim), _number(training.batch_size), _number(sampler.num_codewords)
+    data = _of_rows(config, data)
     num_features, num_labels = data.feature_counts.shape[0], data.label_counts.shape[0]
-    if config.data.unused_features == "drop":
-        num_features = int(np.count_nonzero(data.feature_counts))
     label_bytes = 2 if model.label_precision == "bfloat16" else 4
     tables = (4 * dim + 4) * num_features + (label_bytes * dim + 4) * num_labels + 4 * model.num_hidden_layers * dim**2
     bits = 8 if model.storage == "int4" and dim % 2 else _STORED_BITS[model.storage]
@@ -286,7 +286,8 @@ def cheaper_options(config: Config, data: TrainingData, *, cuda: bool = False) -
         _number(config.training.batch_size),
         _number(config.sampler.num_draws),
     )
-    codewords = auto_num_codewords(data.label_counts.shape[0])
+    num_labels = _of_rows(config, data).label_counts.shape[0]
+    codewords = auto_num_codewords(num_labels)
     trials: dict[str, dict[str, dict[str, int | bool | str]]] = {
         f"model.dim={max(1, dim // 4)}": {"model": {"dim": max(1, dim // 4)}},
         f"model.dim={max(1, dim // 2)}": {"model": {"dim": max(1, dim // 2)}},
@@ -302,7 +303,7 @@ def cheaper_options(config: Config, data: TrainingData, *, cuda: bool = False) -
         trials["training.models_at_once=1"] = {"training": {"models_at_once": 1}}
     if cuda and config.sampler.name in HOST_SAMPLERS:
         trials["model.label_memory=host"] = {"model": {"label_memory": "host"}}
-    if cuda and _has_static_shapes(config, data.label_counts.shape[0]):
+    if cuda and _has_static_shapes(config, num_labels):
         trials["training.cuda_graphs=false"] = {"training": {"cuda_graphs": False}}
 
     def peak(settings: Config) -> int:
@@ -317,6 +318,19 @@ def cheaper_options(config: Config, data: TrainingData, *, cuda: bool = False) -
         costs.append((name, peak(Config.model_validate(tree))))
     now = peak(config)
     return sorted((cost for cost in costs if cost[1] < now), key=lambda cost: cost[1])[:3]
+
+
+def _of_rows(config: Config, data: TrainingData) -> TrainingData:
+    """Without the features and labels that get no row."""
+
+    def kept(counts: NDArray[np.int64], unused: str) -> NDArray[np.int64]:
+        return counts if unused == "keep" else counts[counts > 0]
+
+    return replace(
+        data,
+        feature_counts=kept(data.feature_counts, config.data.unused_features),
+        label_counts=kept(data.label_counts, config.data.unused_labels),
+    )
 
 
 def _has_static_shapes(config: Config, num_labels: int) -> bool:

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file
 from scipy.sparse import csr_matrix
 
 from xmc_midx.compiled import compiled, is_kept
-from xmc_midx.data.features import feature_frequencies, inverse_document_frequency, scale_rows, with_values
+from xmc_midx.data.features import column_counts, inverse_document_frequency, scale_rows, with_values
 from xmc_midx.intrinsics import AHEAD, fetch
 from xmc_midx.packing import pack_rows, unpack_rows
 from xmc_midx.selection import keep_best, write_best
@@ -322,14 +322,14 @@ def _levels(values: NDArray[Any]) -> NDArray[np.uint8]:
 
 def _feature_weights(features: csr_matrix, kept: NDArray[np.bool_], power: float) -> NDArray[np.float32]:
     """(F,): of a feature that is left out, or in no row, 0."""
-    counts = feature_frequencies(features)
+    counts = column_counts(features)
     idf = inverse_document_frequency(counts, features.shape[0])
     return np.where((counts > 0) & kept, idf**power, 0.0).astype(np.float32)
 
 
 def _kept_features(features: csr_matrix) -> NDArray[np.bool_]:
     """(F,): False for a feature that is in so many rows that its list is left out."""
-    counts = feature_frequencies(features)
+    counts = column_counts(features)
     kept = np.asarray(counts <= _MAX_SHARE * features.shape[0])
     squares = np.square(features.data, dtype=np.float64)
     if features.shape[0] <= _SMALL or squares[kept[features.indices]].sum() < _MIN_MASS * squares.sum():

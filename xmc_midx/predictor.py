@@ -17,6 +17,7 @@ from scipy.sparse import csr_matrix, issparse
 from xmc_midx.calibration import BACKGROUND, Calibration, calibrate
 from xmc_midx.checkpoint import map_model, refuse_misfits
 from xmc_midx.data.features import FeatureScaling, all_finite, rows_from_pairs
+from xmc_midx.data.known_labels import KnownLabels
 from xmc_midx.device import find_device, without_autocast
 from xmc_midx.encoder import SparseEncoder, stored_encoder
 from xmc_midx.errors import DataError, UsageError
@@ -51,6 +52,7 @@ class Predictor:
     ----------
     encoder, index : of the same model and device.
     scaling : of the feature rows; None: to length 1.
+    known_labels : the labels of the index's rows; None: 0..L-1.
     label_names : L names, or None where they are unknown.
     vocabulary : turns raw texts into features; None where the run has none.
     label_frequencies, num_train : (L,) int64 and N of the training split; None where unknown.
@@ -66,6 +68,7 @@ class Predictor:
         index: LabelIndex,
         *,
         scaling: FeatureScaling | None = None,
+        known_labels: KnownLabels | None = None,
         label_names: Sequence[str] | None = None,
         vocabulary: Vocabulary | None = None,
         label_frequencies: np.ndarray | None = None,
@@ -77,6 +80,7 @@ class Predictor:
         members: Sequence[Predictor] = (),
     ) -> None:
         self.encoder, self.index, self.scaling = encoder.eval(), index, scaling or FeatureScaling()
+        self.known_labels = known_labels or KnownLabels(num_labels=index.num_labels)
         self.label_names, self.vocabulary = label_names, vocabulary
         self.label_frequencies, self.num_train = label_frequencies, num_train
         self.interpolation, self.neighbors, self.ranker = interpolation or Interpolation(), neighbors, ranker
@@ -98,7 +102,7 @@ class Predictor:
                 for one in (self, *members)
             ]
             neighbors = next((one.neighbors for one in (self, *members) if one.neighbors is not None), None)
-            self._last_step = LastStep(scorers, self.label_frequencies, neighbors)
+            self._last_step = LastStep(scorers, self.known_labels.take(self.label_frequencies), neighbors)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is made of the rest: its views would be kept as arrays of their own."""
@@ -149,7 +153,7 @@ class Predictor:
             with refuse_misfits(path):
                 added = member.added(verify=verify, neighbors=neighbors)
                 one = cls._build(member, model, where, added, is_member=True)
-            fits = one.num_labels == found.num_labels and one.scaling.takes_as(found.scaling)
+            fits = one.known_labels.equals(found.known_labels) and one.scaling.takes_as(found.scaling)
             if not fits or one.encoder.num_features != found.encoder.num_features:
                 raise DataError(f"{path}: is of other features or labels than {directory.path}.", hint="It was edited.")
             with refuse_misfits(path):
@@ -180,11 +184,10 @@ class Predictor:
         else:
             tensors = torch.from_numpy(table.rows()).to(device), torch.from_numpy(bias).to(device)
             index = build_index(*tensors, exact=exact)
-        label_names = directory.label_names()
-        if label_names is not None and len(label_names) != index.num_labels:
-            raise DataError(
-                f"{directory.path / 'labels.txt'}: holds {len(label_names)} names, expected {index.num_labels}."
-            )
+        known_labels = KnownLabels.of(directory.config.data, model, index.num_labels)
+        num_labels, label_names = known_labels.num_labels, directory.label_names()
+        if label_names is not None and len(label_names) != num_labels:
+            raise DataError(f"{directory.path / 'labels.txt'}: holds {len(label_names)} names, expected {num_labels}.")
         encoder = stored_encoder(model, directory.config.model, device)
         for part in (added.neighbors, added.ranker):
             if part is not None and part.num_features != encoder.num_features:
@@ -193,9 +196,10 @@ class Predictor:
             encoder,
             index,
             scaling=FeatureScaling.of(directory.config.data, model, encoder.num_features),
+            known_labels=known_labels,
             label_names=label_names,
             vocabulary=directory.vocabulary(),
-            label_frequencies=np.asarray(model["train.label_frequencies"]),
+            label_frequencies=known_labels.spread(np.asarray(model["train.label_frequencies"])),
             num_train=int(model["train.num_instances"]),
             interpolation=added.settings,
             neighbors=added.neighbors,
@@ -210,7 +214,8 @@ class Predictor:
 
     @property
     def num_labels(self) -> int:
-        return self.index.num_labels
+        """L, of the data; the index may know fewer."""
+        return self.known_labels.num_labels
 
     def predict(
         self,
@@ -229,7 +234,8 @@ class Predictor:
         ----------
         instances : (N, F) feature rows (SciPy sparse or a NumPy array), one row or a sequence of rows as dictionaries
             `{feature: value}` or lists of pairs, one raw text or a sequence of them (with a vocabulary).
-        k : results an instance, >= 1; rows are padded with -1 where fewer labels may be returned.
+        k : results an instance, >= 1; rows are padded with -1 where fewer labels may be returned: no others than those
+            of training instances, where the model has no row for others.
         scores : `"logits"`, or the scores of `interpolation` where it is fitted, of an ensemble their mean; or
             `"probabilities"`.
         threshold : labels with a lower score are left out.
@@ -250,7 +256,7 @@ class Predictor:
             raise UsageError(f"scores is {scores!r}; expected 'logits' or 'probabilities'.")
         if scores == "probabilities":
             self.require_calibration()
-        allowed, denied = self._label_ids("allow", allow), self._label_ids("deny", deny)
+        allowed, denied = self._label_rows("allow", allow), self._label_rows("deny", deny)
         reporter.start("predict", features.shape[0])
         with without_autocast(self.encoder.bias.device.type):
             parts = []
@@ -276,7 +282,7 @@ class Predictor:
             top = search(queries, chunk, k, allow, deny)
             if np.isnan(top.scores).any():
                 _require_finite(np.logical_not(np.isnan(top.scores).any(axis=1)), rows.start)
-            yield top
+            yield TopK(label_ids=self.known_labels.labels_of(top.label_ids), scores=top.scores)
 
     def warm_up(self) -> None:
         """Load what the first prediction would: scikit-learn for texts, compiled code."""
@@ -333,7 +339,7 @@ class Predictor:
         scores = np.mean([one.scores for one in tops], axis=0) if len(tops) > 1 else tops[0].scores
         return TopK(label_ids=tops[0].label_ids[:, :k], scores=scores[:, :k])
 
-    def _label_ids(self, name: str, ids: Sequence[int] | np.ndarray | None) -> np.ndarray | None:
+    def _label_rows(self, name: str, ids: Sequence[int] | np.ndarray | None) -> np.ndarray | None:
         if ids is None:
             return None
         found = np.asarray(list(ids) if isinstance(ids, Set) else ids)
@@ -346,7 +352,7 @@ class Predictor:
             )
         if not 0 <= found.min() <= found.max() < self.num_labels:
             raise UsageError(f"{name}: holds a label id outside 0..{self.num_labels - 1}.")
-        return found.astype(np.int64)
+        return self.known_labels.rows_of(found.astype(np.int64))
 
     def _search(
         self,
@@ -362,7 +368,7 @@ class Predictor:
         if step is None:
             return top
         # The coefficients are fitted to a shortlist of so many, however many results are asked for.
-        reference, excluded_L = None, excluded_of(self.num_labels, *lists)
+        reference, excluded_L = None, excluded_of(self.index.num_labels, *lists)
         if excluded_L is not None:
             reference = self.index.search(query_BD, SHORTLIST)
         elif top.label_ids.shape[1] > SHORTLIST:

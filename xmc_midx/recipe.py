@@ -7,10 +7,10 @@ knows a dataset by name.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from xmc_midx.config import HOST_SAMPLERS, Config, SamplerConfig
+from xmc_midx.config import HOST_SAMPLERS, Config, DataConfig, SamplerConfig
 from xmc_midx.errors import UsageError
 
 __all__ = [
@@ -43,8 +43,10 @@ _RIVALLED_OF = 240_000
 do (EXPERIMENTS.md, "What a single feature says")."""
 
 
-_UNUSED_SHARE = 0.1
+_UNUSED_FEATURES = 0.1
 """Of the features, that no instance has: below it, a model has a row for every feature."""
+_UNUSED_LABELS = 0.05
+"""Of the labels, likewise."""
 _SHARED_BATCH = 512
 """Instances of a batch up to which it is twice as large from `CELLS_FROM` labels on: a pool costs the same for few and
 many (EXPERIMENTS.md, "Few instances, many labels")."""
@@ -140,8 +142,25 @@ class DataShape:
     """Of all instances."""
     num_used_features: int | None = None
     """Features that some instance has; None: all."""
+    num_used_labels: int | None = None
+    """Labels likewise."""
     has_counts: bool = False
     """Whether the features' values are raw counts."""
+
+    def of_rows(self, data: DataConfig) -> DataShape:
+        """The same without the features and labels that get no row, where the configuration says which do."""
+        features = self.num_features if data.unused_features == "keep" else self.used_features
+        labels = self.num_labels if data.unused_labels == "keep" else self.used_labels
+        # A table has a row at the least.
+        return replace(self, num_features=max(1, features), num_labels=max(1, labels))
+
+    @property
+    def used_features(self) -> int:
+        return self.num_features if self.num_used_features is None else self.num_used_features
+
+    @property
+    def used_labels(self) -> int:
+        return self.num_labels if self.num_used_labels is None else self.num_used_labels
 
 
 def resolve(config: Config, shape: DataShape) -> Config:
@@ -162,9 +181,11 @@ def resolve(config: Config, shape: DataShape) -> Config:
         if tree[section][key] == "auto":
             tree[section][key] = value
 
-    used = shape.num_features if shape.num_used_features is None else shape.num_used_features
-    has_unused = shape.num_features - used > _UNUSED_SHARE * shape.num_features
+    has_unused = shape.num_features - shape.used_features > _UNUSED_FEATURES * shape.num_features
     derive("data", "unused_features", "drop" if has_unused else "keep")
+    has_unused = shape.num_labels - shape.used_labels > _UNUSED_LABELS * shape.num_labels
+    derive("data", "unused_labels", "drop" if has_unused else "keep")
+    shape = shape.of_rows(DataConfig.model_validate(tree["data"]))
     # About 25 passes over 5,000 instances, 10 over 90,000, 5 over half a million.
     passes = min(30.0, max(3.0, 25 * (5000 / max(shape.num_instances, 1)) ** (1 / 3)))
     of_few = effort.ensembled // max(shape.num_instances, 1)
@@ -186,8 +207,8 @@ def resolve(config: Config, shape: DataShape) -> Config:
     num_epochs = tree["training"]["epochs"]
     derive("training", "encoder_learning_rate", 0.36 / math.sqrt(num_epochs))
     derive("model", "dim", effort.dim_of_few if of_few else effort.dim)
-    num_rows = (shape.num_features if tree["data"]["unused_features"] == "keep" else used) + shape.num_labels
-    is_alone = tree["training"]["ensemble_size"] == 1 or 4 * tree["model"]["dim"] * num_rows > _TABLES_AT_ONCE
+    table_bytes = 4 * tree["model"]["dim"] * (shape.num_features + shape.num_labels)
+    is_alone = tree["training"]["ensemble_size"] == 1 or table_bytes > _TABLES_AT_ONCE
     derive("training", "models_at_once", 1 if is_alone else 2)
     derive("model", "dropout", min(0.6, num_epochs / 20))
     # What the last step is fitted to is what is stored (EXPERIMENTS.md, "The saved model").
@@ -233,6 +254,7 @@ def as_started(config: Config) -> Config:
     for section, key, before in (
         ("data", "weighting", "none"),
         ("data", "unused_features", "keep"),
+        ("data", "unused_labels", "keep"),
         ("model", "storage", "int8"),
         ("sampler", "pool_instances", batch_size),
         ("sampler", "gradient_negatives", "all"),

@@ -50,8 +50,9 @@ __all__ = ["Added", "Provenance", "RunDirectory"]
 
 _Part = TypeVar("_Part", NeighborIndex, LinearRanker)
 _MODEL, _MODEL_RECORD = "model.safetensors", "model.json"
-_MODEL_FORMAT, _READ_FORMATS = 3, (1, 2, 3)
-"""The second may hold tables in int4, the third packed ones."""
+_MODEL_FORMAT, _READ_FORMATS = 4, (1, 2, 3, 4)
+"""The second may hold tables in int4, the third packed ones, the fourth rows of those labels alone that training
+instances have."""
 _CELLS = "cells.safetensors"
 _INTERPOLATION = "interpolation.json"
 _NEIGHBORS, _RANKER = "neighbors.safetensors", "ranker.safetensors"

@@ -25,6 +25,7 @@ from xmc_midx.data.batches import BatchStream
 from xmc_midx.data.cache import page_out
 from xmc_midx.data.dataset import Split
 from xmc_midx.data.features import FeatureScaling
+from xmc_midx.data.known_labels import KnownLabels
 from xmc_midx.device import find_device, keep_freed_memory, release_freed_memory
 from xmc_midx.errors import DataError, DivergedError
 from xmc_midx.finish import Finish
@@ -81,23 +82,24 @@ class TrainingSession:
         if device.type == "cpu":
             keep_freed_memory()
         self._scaling = FeatureScaling.fit(config.data, training.features)
-        features = self._scaling(training.features)
+        self._known_labels = KnownLabels.fit(config.data, training.labels)
+        features, labels = self._scaling(training.features), self._known_labels(training.labels)
         assert isinstance(config.data.validation_fraction, float), "the configuration is resolved"
-        kept, held_out = hold_out(features, training.labels, config.data.validation_fraction, config.training.seed)
+        kept, held_out = hold_out(features, labels, config.data.validation_fraction, config.training.seed)
         self.num_held_out = int(held_out.size)
-        asked = (features[held_out], training.labels[held_out]) if held_out.size else None
-        labels = training.labels
+        asked = (features[held_out], labels[held_out]) if held_out.size else None
+        whole = _label_counts(labels)
         self._training = training
         if held_out.size:
             features, labels = features[kept], labels[kept]
         self.frequencies = _label_counts(labels)
-        """(L,) int32, of the instances that train the model."""
-        whole = self.frequencies if not held_out.size else _label_counts(training.labels)
+        """(L,) int32, of the instances that train the model, of the labels that have a row."""
         self._known = {
             "train.label_frequencies": torch.from_numpy(whole),
-            "train.num_instances": torch.tensor(training.labels.shape[0]),
+            "train.num_instances": torch.tensor(training.num_instances),
         }
-        self._known |= {name: torch.from_numpy(array) for name, array in self._scaling.arrays().items()}
+        arrays = self._scaling.arrays() | self._known_labels.arrays()
+        self._known |= {name: torch.from_numpy(array) for name, array in arrays.items()}
         assert isinstance(config.training.batch_size, int)
         stream = BatchStream(
             features, labels, batch_size=config.training.batch_size, seed=config.training.seed, row_numbers=kept
@@ -264,6 +266,7 @@ class TrainingSession:
             self.validator,
             training=self._training,
             scaling=self._scaling,
+            known_labels=self._known_labels,
             reporter=self.reporter,
             first=self.first,
         )

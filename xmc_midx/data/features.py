@@ -24,7 +24,8 @@ __all__ = [
     "FeatureScaling",
     "all_finite",
     "are_counts",
-    "feature_frequencies",
+    "column_counts",
+    "columns",
     "inverse_document_frequency",
     "normalize_rows",
     "row_hashes",
@@ -64,10 +65,10 @@ class FeatureScaling:
         """As a resolved configuration says, with the idf of all training rows."""
         idf, kept = None, None
         if config.weighting == "tf-idf":
-            idf = inverse_document_frequency(feature_frequencies(features), features.shape[0])
+            idf = inverse_document_frequency(column_counts(features), features.shape[0])
         if config.unused_features == "drop":
             # A table has a row at the least.
-            used = np.flatnonzero(feature_frequencies(features))
+            used = np.flatnonzero(column_counts(features))
             kept = (used if used.size else np.zeros(1)).astype(np.int32)
         return cls(
             normalize=config.normalize,
@@ -120,7 +121,7 @@ class FeatureScaling:
             _weigh(values, features.indices, self.idf)
             features = with_values(features, values)
         features = normalize_rows(features) if self.normalize == "l2" else features
-        return features if self.kept is None else _columns(features, self.kept)
+        return features if self.kept is None else columns(features, self.kept)
 
 
 AS_GIVEN = FeatureScaling(normalize="none")
@@ -140,9 +141,9 @@ def are_counts(features: csr_matrix) -> bool:
     return largest > 1
 
 
-def feature_frequencies(features: csr_matrix) -> NDArray[np.int64]:
-    """(F,): the rows that have a feature."""
-    return np.bincount(features.indices, minlength=features.shape[1])
+def column_counts(matrix: csr_matrix) -> NDArray[np.int64]:
+    """(F,): the rows that have an entry in a column, each of which a row has once at most."""
+    return np.bincount(matrix.indices, minlength=matrix.shape[1])
 
 
 def inverse_document_frequency(frequencies: NDArray[Any], num_rows: int) -> NDArray[np.float32]:
@@ -176,7 +177,7 @@ def with_values(features: csr_matrix, values: NDArray[Any]) -> csr_matrix:
     return found
 
 
-def _columns(features: csr_matrix, ids: NDArray[np.int32]) -> csr_matrix:
+def columns(features: csr_matrix, ids: NDArray[np.int32]) -> csr_matrix:
     """(N, F) -> (N, R): the columns of R rising ids."""
     places = np.searchsorted(ids, features.indices).astype(np.int32)
     is_there = ids[np.minimum(places, len(ids) - 1)] == features.indices

@@ -3,8 +3,8 @@
 A label's vector is (row, bias, sqrt(M^2 - |row|^2 - bias^2)), (D + 2,), with M the longest of (row, bias); a query is
 (z, 1, 0). Their inner product is the logit, and the last coordinate gives all vectors the length M, without which a
 graph or a clustering by inner product misses what it looks for: on gnd-tib, recall@5 of HNSW 0.99 instead of 0.49
-(EXPERIMENTS.md, "Exports"; the reduction is Bachrach et al.'s, RecSys 2014). Position i of an index is label i, so the
-ids that a search returns are label ids.
+(EXPERIMENTS.md, "Exports"; the reduction is Bachrach et al.'s, RecSys 2014). The ids that a search returns are label
+ids: the positions, or, where the model does not know all labels, what an IndexIDMap makes of them.
 """
 
 from __future__ import annotations
@@ -47,24 +47,29 @@ def export_faiss(source: ExportSource, queries: Queries | None, target: Path) ->
 
     hnsw = faiss.IndexHNSWFlat(dim, _LINKS, faiss.METRIC_INNER_PRODUCT)
     hnsw.hnsw.efConstruction = _BUILD_EFFORT
-    hnsw.add(vectors)
-    most = min(_MOST_EFFORT, max(16, source.num_labels))
+    ids = source.model.known_labels.ids
+    graph = hnsw if ids is None else faiss.IndexIDMap(hnsw)
+    if ids is None:
+        graph.add(vectors)
+    else:
+        graph.add_with_ids(vectors, ids.astype(np.int64))
+    most = min(_MOST_EFFORT, max(16, source.num_rows))
 
     def hnsw_at(effort: int) -> Search:
         def search(query_BD: NDArray[np.float32]) -> NDArray[np.int64]:
             hnsw.hnsw.efSearch = effort
-            return _search(hnsw, query_BD)
+            return _search(graph, query_BD)
 
         return search
 
     effort = tune(queries, hnsw_at, first=16, last=most)
     hnsw.hnsw.efSearch = effort
 
-    num_lists = max(1, min(source.num_labels // 39, round(4 * math.sqrt(source.num_labels))))
+    num_lists = max(1, min(source.num_rows // 39, round(4 * math.sqrt(source.num_rows))))
     quantizer = faiss.IndexFlatIP(dim)
     ivf = faiss.IndexIVFFlat(quantizer, dim, num_lists, faiss.METRIC_INNER_PRODUCT)
     ivf.train(vectors)
-    ivf.add_with_ids(vectors, np.arange(source.num_labels, dtype=np.int64))
+    ivf.add_with_ids(vectors, np.arange(source.num_rows, dtype=np.int64) if ids is None else ids.astype(np.int64))
 
     def ivf_at(num_probes: int) -> Search:
         def search(query_BD: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -76,7 +81,7 @@ def export_faiss(source: ExportSource, queries: Queries | None, target: Path) ->
     num_probes = tune(queries, ivf_at, first=1, last=num_lists)
     ivf.nprobe = num_probes
 
-    faiss.write_index(hnsw, str(target / "hnsw.faiss"))
+    faiss.write_index(graph, str(target / "hnsw.faiss"))
     faiss.write_index(ivf, str(target / "ivf.faiss"))
     source.copy_names(target)
     kinds: list[tuple[str, Search, dict[str, int]]] = [

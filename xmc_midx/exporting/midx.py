@@ -29,9 +29,9 @@ __all__ = ["FORMAT", "export_midx"]
 
 FORMAT = "xmc-midx export"
 VERSION = 1
-_WEIGHTED_VERSION, _NUMBERED_VERSION = 2, 3
-"""With `features.idf`, and with `features.ids`: a reader of an earlier version would leave the weights out, and take
-the features of neighbours and ranker for others."""
+_WEIGHTED_VERSION, _NUMBERED_VERSION, _KNOWN_VERSION = 2, 3, 4
+"""With `features.idf`, with `features.ids`, with `labels.ids`: a reader of an earlier version would leave the weights
+out, and take features of neighbours and ranker, and labels, for others."""
 _FEWEST = 64
 """Candidates that the search for the right number begins with."""
 
@@ -55,14 +55,17 @@ def export_midx(source: ExportSource, queries: Queries | None, target: Path) -> 
     version = VERSION if idf is None else _WEIGHTED_VERSION
     if source.model.scaling.kept is not None:
         tensors["features.ids"], version = source.model.scaling.kept, _NUMBERED_VERSION
+    known_labels = source.model.known_labels
+    if known_labels.ids is not None:
+        tensors["labels.ids"], version = known_labels.ids, _KNOWN_VERSION
     save_file(
         {name: np.ascontiguousarray(tensor) for name, tensor in (tensors | index).items()}, target / "model.safetensors"
     )
 
     def search_at(num_candidates: int) -> Search:
-        return lambda query_BD: _search(query_BD, index, table, bias, num_candidates)
+        return lambda query_BD: known_labels.labels_of(_search(query_BD, index, table, bias, num_candidates))
 
-    num_candidates = tune(queries, search_at, first=min(_FEWEST, source.num_labels), last=source.num_labels)
+    num_candidates = tune(queries, search_at, first=min(_FEWEST, source.num_rows), last=source.num_rows)
     settings = {"num_candidates": num_candidates}
     measured = [Measurement.missing("midx", settings)]
     if queries is not None:
@@ -100,7 +103,7 @@ def _encoder_tensors(source: ExportSource) -> dict[str, NDArray[Any]]:
 
 def _build_index(source: ExportSource) -> dict[str, NDArray[Any]]:
     """The codewords; the cells that hold labels, each with its two codes, its labels and its bias."""
-    num_labels, options = source.num_labels, source.model.config.sampler
+    num_labels, options = source.num_rows, source.model.config.sampler
     num_codewords = options.num_codewords if isinstance(options.num_codewords, int) else auto_num_codewords(num_labels)
     generator = torch.Generator().manual_seed(0)
     table_LD = source.model.label_table.float()

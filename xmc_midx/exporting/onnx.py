@@ -102,7 +102,9 @@ def _measure(session: Any, source: ExportSource, queries: Queries | None) -> tup
     largest = float(np.abs(query_ND - queries.vectors).max(initial=0.0))
     if largest > _TOLERANCE * max(float(np.abs(queries.vectors).max(initial=0.0)), 1.0):
         raise DataError(f"onnxruntime's queries differ from torch's by {largest:.2g}; expected rounding alone.")
-    found = exact_topk(torch.from_numpy(query_ND), table, bias, MEASURED_K).label_ids
+    found = source.model.known_labels.labels_of(
+        exact_topk(torch.from_numpy(query_ND), table, bias, MEASURED_K).label_ids
+    )
     seconds = seconds_each(lambda rows: run(queries.features[rows]), len(query_ND))
     scaling = source.model.scaling
     torch_seconds = seconds_each(lambda rows: source.model.encode(scaling(queries.features[rows])), len(query_ND))

@@ -96,6 +96,12 @@ class ExportSource:
 
     @property
     def num_labels(self) -> int:
+        """L, of the data."""
+        return self.model.known_labels.num_labels
+
+    @property
+    def num_rows(self) -> int:
+        """R, of the label table: labels that the model knows."""
         return int(self.model.bias.shape[0])
 
     @property
@@ -116,11 +122,11 @@ class ExportSource:
         return table_FD
 
     def table(self) -> NDArray[np.float32]:
-        """(L, D) label vectors."""
+        """(R, D) label vectors."""
         return self.model.label_table.float().numpy()
 
     def bias(self) -> NDArray[np.float32]:
-        """(L,)."""
+        """(R,)."""
         return self.model.bias.float().numpy()
 
     def facts(self) -> dict[str, Any]:
@@ -129,6 +135,7 @@ class ExportSource:
         return {
             "num_features": self.num_features,
             "num_labels": self.num_labels,
+            "num_label_rows": self.num_rows,
             "dim": self.dim,
             "num_hidden_layers": config.num_hidden_layers,
             "activation": config.activation,
@@ -165,7 +172,7 @@ class Queries:
             return None
         query_ND = source.model.encode(source.model.scaling(features))
         table, bias = source.model.label_table, source.model.bias
-        exact = exact_topk(query_ND, table, bias, MEASURED_K).label_ids
+        exact = source.model.known_labels.labels_of(exact_topk(query_ND, table, bias, MEASURED_K).label_ids)
         seconds = seconds_each(lambda row: exact_topk(query_ND[row], table, bias, MEASURED_K), len(query_ND))
         return cls(features=features, vectors=query_ND.numpy(), exact_ids=exact, exact_microseconds=1e6 * seconds)
 

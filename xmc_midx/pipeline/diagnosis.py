@@ -11,7 +11,7 @@ from typing import Any
 
 from xmc_midx.config import SAMPLER_NAMES
 from xmc_midx.data.dataset import Data, load_dataset
-from xmc_midx.errors import UsageError
+from xmc_midx.errors import DataError, UsageError
 from xmc_midx.pipeline.inputs import called, check_sizes, say_which, training_split
 from xmc_midx.rundir import RunDirectory
 from xmc_midx.types import Reporter, SamplerDiagnosis, SilentReporter
@@ -121,15 +121,21 @@ def diagnose(
     config = model.config
     dataset = load_dataset(data)
     split = training_split(dataset, data)
-    check_sizes(dataset, num_features=model.num_features, num_labels=model.label_table.shape[0])
+    check_sizes(dataset, num_features=model.num_features, num_labels=model.known_labels.num_labels)
     batch_size, draws = config.training.batch_size, num_draws or config.sampler.num_draws
     assert isinstance(batch_size, int) and isinstance(draws, int), "the configuration is resolved"
     started = time.perf_counter()
-    rows = choose_instances(split.labels, max(num_instances, batch_size), seed)
+    labels = model.known_labels(split.labels)
+    rows = choose_instances(labels, max(num_instances, batch_size), seed)
+    if not rows.size:
+        raise DataError(
+            f"{called(dataset, data)}: no instance has a label that the model has a row for.",
+            hint="Give the data that it was trained on.",
+        )
     features = model.scaling(split.features[rows])
     figures = diagnose_samplers(
         model,
-        Instances.build(model.encode(features, dropout=dropout, seed=seed), split.labels[rows]),
+        Instances.build(model.encode(features, dropout=dropout, seed=seed), labels[rows]),
         names=names,
         num_draws=draws,
         num_instances=num_instances,
@@ -143,7 +149,7 @@ def diagnose(
         samplers=figures,
         run=str(run),
         data=called(dataset, data),
-        num_labels=dataset.num_labels,
+        num_labels=labels.shape[1],
         num_instances=min(num_instances, rows.size),
         batch_size=min(batch_size, rows.size),
         estimator=config.sampler.estimator,

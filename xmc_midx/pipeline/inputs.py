@@ -61,14 +61,15 @@ def called(dataset: XmcDataset, data: Data) -> str:
 
 def shape_of(dataset: XmcDataset, training: Split) -> DataShape:
     """What the recipe derives open values from."""
-    from xmc_midx.data.features import are_counts, feature_frequencies
+    from xmc_midx.data.features import are_counts, column_counts
 
     return DataShape(
         num_instances=training.features.shape[0],
         num_features=dataset.num_features,
         num_labels=dataset.num_labels,
         num_positives=training.labels.nnz,
-        num_used_features=int(np.count_nonzero(feature_frequencies(training.features))),
+        num_used_features=int(np.count_nonzero(column_counts(training.features))),
+        num_used_labels=int(np.count_nonzero(column_counts(training.labels))),
         has_counts=are_counts(training.features),
     )
 

@@ -92,6 +92,7 @@ def plan(
             num_labels=data.label_counts.shape[0],
             num_positives=int(data.label_counts.sum()),
             num_used_features=int(np.count_nonzero(data.feature_counts)),
+            num_used_labels=int(np.count_nonzero(data.label_counts)),
         )
     else:
         reporter.start("read", None)
@@ -106,8 +107,9 @@ def plan(
     batch, dim, draws = resolved.training.batch_size, resolved.model.dim, resolved.sampler.num_draws
     assert isinstance(batch, int) and isinstance(dim, int) and isinstance(draws, int), "the configuration is resolved"
     device = find_device(resolved.training.device)
-    precision = find_precision(resolved.training.precision, device, shape.num_labels)
-    size = min(batch, shape.num_instances, 4096), min(draws, shape.num_labels, 8192), min(dim, 4096)
+    num_labels = shape.of_rows(resolved.data).num_labels
+    precision = find_precision(resolved.training.precision, device, num_labels)
+    size = min(batch, shape.num_instances, 4096), min(draws, num_labels, 8192), min(dim, 4096)
     flops, rate = measure_speed(*size, precision, device)
     speed = Speed(flops=flops, bytes=rate, rounds_slopes=rounds_slopes(device))
     if config.training.models_at_once == "auto":
@@ -218,6 +220,7 @@ def memory_failures(config: Config, dataset: XmcDataset, training: Split) -> Ite
 
 
 def _training_data(dataset: XmcDataset, training: Split) -> TrainingData:
+    from xmc_midx.data.features import column_counts
     from xmc_midx.forecast import TrainingData
 
     matrices = [
@@ -225,8 +228,8 @@ def _training_data(dataset: XmcDataset, training: Split) -> TrainingData:
     ]
     return TrainingData(
         num_instances=training.num_instances,
-        feature_counts=np.bincount(training.features.indices, minlength=dataset.num_features),
-        label_counts=np.bincount(training.labels.indices, minlength=dataset.num_labels),
+        feature_counts=column_counts(training.features),
+        label_counts=column_counts(training.labels),
         loaded_bytes=sum(m.data.nbytes + m.indices.nbytes + m.indptr.nbytes for m in matrices),
     )
 

@@ -38,6 +38,10 @@ _ROUNDED_FROM = 512
 """Labels from which that pays."""
 
 
+_ENOUGH_STEPS = 530
+"""Of a training, below which sampled labels need larger ones (EXPERIMENTS.md, "Labels without instances")."""
+
+
 _RIVALLED_OF = 240_000
 """Instances of which so many say enough: more of gnd-tib's 84,000 gain nothing, more of yso-finna-en's half a million
 do (EXPERIMENTS.md, "What a single feature says")."""
@@ -304,5 +308,8 @@ def _label_learning_rate(share: float, num_steps: float) -> float:
     """Rows that are updated at every step of a long training need small steps, rows that are met a few times need
     large ones: the rate falls with the root of a row's updates (EXPERIMENTS.md, "Label rates"). Where a part of the
     labels is sampled, less than 0.01 was no better; the bound falls to 0.001 where all of them are."""
+    sampled = 1.0 - share * share
     rate = 4e-3 * math.sqrt(1000 / max(share * num_steps, 1.0))
-    return min(2e-2, max(1e-3 + 9e-3 * (1.0 - share * share), rate))
+    # A training that is short besides leaves the tail behind.
+    rate *= max(1.0, _ENOUGH_STEPS / max(num_steps, 1.0)) ** (sampled / 2)
+    return min(2e-2, max(1e-3 + 9e-3 * sampled, rate))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import MOST_MODELS
+from conftest import PRESETS
 from scipy.sparse import csr_matrix
 
 from xmc_midx import Predictor, evaluate, load_config, recipe, resume, train
@@ -364,13 +364,14 @@ def test_the_forecast_counts_every_model(topic_dir: Path) -> None:
 
 
 def test_best_and_few_instances_make_an_ensemble(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "_MOST_MODELS", MOST_MODELS)
+    monkeypatch.setattr(recipe, "_PRESETS", PRESETS)
 
     def size(num_instances: int, *assignments: str) -> object:
         shape = DataShape(num_instances=num_instances, num_features=9, num_labels=9, num_positives=num_instances)
         return resolve(load_config(assignments=assignments), shape).training.ensemble_size
 
-    assert [size(n, "training.preset=best") for n in (1, 10**6)] == [5, 5]
+    counts = (1, 13_107, 13_108, 14_564, 21_845, 21_846, 10**6)
+    assert [size(n, "training.preset=best") for n in counts] == [10, 10, 9, 8, 6, 5, 5]
     assert size(10**6) == 2 and size(10**6, "training.preset=fast") == 1
     assert [size(n) for n in (1, 1000, 1638, 1639, 2048, 2730, 4096, 4097)] == [5, 5, 5, 4, 4, 3, 2, 2]
     assert size(10, "training.preset=fast") == 1 and size(10, "training.ensemble_size=2") == 2

@@ -14,7 +14,7 @@ import pytest
 import test_pipeline
 import torch
 import victims
-from conftest import MOST_MODELS
+from conftest import PRESETS
 from test_ensemble import make_config
 
 from xmc_midx import Predictor, load_config, recipe, resume, train
@@ -437,7 +437,7 @@ def test_a_gpu_and_a_single_thread_train_one_at_a_time() -> None:
 
 
 def test_large_tables_are_trained_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "_MOST_MODELS", MOST_MODELS)
+    monkeypatch.setattr(recipe, "_PRESETS", PRESETS)
 
     def at_once(num_labels: int, num_features: int, *assignments: str, used: int | None = None) -> object:
         shape = DataShape(

@@ -61,8 +61,6 @@ would be a third (as above)."""
 
 _TABLES_AT_ONCE = 1 << 30
 """Bytes of a model's two tables up to which another is trained beside it."""
-_MOST_MODELS = 5
-"""Of an ensemble whose size is not given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +90,9 @@ class _Effort:
     """Models that predict together, at least (EXPERIMENTS.md, "Ensembles")."""
     ensembled: int
     """Of few instances, what is learned depends much on the seed and on which are held out: as many models as see so
-    many instances in all, at most five."""
+    many instances in all."""
+    most_models: int
+    """But no more."""
 
 
 _PRESETS = {
@@ -107,6 +107,7 @@ _PRESETS = {
         num_rivalled=10_000,
         ensemble_size=1,
         ensembled=0,
+        most_models=1,
     ),
     "default": _Effort(
         epochs=1.0,
@@ -119,6 +120,7 @@ _PRESETS = {
         num_rivalled=30_000,
         ensemble_size=2,
         ensembled=1 << 13,
+        most_models=5,
     ),
     "best": _Effort(
         epochs=1.2,
@@ -130,7 +132,8 @@ _PRESETS = {
         pool_instances=1024,
         num_rivalled=60_000,
         ensemble_size=5,
-        ensembled=0,
+        ensembled=1 << 17,
+        most_models=10,
     ),
 }
 
@@ -193,7 +196,7 @@ def resolve(config: Config, shape: DataShape) -> Config:
     # About 25 passes over 5,000 instances, 10 over 90,000, 5 over half a million.
     passes = min(30.0, max(3.0, 25 * (5000 / max(shape.num_instances, 1)) ** (1 / 3)))
     of_few = effort.ensembled // max(shape.num_instances, 1)
-    derive("training", "ensemble_size", min(_MOST_MODELS, max(effort.ensemble_size, of_few)))
+    derive("training", "ensemble_size", min(effort.most_models, max(effort.ensemble_size, of_few)))
     share = effort.epochs if tree["training"]["ensemble_size"] == 1 else effort.epochs_of_each
     derive("training", "epochs", max(2, round(share * passes)))
     instances_a_step = shape.num_instances * passes / _TARGET_STEPS

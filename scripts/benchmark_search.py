@@ -227,7 +227,9 @@ def main() -> None:
         alone = 1e6 * statistics.median(single[name]) if single[name] else None
         report["results"].append({"name": name, "recall@5": recall, "microseconds": us, "microseconds_alone": alone})
     if arguments.pecos is not None:
-        report["results"] += pecos_results(arguments.pecos, normalize_rows(asked), len(bias), arguments.threads)
+        report["results"] += pecos_results(
+            arguments.pecos, normalize_rows(asked), predictor.num_labels, arguments.threads
+        )
     print(f"{'search':44} {'recall@5':>9} {'µs a query':>11} {'exact / it':>10} {'alone, µs':>10} {'exact / it':>10}")
     scan = report["results"][0]
     for row in report["results"]:

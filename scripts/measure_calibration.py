@@ -30,7 +30,7 @@ def main() -> None:
     )
     for run, data in zip(arguments.pairs[::2], arguments.pairs[1::2], strict=True):
         predictor, split = Predictor.load(run), load_dataset(data).split("test")
-        k = min(BACKGROUND, predictor.num_labels)
+        k = min(BACKGROUND, predictor.index.num_labels)
         stated = predictor.predict(split.features, k=k, scores="probabilities")
         plain = predictor.predict(split.features, k=k)
         plain = TopK(label_ids=plain.label_ids, scores=softmax(plain.scores.astype(float), axis=1).astype(np.float32))

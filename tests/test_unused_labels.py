@@ -20,8 +20,10 @@ from xmc_midx import Config, Predictor, evaluate, export, resume, train
 from xmc_midx.config import DataConfig
 from xmc_midx.data.known_labels import LABEL_IDS, NUM_LABELS, KnownLabels
 from xmc_midx.errors import DataError
-from xmc_midx.pipeline import diagnose, plan
+from xmc_midx.index import CellIndex
+from xmc_midx.pipeline import diagnose, plan, predict
 from xmc_midx.recipe import DataShape, resolve
+from xmc_midx.types import SilentReporter
 
 READER = Path(__file__).parents[1] / "scripts" / "read_midx.py"
 NUM_NAMED = 911
@@ -80,6 +82,24 @@ def test_a_model_is_that_of_the_used_labels(runs: tuple[Path, Path], splits: tup
     assert reports[0] == reports[1]
 
 
+def test_a_training_says_how_many_they_are(splits: tuple[Pair, Pair, np.ndarray], tmp_path: Path) -> None:
+    (X, Y), _, ids = splits
+    messages: list[str] = []
+
+    class Listener(SilentReporter):
+        def message(self, text: str) -> None:
+            messages.append(text)
+
+    # A sampler that is chosen is said to draw all rows, not all labels.
+    chosen = {"training": {"epochs": 1, "ensemble_size": 1}, "sampler": {"name": "uniform"}}
+    train((X, spread(Y, ids)), output=tmp_path / "named", config=chosen, reporter=Listener())
+    assert sum("889 of 911 labels have no training instance" in text for text in messages) == 1
+    assert sum("22 draws hold all 22 labels" in text for text in messages) == 1
+    messages.clear()
+    train((X, Y), output=tmp_path / "few", config=chosen, reporter=Listener())
+    assert "labels have no training instance" not in "".join(messages)
+
+
 def test_a_true_label_without_a_row_is_missed(runs: tuple[Path, Path], splits: tuple[Pair, Pair, np.ndarray]) -> None:
     """It counts in what there was to find, as a label that was never ranked first does."""
     _, (X_test, Y_test), ids = splits
@@ -106,6 +126,45 @@ def test_lists_of_labels(runs: tuple[Path, Path], splits: tuple[Pair, Pair, np.n
     assert (predictor.predict(X_test, deny=unknown).label_ids == predictor.predict(X_test).label_ids).all()
 
 
+def test_label_cells_and_packed_tables_know_them(
+    splits: tuple[Pair, Pair, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xmc_midx.finish.CELLS_FROM", 2)
+    (X, Y), (X_test, _), ids = splits
+    stored = QUICK | {"model": {"dim": 16, "storage": "int4"}}
+    train((X, Y), output=tmp_path / "few", config=stored)
+    train((X, spread(Y, ids)), output=tmp_path / "named", config=stored)
+    few_predictor, predictor = Predictor.load(tmp_path / "few"), Predictor.load(tmp_path / "named")
+    assert isinstance(predictor.index, CellIndex)
+    expected, found = few_predictor.predict(X_test), predictor.predict(X_test)
+    assert (ids[expected.label_ids] == found.label_ids).all() and (expected.scores == found.scores).all()
+    assert found.label_ids.dtype == expected.label_ids.dtype == np.int64
+    # A list that denies what has no row denies nothing.
+    unknown = np.setdiff1d(np.arange(NUM_NAMED), ids)
+    assert (predictor.predict(X_test, deny=unknown).scores == found.scores).all()
+
+
+def test_a_list_of_names_without_rows_is_said_to_be_one(
+    runs: tuple[Path, Path], splits: tuple[Pair, Pair, np.ndarray], tmp_path: Path
+) -> None:
+    _, (X_test, _), ids = splits
+    unknown = np.setdiff1d(np.arange(NUM_NAMED), ids)
+    messages: list[str] = []
+
+    class Listener(SilentReporter):
+        def message(self, text: str) -> None:
+            messages.append(text)
+
+    (tmp_path / "allow.txt").write_text(f"{unknown[0]}\n{ids[3]}\n{unknown[9]}\n")
+    top = predict(runs[1], input=X_test, allow=tmp_path / "allow.txt", reporter=Listener()).top
+    assert set(top.label_ids[:, 0].tolist()) == {ids[3]} and (top.label_ids[:, 1:] == -1).all()
+    assert sum("2 of its 3 labels have no training instance" in text for text in messages) == 1
+    messages.clear()
+    (tmp_path / "allow.txt").write_text(f"{ids[3]}\n")
+    predict(runs[1], input=X_test, allow=tmp_path / "allow.txt", reporter=Listener())
+    assert "have no training instance" not in "".join(messages)
+
+
 @pytest.mark.parametrize("format", ["midx", "onnx", "faiss"])
 def test_exports_answer_with_the_ids_that_labels_have(
     format: str, runs: tuple[Path, Path], splits: tuple[Pair, Pair, np.ndarray], tmp_path: Path
@@ -114,6 +173,7 @@ def test_exports_answer_with_the_ids_that_labels_have(
     _, (X_test, Y_test), ids = splits
     result = export(runs[1], output=tmp_path / "out", format=format, data=(X_test, spread(Y_test, ids)))
     assert result.num_instances > 0 and result.measured[0].recall_5 > 0.98 and result.num_labels == NUM_NAMED
+    assert result.as_dict()["num_label_rows"] == len(ids)
     facts = json.loads((tmp_path / "out" / "export.json").read_bytes())
     assert (facts["model"]["num_labels"], facts["model"]["num_label_rows"]) == (NUM_NAMED, len(ids))
     few = load_file(runs[0] / "model.safetensors")

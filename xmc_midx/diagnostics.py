@@ -68,11 +68,11 @@ class TrainedModel:
     """Resolved."""
     encoder: SparseEncoder
     label_table: torch.Tensor
-    """(L, D) float32, of the labels that have a row."""
+    """(R, D) float32: L without the labels that have no row."""
     bias: torch.Tensor
-    """(L,) float32."""
+    """(R,) float32."""
     frequencies: torch.Tensor
-    """(L,) integers, training instances of each label."""
+    """(R,) integers, training instances of each label."""
     num_train: int
     """N of the training split."""
     scaling: FeatureScaling

@@ -55,7 +55,7 @@ class Predictor:
     known_labels : the labels of the index's rows; None: 0..L-1.
     label_names : L names, or None where they are unknown.
     vocabulary : turns raw texts into features; None where the run has none.
-    label_frequencies, num_train : (L,) int64 and N of the training split; None where unknown.
+    label_frequencies, num_train : (L,) integers and N of the training split; None where unknown.
     interpolation, neighbors, ranker : what is added to the model's scores (`xmc_midx.interpolation`); None: nothing.
     calibration : what makes probabilities of the scores; None where no instances were held out.
     members : further models of the same data: of the labels and neighbours that this one finds, the scores of all are
@@ -257,6 +257,8 @@ class Predictor:
         if scores == "probabilities":
             self.require_calibration()
         allowed, denied = self._label_rows("allow", allow), self._label_rows("deny", deny)
+        if denied is not None and not denied.size:
+            denied = None  # nothing to look out for: the search may be the faster one
         reporter.start("predict", features.shape[0])
         with without_autocast(self.encoder.bias.device.type):
             parts = []

@@ -74,8 +74,8 @@ class _Effort:
     dim: int
     """Of each model."""
     dim_of_few: int
-    """Where instances are no more than `ensembled`: the smallest sets gain, and it costs little (EXPERIMENTS.md,
-    "Ensembles")."""
+    """The same where instances are no more than `ensembled`: the smallest sets gain, and it costs little
+    (EXPERIMENTS.md, "Ensembles")."""
     num_draws: int
     """Where there are more labels than a pool holds, at most."""
     num_pairs: int
@@ -313,6 +313,7 @@ def _label_learning_rate(share: float, num_steps: float) -> float:
     labels is sampled, less than 0.01 was no better; the bound falls to 0.001 where all of them are."""
     sampled = 1.0 - share * share
     rate = 4e-3 * math.sqrt(1000 / max(share * num_steps, 1.0))
-    # A training that is short besides leaves the tail behind.
-    rate *= max(1.0, _ENOUGH_STEPS / max(num_steps, 1.0)) ** (sampled / 2)
+    # Sampled labels need larger steps in a short training, or the tail is left behind; all labels do not: the exponent
+    # is a half where few are drawn, nothing where all are.
+    rate *= math.pow(max(1.0, _ENOUGH_STEPS / max(num_steps, 1.0)), sampled / 2)
     return min(2e-2, max(1e-3 + 9e-3 * sampled, rate))

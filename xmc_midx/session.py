@@ -93,7 +93,7 @@ class TrainingSession:
         if held_out.size:
             features, labels = features[kept], labels[kept]
         self.frequencies = _label_counts(labels)
-        """(L,) int32, of the instances that train the model, of the labels that have a row."""
+        """(R,) int32, of the instances that train the model, of the labels that have a row."""
         self._known = {
             "train.label_frequencies": torch.from_numpy(whole),
             "train.num_instances": torch.tensor(training.num_instances),

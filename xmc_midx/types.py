@@ -272,7 +272,8 @@ class Sampler(Protocol):
 
 
 class LabelIndex(Protocol):
-    """Finds the labels with the largest logits of a query."""
+    """Finds the labels with the largest logits of a query, by their rows in the table: where some labels have none,
+    `Predictor` knows which label a row is of."""
 
     @property
     def num_labels(self) -> int: ...

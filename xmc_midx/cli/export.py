@@ -74,7 +74,7 @@ def _print_export(result: ExportResult, run: str) -> None:
             "Recall was not measured: the run's data is not there any more. Give some with --data, to a new OUT."
         )
     else:
-        title = f"Against the exact search over {result.num_labels:,} labels; recall in %"
+        title = f"Against the exact search over {result.num_label_rows:,} labels; recall in %"
         heads = ("", "recall@1", "recall@5", "µs/query", "set to")
         render.print_table(heads, map(_row, result.measured), title=title, right=(1, 2, 3))
         render.print_text(

@@ -178,7 +178,7 @@ def with_values(features: csr_matrix, values: NDArray[Any]) -> csr_matrix:
 
 
 def columns(features: csr_matrix, ids: NDArray[np.int32]) -> csr_matrix:
-    """(N, F) -> (N, R): the columns of R rising ids."""
+    """(N, F) or (N, L) -> (N, R): the columns of R rising ids."""
     places = np.searchsorted(ids, features.indices).astype(np.int32)
     is_there = ids[np.minimum(places, len(ids) - 1)] == features.indices
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(is_there)])[features.indptr]

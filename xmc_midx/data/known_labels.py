@@ -86,7 +86,7 @@ class KnownLabels:
 
     def labels_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The label of each row; -1 of -1."""
-        return rows if self.ids is None else np.where(rows < 0, -1, self.ids[rows])
+        return rows if self.ids is None else np.where(rows < 0, np.int64(-1), self.ids[rows])
 
     def take(self, values: NDArray[Any]) -> NDArray[Any]:
         """(L, ...) of the labels -> (R, ...) of the rows."""

@@ -42,6 +42,9 @@ class ExportResult:
     num_instances: int
     """Measured on."""
     num_labels: int
+    """L, of the data."""
+    num_label_rows: int
+    """Labels that the model has a row for, which alone it searches."""
     validation: tuple[Mapping[str, float], Mapping[str, float]] | None
     """Metrics on the run's held-out instances, of the model alone, which the export's search is made of, and with the
     neighbours, the linear ranker and the frequencies that `predict` adds; None where nothing was held out."""
@@ -59,6 +62,7 @@ class ExportResult:
             "measured_on": self.measured_on,
             "num_instances": self.num_instances,
             "num_labels": self.num_labels,
+            "num_label_rows": self.num_label_rows,
             "validation": {"model": alone, "predict": whole},
             "seconds": round(self.seconds, 3),
         }
@@ -120,6 +124,7 @@ def export(
         measured_on=measured_on,
         num_instances=features.shape[0],
         num_labels=source.num_labels,
+        num_label_rows=source.num_rows,
         validation=_validation_of(source.directory),
         seconds=time.perf_counter() - started,
     )

@@ -141,11 +141,19 @@ def predict_stream(
     if live and not isinstance(source, str | Path | Sequence | csr_matrix):
         # Someone may wait for the first answer: what is loaded at first use is loaded before it.
         predictor.warm_up()
+    allowed = None if allow is None else _read_label_ids(home_path(allow), predictor)
+    if allowed:
+        lacking = len(allowed) - len(predictor.known_labels.rows_of(np.array(allowed)))
+        if lacking:
+            reporter.message(
+                f"{allow}: {lacking:,} of its {len(allowed):,} labels have no training instance: the model never "
+                "predicts them"
+            )
     options = {
         "k": min(k, predictor.num_labels),
         "scores": scores,
         "threshold": threshold,
-        "allow": None if allow is None else _read_label_ids(home_path(allow), predictor),
+        "allow": allowed,
         "deny": None if deny is None else _read_label_ids(home_path(deny), predictor),
     }
     return PredictionStream(

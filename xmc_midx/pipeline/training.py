@@ -146,12 +146,19 @@ def train(
     if not training.source.states_sizes:
         sizes = f"{dataset.num_features} features and {dataset.num_labels} labels"
         reporter.message(f"{training.path}: states no sizes; the largest ids make {sizes}")
-    resolved = resolve(config, shape_of(dataset, training))
+    shape = shape_of(dataset, training)
+    resolved = resolve(config, shape)
+    num_rows = shape.of_rows(resolved.data).num_labels
+    if num_rows < dataset.num_labels:
+        reporter.message(
+            f"{dataset.num_labels - num_rows:,} of {dataset.num_labels:,} labels have no training instance: no row in "
+            "the model, and never predicted"
+        )
     if config.training.models_at_once == "auto":
         resolved = fit_to_memory(resolved, dataset, training, reporter)
     refuse_what_does_not_fit(resolved, dataset, training, output, reporter)
     if "name" in config.sampler.model_fields_set:
-        _say_where_a_sampler_says_nothing(resolved, dataset.num_labels, reporter)
+        _say_where_a_sampler_says_nothing(resolved, num_rows, reporter)
     with RunDirectory.create(
         output,
         resolved,

@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
 
 from xmc_midx.build import build_encoder, build_softmax
 from xmc_midx.checkpoint import CheckpointStore, refuse_misfits
@@ -24,7 +22,7 @@ from xmc_midx.crash import crash_point
 from xmc_midx.data.batches import BatchStream
 from xmc_midx.data.cache import page_out
 from xmc_midx.data.dataset import Split
-from xmc_midx.data.features import FeatureScaling
+from xmc_midx.data.features import FeatureScaling, column_counts
 from xmc_midx.data.known_labels import KnownLabels
 from xmc_midx.device import find_device, keep_freed_memory, release_freed_memory
 from xmc_midx.errors import DataError, DivergedError
@@ -88,11 +86,11 @@ class TrainingSession:
         kept, held_out = hold_out(features, labels, config.data.validation_fraction, config.training.seed)
         self.num_held_out = int(held_out.size)
         asked = (features[held_out], labels[held_out]) if held_out.size else None
-        whole = _label_counts(labels)
+        whole = column_counts(labels).astype(np.int32)  # four bytes a label count at 10^7 of them
         self._training = training
         if held_out.size:
             features, labels = features[kept], labels[kept]
-        self.frequencies = _label_counts(labels)
+        self.frequencies = column_counts(labels).astype(np.int32)
         """(R,) int32, of the instances that train the model, of the labels that have a row."""
         self._known = {
             "train.label_frequencies": torch.from_numpy(whole),
@@ -515,12 +513,6 @@ def _require_finite(model: Mapping[str, torch.Tensor], step: int) -> None:
                 f"The model is not finite after step {step}: {name}.",
                 hint="Lower training.encoder_learning_rate and training.label_learning_rate.",
             )
-
-
-def _label_counts(labels: csr_matrix) -> NDArray[np.int32]:
-    """Instances of each label: N is at most 2^31, and four bytes a label count at 10^7 labels."""
-    counts: NDArray[np.int32] = np.bincount(labels.indices, minlength=labels.shape[1]).astype(np.int32)
-    return counts
 
 
 def _score(validation: Mapping[str, float]) -> float | None:

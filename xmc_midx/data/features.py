@@ -27,10 +27,12 @@ __all__ = [
     "column_counts",
     "columns",
     "inverse_document_frequency",
+    "kept_columns",
     "normalize_rows",
     "row_hashes",
     "rows_from_pairs",
     "scale_rows",
+    "used_columns",
     "with_values",
 ]
 
@@ -67,9 +69,7 @@ class FeatureScaling:
         if config.weighting == "tf-idf":
             idf = inverse_document_frequency(column_counts(features), features.shape[0])
         if config.unused_features == "drop":
-            # A table has a row at the least.
-            used = np.flatnonzero(column_counts(features))
-            kept = (used if used.size else np.zeros(1)).astype(np.int32)
+            kept = used_columns(features)
         return cls(
             normalize=config.normalize,
             idf=idf,
@@ -88,13 +88,7 @@ class FeatureScaling:
         """
         kept, idf, num_features = None, None, num_rows
         if config.unused_features == "drop":
-            kept, count = np.asarray(model[FEATURE_IDS]), np.asarray(model[NUM_FEATURES])
-            rises = kept.dtype == np.int32 and kept.shape == (num_rows,) and (kept[1:] > kept[:-1]).all()
-            if count.dtype != np.int64 or count.shape or not 1 <= count <= np.iinfo(np.int32).max:
-                raise ValueError(f"{NUM_FEATURES}: expected the number of features")
-            num_features = int(count)
-            if not rises or not kept.size or not 0 <= kept[0] <= kept[-1] < num_features:
-                raise ValueError(f"{FEATURE_IDS}: expected rising feature ids, one a row of the feature table")
+            kept, num_features = kept_columns(model, FEATURE_IDS, NUM_FEATURES, num_rows)
         if config.weighting == "tf-idf":
             idf = np.asarray(model[IDF])
             if idf.dtype != np.float32 or idf.shape != (num_features,) or not np.isfinite(idf).all():
@@ -175,6 +169,33 @@ def with_values(features: csr_matrix, values: NDArray[Any]) -> csr_matrix:
     found = copy.copy(features)
     found.data = values
     return found
+
+
+def used_columns(matrix: csr_matrix) -> NDArray[np.int32]:
+    """(R,): the rising ids of the columns that some row has an entry in; of none the first, for a table has a row."""
+    used = np.flatnonzero(column_counts(matrix))
+    return (used if used.size else np.zeros(1)).astype(np.int32)
+
+
+def kept_columns(model: Mapping[str, Any], ids: str, number: str, num_rows: int) -> tuple[NDArray[np.int32], int]:
+    """Which columns the rows of a model's table are of, and how many columns there are.
+
+    Parameters
+    ----------
+    ids, number : what the model calls the two.
+    num_rows : R, of the table.
+
+    Raises
+    ------
+    ValueError, LookupError : one of them is not there, or of another table.
+    """
+    kept, count = np.asarray(model[ids]), np.asarray(model[number])
+    if count.dtype != np.int64 or count.shape or not 1 <= count <= np.iinfo(np.int32).max:
+        raise ValueError(f"{number}: expected the number of columns")
+    rises = kept.dtype == np.int32 and kept.shape == (num_rows,) and (kept[1:] > kept[:-1]).all()
+    if not rises or not kept.size or not 0 <= kept[0] <= kept[-1] < count:
+        raise ValueError(f"{ids}: expected rising ids, one a row of the table")
+    return kept, int(count)
 
 
 def columns(features: csr_matrix, ids: NDArray[np.int32]) -> csr_matrix:

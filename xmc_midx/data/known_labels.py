@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from xmc_midx.config import DataConfig
-from xmc_midx.data.features import column_counts, columns
+from xmc_midx.data.features import columns, kept_columns, used_columns
 
 __all__ = ["LABEL_IDS", "NUM_LABELS", "KnownLabels"]
 
@@ -36,11 +36,7 @@ class KnownLabels:
     @classmethod
     def fit(cls, config: DataConfig, labels: csr_matrix) -> KnownLabels:
         """Of the training split (N, L), as a resolved configuration says."""
-        ids = None
-        if config.unused_labels == "drop":
-            # A table has a row at the least.
-            used = np.flatnonzero(column_counts(labels))
-            ids = (used if used.size else np.zeros(1)).astype(np.int32)
+        ids = used_columns(labels) if config.unused_labels == "drop" else None
         return cls(num_labels=labels.shape[1], ids=ids)
 
     @classmethod
@@ -54,13 +50,8 @@ class KnownLabels:
         """
         if config.unused_labels != "drop":
             return cls(num_labels=num_rows)
-        ids, count = np.asarray(model[LABEL_IDS]), np.asarray(model[NUM_LABELS])
-        if count.dtype != np.int64 or count.shape or not 1 <= count <= np.iinfo(np.int32).max:
-            raise ValueError(f"{NUM_LABELS}: expected the number of labels")
-        rises = ids.dtype == np.int32 and ids.shape == (num_rows,) and (ids[1:] > ids[:-1]).all()
-        if not rises or not ids.size or not 0 <= ids[0] <= ids[-1] < count:
-            raise ValueError(f"{LABEL_IDS}: expected rising label ids, one a row of the label table")
-        return cls(num_labels=int(count), ids=ids)
+        ids, num_labels = kept_columns(model, LABEL_IDS, NUM_LABELS, num_rows)
+        return cls(num_labels=num_labels, ids=ids)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What a model keeps of it."""

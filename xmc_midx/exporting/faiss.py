@@ -47,12 +47,12 @@ def export_faiss(source: ExportSource, queries: Queries | None, target: Path) ->
 
     hnsw = faiss.IndexHNSWFlat(dim, _LINKS, faiss.METRIC_INNER_PRODUCT)
     hnsw.hnsw.efConstruction = _BUILD_EFFORT
-    ids = source.model.known_labels.ids
-    graph = hnsw if ids is None else faiss.IndexIDMap(hnsw)
-    if ids is None:
-        graph.add(vectors)
+    label_ids, graph = source.model.known_labels.labels_of(np.arange(source.num_rows)), hnsw
+    if source.num_rows < source.num_labels:
+        graph = faiss.IndexIDMap(hnsw)
+        graph.add_with_ids(vectors, label_ids)
     else:
-        graph.add_with_ids(vectors, ids.astype(np.int64))
+        graph.add(vectors)
     most = min(_MOST_EFFORT, max(16, source.num_rows))
 
     def hnsw_at(effort: int) -> Search:
@@ -69,7 +69,7 @@ def export_faiss(source: ExportSource, queries: Queries | None, target: Path) ->
     quantizer = faiss.IndexFlatIP(dim)
     ivf = faiss.IndexIVFFlat(quantizer, dim, num_lists, faiss.METRIC_INNER_PRODUCT)
     ivf.train(vectors)
-    ivf.add_with_ids(vectors, np.arange(source.num_rows, dtype=np.int64) if ids is None else ids.astype(np.int64))
+    ivf.add_with_ids(vectors, label_ids)
 
     def ivf_at(num_probes: int) -> Search:
         def search(query_BD: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -20,7 +20,6 @@ from scipy.sparse import csr_matrix
 from xmc_midx.errors import DataError, UsageError
 from xmc_midx.exporting.midx import FORMAT, VERSION
 from xmc_midx.exporting.source import MEASURED_K, ExportSource, Measurement, Queries, seconds_each
-from xmc_midx.topk import exact_topk
 
 __all__ = ["export_onnx", "require_onnx"]
 
@@ -86,7 +85,6 @@ def export_onnx(source: ExportSource, queries: Queries | None, target: Path) -> 
 def _measure(session: Any, source: ExportSource, queries: Queries | None) -> tuple[list[Measurement], float | None]:
     if queries is None:
         return [Measurement.missing("onnx encoder", {})], None
-    table, bias = source.model.label_table, source.model.bias
 
     def run(features: csr_matrix) -> NDArray[np.float32]:
         inputs = {
@@ -102,9 +100,7 @@ def _measure(session: Any, source: ExportSource, queries: Queries | None) -> tup
     largest = float(np.abs(query_ND - queries.vectors).max(initial=0.0))
     if largest > _TOLERANCE * max(float(np.abs(queries.vectors).max(initial=0.0)), 1.0):
         raise DataError(f"onnxruntime's queries differ from torch's by {largest:.2g}; expected rounding alone.")
-    found = source.model.known_labels.labels_of(
-        exact_topk(torch.from_numpy(query_ND), table, bias, MEASURED_K).label_ids
-    )
+    found = source.exact_ids(torch.from_numpy(query_ND))
     seconds = seconds_each(lambda rows: run(queries.features[rows]), len(query_ND))
     scaling = source.model.scaling
     torch_seconds = seconds_each(lambda rows: source.model.encode(scaling(queries.features[rows])), len(query_ND))

@@ -129,6 +129,11 @@ class ExportSource:
         """(R,)."""
         return self.model.bias.float().numpy()
 
+    def exact_ids(self, query_ND: torch.Tensor) -> NDArray[np.int64]:
+        """(N, `MEASURED_K`) the best labels by the full scan; -1 where there are fewer."""
+        top = exact_topk(query_ND, self.model.label_table, self.model.bias, MEASURED_K)
+        return self.model.known_labels.labels_of(top.label_ids)
+
     def facts(self) -> dict[str, Any]:
         """What every export's JSON says of the model."""
         config = self.model.config.model
@@ -172,7 +177,7 @@ class Queries:
             return None
         query_ND = source.model.encode(source.model.scaling(features))
         table, bias = source.model.label_table, source.model.bias
-        exact = source.model.known_labels.labels_of(exact_topk(query_ND, table, bias, MEASURED_K).label_ids)
+        exact = source.exact_ids(query_ND)
         seconds = seconds_each(lambda row: exact_topk(query_ND[row], table, bias, MEASURED_K), len(query_ND))
         return cls(features=features, vectors=query_ND.numpy(), exact_ids=exact, exact_microseconds=1e6 * seconds)
 
